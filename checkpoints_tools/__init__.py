@@ -1,0 +1,1 @@
+"""Checkpoint tools: HF -> Megatron, Megatron -> HF, verify, inspect."""

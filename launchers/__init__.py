@@ -1,0 +1,1 @@
+"""Launching on one machine, on Slurm, and scaling studies."""
