@@ -102,7 +102,7 @@ def _deep_copy(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _deep_copy(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _adapter(kind: type) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 

@@ -1,7 +1,8 @@
 """What flows through the loop: prompts become rollouts, rollouts form groups, groups become samples.
 
-Three policies have three names everywhere. *behaviour*: what the engine sampled from. *proximal*: pi_old, the trainer's weights
-before this update. *current*: pi_theta. For purified rollouts behaviour and proximal are under x', current is under x.
+Three policies have three names everywhere. *behaviour*: what the engine sampled from. *proximal*: pi_old, the
+trainer's weights before this update. *current*: pi_theta. For purified rollouts behaviour and proximal are under x',
+current is under x.
 """
 
 from __future__ import annotations
