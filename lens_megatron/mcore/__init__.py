@@ -1,0 +1,9 @@
+"""Everything that touches Megatron-Core, and nothing else does.
+
+layout.py      which ranks hold what; refused with the reason before anything is allocated
+runtime.py     process groups, devices, and what Megatron-Core needs to run without CUDA
+attention.py, layer_spec.py, model.py, head.py   the sharded model, down to token log-probs and entropies
+hf_names.py, hf_files.py, hf_bridge.py           HF weights in and out, slice by slice
+packing.py, batch.py                             ragged sequences into equal micro-batches for every rank
+pipeline.py, logprobs.py, optimizer.py, step.py  forward-only and training steps over Megatron's schedules
+"""

@@ -1,0 +1,78 @@
+"""A pack as tensors: what the model reads, and where each of its tokens' results belong.
+
+Results are flat: all sequences of the batch end to end, without padding. Place f of the flat vector belongs to the token
+itself: its log-prob given what came before. A sequence's first token has none.
+
+Shapes: F places of the flat vector, T tokens of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from lens_megatron.mcore.packing import Pack, local_positions
+from lens_megatron.mcore.runtime import device
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    tokens_1T: Tensor
+    position_ids_1T: Tensor
+    labels_T: Tensor  # the next token; 0 where there is none
+    target_T: Tensor  # place in the flat vector of the token predicted here; -1 where none is
+    sequence_T: Tensor  # which sequence of the batch; that of its neighbour where padding
+    packed: PackedSeqParams
+
+
+def flat_offsets(sequences: Sequence[Tensor]) -> list[int]:
+    """Where each sequence begins in the flat vector, and the vector's length."""
+    return [0, *accumulate(len(sequence) for sequence in sequences)]
+
+
+def pack_tensors(pack: Pack, sequences: Sequence[Tensor]) -> PackedBatch:
+    """This rank's part of a pack. Labels are shifted before context parallelism cuts the sequences."""
+    cp_ranks = parallel_state.get_context_parallel_world_size()
+    cp_rank = parallel_state.get_context_parallel_rank()
+    offsets = flat_offsets(sequences)
+    total = pack.tokens
+    tokens, labels, positions = (torch.zeros(total, dtype=torch.long) for _ in range(3))
+    target = torch.full((total,), -1, dtype=torch.long)
+    owner = torch.zeros(total, dtype=torch.long)
+    start = 0
+    for place, padded in enumerate(pack.padded_lengths):
+        positions[start : start + padded] = torch.arange(padded)
+        if pack.sequences:
+            index = pack.sequences[place]
+            sequence, length = sequences[index], len(sequences[index])
+            tokens[start : start + length] = sequence
+            labels[start : start + length - 1] = sequence[1:]
+            target[start : start + length - 1] = torch.arange(offsets[index] + 1, offsets[index] + length)
+            owner[start : start + padded] = index
+        start += padded
+    mine = local_positions(pack.padded_lengths, cp_ranks, cp_rank)
+    where = device()
+    cu = torch.tensor([0, *accumulate(pack.padded_lengths)], dtype=torch.int32, device=where)
+    longest = max(pack.padded_lengths)
+    return PackedBatch(
+        tokens_1T=tokens[mine][None].to(where),
+        position_ids_1T=positions[mine][None].to(where),
+        labels_T=labels[mine].to(where),
+        target_T=target[mine].to(where),
+        sequence_T=owner[mine].to(where),
+        packed=PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu,
+            cu_seqlens_kv=cu,
+            cu_seqlens_q_padded=cu,
+            cu_seqlens_kv_padded=cu,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        ),
+    )

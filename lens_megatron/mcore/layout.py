@@ -1,0 +1,117 @@
+"""Which ranks hold what. A layout that cannot work is refused with the reason before anything is allocated."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lens_megatron.errors import UsageError
+from lens_megatron.model_spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """`parallel:` of RUN.yaml. Data parallelism is what remains of the world after tp x pp x cp."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    tp: int = 1  # tensor parallel
+    pp: int = 1  # pipeline stages
+    vpp: int = 1  # virtual stages on each pipeline rank (interleaved schedule)
+    cp: int = 1  # context parallel
+    ep: int = 1  # expert parallel
+    etp: int = 1  # tensor parallel inside an expert
+    dp: int | None = None  # default: whatever the number of processes leaves; 1 when this command starts them
+    sp: bool | None = None  # sequence parallel; default: on when tp > 1
+    ends_count_as_layers: bool = False  # embedding and head each take a layer's place in the pipeline split
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 (got {value})")
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.tp > 1 if self.sp is None else self.sp and self.tp > 1
+
+    @property
+    def model_ranks(self) -> int:
+        """Processes that hold one copy of the model's activations: the unit that data parallelism repeats."""
+        return self.tp * self.pp * self.cp
+
+    @property
+    def processes(self) -> int:
+        """How many processes to start when nobody has started any."""
+        if self.dp is not None:
+            return self.model_ranks * self.dp
+        expert_ranks = self.ep * self.etp * self.pp
+        return math.lcm(self.model_ranks, expert_ranks)
+
+
+_VOCAB_MULTIPLE = 128
+
+
+def padded_vocab_size(spec: ModelSpec, tp: int) -> int:
+    """The vocabulary rounded up so that every tensor-parallel rank holds the same number of rows.
+
+    The multiple does not depend on tp (when tp divides 128), so that a checkpoint loads in another layout.
+    """
+    multiple = math.lcm(_VOCAB_MULTIPLE, tp)
+    return -(-spec.vocab_size // multiple) * multiple
+
+
+def check_layout(spec: ModelSpec, layout: ParallelConfig, world_size: int) -> None:
+    """Raise UsageError, with what would be right, unless `layout` can hold `spec` on `world_size` processes."""
+    if layout.sp and layout.tp == 1:
+        _refuse("sp", "sequence parallelism splits what tensor parallelism repeats: it needs tp > 1, or leave sp out")
+    _divides("tp", layout.tp, "attention heads", spec.heads)
+    if spec.kv_heads % layout.tp:
+        _refuse("tp", f"tp={layout.tp} does not divide the {spec.kv_heads} key/value heads; {_choices(spec.kv_heads)}")
+    if spec.moe is None:
+        _divides("tp", layout.tp, "MLP columns", spec.ffn_size)
+        if layout.ep > 1 or layout.etp > 1:
+            _refuse("ep", "this model has no experts: set ep and etp to 1")
+    else:
+        _divides("ep", layout.ep, "experts", spec.moe.experts)
+        _divides("etp", layout.etp, "columns of an expert", spec.moe.expert_ffn_size)
+        if layout.tp > 1 and not layout.sequence_parallel:
+            _refuse("sp", "experts with tp > 1 need sequence parallelism: set parallel.sp=true or leave it out")
+    if layout.vpp > 1 and layout.pp == 1:
+        _refuse("vpp", "virtual stages interleave pipeline stages: they need pp > 1")
+    slots = spec.layers + (2 if layout.ends_count_as_layers else 0)
+    stages = layout.pp * layout.vpp
+    if slots % stages:
+        what = f"{spec.layers} layers" + (" + embedding + head" if layout.ends_count_as_layers else "")
+        other = spec.layers + 2 if not layout.ends_count_as_layers else spec.layers
+        hint = (
+            f"; parallel.ends_count_as_layers={str(not layout.ends_count_as_layers).lower()} would fit"
+            if other % stages == 0
+            else f"; pp x vpp may be {_choices(slots)}"
+        )
+        _refuse("pp", f"pp x vpp = {stages} does not divide {what}{hint}")
+    if world_size % layout.model_ranks:
+        _refuse(
+            "tp",
+            f"tp x pp x cp = {layout.model_ranks} does not divide the {world_size} processes; "
+            f"start a multiple of {layout.model_ranks}",
+        )
+    dp = world_size // layout.model_ranks
+    if layout.dp is not None and layout.dp != dp:
+        _refuse("dp", f"dp={layout.dp} needs {layout.dp * layout.model_ranks} processes, there are {world_size}")
+    expert_ranks = layout.ep * layout.etp * layout.pp
+    if world_size % expert_ranks:
+        _refuse("ep", f"ep x etp x pp = {expert_ranks} does not divide the {world_size} processes")
+
+
+def _divides(key: str, value: int, what: str, count: int) -> None:
+    if count % value:
+        _refuse(key, f"{key}={value} does not divide the {count} {what}; {key} may be {_choices(count)}")
+
+
+def _choices(count: int, most: int = 64) -> str:
+    return "one of " + ", ".join(str(n) for n in range(1, most + 1) if count % n == 0)
+
+
+def _refuse(key: str, reason: str) -> None:
+    raise UsageError(f"parallel.{key}: {reason}")

@@ -1,0 +1,63 @@
+"""Log-probs and entropies of whole sequences, from any layout: for prompt scores, old and reference log-probs alike.
+
+Shapes: F places of the flat vector (batch.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from lens_megatron.mcore.batch import PackedBatch, flat_offsets
+from lens_megatron.mcore.pipeline import forward_only, plan_for_this_layout
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """One entry a sequence, one value a token, on every rank. The first token's are NaN: nothing predicts it."""
+
+    logprobs: list[Tensor]
+    entropies: list[Tensor]
+
+
+def score_sequences(
+    chunks: Sequence[torch.nn.Module],
+    config: Any,
+    sequences: Sequence[Tensor],
+    *,
+    tokens_per_microbatch: int,
+    temperature: float = 1.0,
+) -> TokenScores:
+    """log p(token | tokens before it) and the entropy of the distribution it was drawn from."""
+    packs = plan_for_this_layout([len(sequence) for sequence in sequences], tokens_per_microbatch, config)
+    offsets = flat_offsets(sequences)
+    flat_2F = torch.zeros(2, offsets[-1])
+
+    def collect(output_2T: Tensor, batch: PackedBatch) -> None:
+        there_T = batch.target_T >= 0
+        flat_2F[:, batch.target_T[there_T].cpu()] = output_2T[:, there_T].float().cpu()
+
+    forward_only(chunks, config, packs, sequences, temperature, collect)
+    flat_2F = share_from_last_stage(flat_2F)
+    starts = torch.tensor(offsets[:-1], dtype=torch.long)
+    flat_2F[:, starts] = torch.nan
+    lengths = [len(sequence) for sequence in sequences]
+    return TokenScores(list(flat_2F[0].split(lengths)), list(flat_2F[1].split(lengths)))
+
+
+def share_from_last_stage(values: Tensor) -> Tensor:
+    """Sum over data- and context-parallel ranks of the last stage, then known to all ranks. CPU tensor in and out."""
+    from lens_megatron.mcore.runtime import device
+
+    values = values.to(device())
+    dist.all_reduce(values, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() > 1:
+        dist.broadcast(values, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return values.cpu()

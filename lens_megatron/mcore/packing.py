@@ -1,0 +1,104 @@
+"""Ragged sequences into packs of at most a token budget: as many packs on every data-parallel rank, and as even as can be.
+
+Every rank knows every length, so every rank computes the same plan: no counts need to be exchanged, and no rank can wait
+for a micro-batch that another does not have.
+
+A sequence is padded to a multiple of 2 x cp (each context-parallel rank holds two chunks of it), and a pack to a multiple
+that gives every tensor-parallel rank the same number of tokens.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lens_megatron.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One micro-batch: sequences (indices into the batch) laid end to end. A pack without sequences is pure padding."""
+
+    sequences: tuple[int, ...]
+    padded_lengths: tuple[int, ...]  # one per sequence, or a single one for pure padding
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.padded_lengths)
+
+
+def plan_packs(
+    lengths: Sequence[int], budget: int, *, dp: int = 1, cp: int = 1, tp: int = 1, multiple: int = 1
+) -> list[list[Pack]]:
+    """For each data-parallel rank its packs, equally many on every rank, their number a multiple of `multiple`.
+
+    `budget` counts a micro-batch's tokens over all its context-parallel ranks, padding included.
+    """
+    padded = [_round_up(length, _sequence_unit(cp)) for length in lengths]
+    room = budget - (_pack_unit(cp, tp) - _sequence_unit(cp))  # the pack's own padding must fit too
+    if padded and max(padded) > room:
+        raise UsageError(
+            f"update.tokens_per_microbatch: {budget} tokens cannot hold a sequence of {max(lengths)} "
+            f"({max(padded)} after padding); set at least {max(padded) + budget - room}"
+        )
+    step = dp * multiple
+    count = _round_up(max(1, -(-sum(padded) // room)), step)
+    bins = _spread(padded, count)
+    while any(load > room for load, _ in bins):
+        count += step
+        bins = _spread(padded, count)
+    # Heaviest first, dealt there and back again, so that the ranks' sums are even.
+    ordered = sorted(bins, key=lambda bin_: (-bin_[0], bin_[1]))
+    ranks: list[list[Pack]] = [[] for _ in range(dp)]
+    for place, (_, members) in enumerate(ordered):
+        lap, seat = divmod(place, dp)
+        ranks[seat if lap % 2 == 0 else dp - 1 - seat].append(_pack(members, padded, cp, tp))
+    return ranks
+
+
+def _spread(padded: Sequence[int], count: int) -> list[tuple[int, list[int]]]:
+    """Longest first, each into the emptiest of `count` bins: (tokens, members in batch order)."""
+    heap: list[tuple[int, int]] = [(0, number) for number in range(count)]
+    members: list[list[int]] = [[] for _ in range(count)]
+    for index in sorted(range(len(padded)), key=lambda i: (-padded[i], i)):
+        load, number = heapq.heappop(heap)
+        members[number].append(index)
+        heapq.heappush(heap, (load + padded[index], number))
+    return [(load, sorted(members[number])) for load, number in heap]
+
+
+def _pack(members: list[int], padded: Sequence[int], cp: int, tp: int) -> Pack:
+    lengths = [padded[index] for index in members] or [_pack_unit(cp, tp)]
+    lengths[-1] += _round_up(sum(lengths), _pack_unit(cp, tp)) - sum(lengths)
+    return Pack(tuple(members), tuple(lengths))
+
+
+def _sequence_unit(cp: int) -> int:
+    return 2 * cp if cp > 1 else 1
+
+
+def _pack_unit(cp: int, tp: int) -> int:
+    return math.lcm(_sequence_unit(cp), cp * tp)
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def local_positions(lengths: Sequence[int], ranks: int, rank: int) -> Tensor:
+    """Places in the pack that a context-parallel rank holds: chunks `rank` and `2 ranks - 1 - rank` of every sequence."""
+    parts, start = [], 0
+    for length in lengths:
+        if ranks == 1:
+            parts.append(torch.arange(start, start + length))
+        else:
+            chunk = length // (2 * ranks)
+            for number in (rank, 2 * ranks - 1 - rank):
+                parts.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
+        start += length
+    return torch.cat(parts)
