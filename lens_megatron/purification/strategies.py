@@ -1,0 +1,127 @@
+"""One question, four answers: under which tokens is a failing prompt rolled out again?
+
+Interference is the paper's; random, gradient and resample are the rivals of its Table 6. All take the same prompt,
+the same eligible tokens and the same k.
+
+Shapes: T tokens of one prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lens_megatron.purification.config import PurificationConfig, Strategy
+from lens_megatron.purification.eligibility import eligible_tokens
+from lens_megatron.purification.seeds import choose, seed_for
+from lens_megatron.purification.select import Selection, delete, deletion_count, select_top
+from lens_megatron.types import Prompt, PurifiedPrompt
+
+OutcomeKind = Literal["purified", "resample", "tied", "nothing_eligible", "unscored"]
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What was measured on a prompt. Only the strategy in use needs its own."""
+
+    scores_T: Float[Tensor, " T"] | None = None  # Eq. 1
+    gradient_norms_T: Float[Tensor, " T"] | None = None  # of the embedding of each prompt token
+    measured_floor: float | None = None  # of this model and layout
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one prompt; prompts without `roll_tokens` cannot be rescued, and metrics count why."""
+
+    prompt_id: str
+    kind: OutcomeKind
+    purified_prompt: PurifiedPrompt | None = None
+    roll_tokens: tuple[int, ...] | None = None  # x', or x itself when resampling
+    eligible: int = 0
+    above_floor: int = 0
+
+    @property
+    def can_be_rescued(self) -> bool:
+        return self.roll_tokens is not None
+
+
+@dataclass(frozen=True)
+class _Request:
+    prompt: Prompt
+    config: PurificationConfig
+    eligible_T: Bool[Tensor, " T"]
+    count: int
+    signals: Signals
+    seed: int
+
+
+def purify(
+    prompt: Prompt, config: PurificationConfig, special_ids: Collection[int], signals: Signals, seed: int, step: int
+) -> Outcome:
+    """The prompt's rescue. The same arguments give the same answer in every process."""
+    if config.strategy == "resample":
+        return Outcome(prompt.id, "resample", roll_tokens=prompt.tokens)
+    eligible_T = eligible_tokens(prompt, special_ids, config.scope)
+    eligible = int(eligible_T.sum())
+    if eligible == 0:
+        return Outcome(prompt.id, "nothing_eligible")
+    request = _Request(
+        prompt,
+        config,
+        eligible_T,
+        deletion_count(config.gamma, eligible),
+        signals,
+        seed_for(seed, step, prompt.id, "delete"),
+    )
+    selection = _STRATEGIES[config.strategy](request)
+    if not selection.positions:
+        return Outcome(prompt.id, "tied", eligible=eligible, above_floor=selection.above_floor)
+    purified = delete(prompt, selection.positions)
+    return Outcome(prompt.id, "purified", purified, purified.tokens, eligible, selection.above_floor)
+
+
+def unscored(prompt: Prompt) -> Outcome:
+    """A prompt drawn too late in the step to be scored: no rescue, and counted."""
+    return Outcome(prompt.id, "unscored")
+
+
+def _interference(request: _Request) -> Selection:
+    scores_T = _measured(request, request.signals.scores_T, "interference scores")
+    floor = request.config.noise_floor
+    if floor == "measured":
+        if request.signals.measured_floor is None:
+            raise ValueError("noise_floor is 'measured', but no floor was measured for this model and layout")
+        floor = request.signals.measured_floor
+    return select_top(scores_T, request.eligible_T, request.count, floor, request.config.ties)
+
+
+def _gradient(request: _Request) -> Selection:
+    """Smallest norms go. The noise floor is one of log-probs and says nothing about norms."""
+    norms_T = _measured(request, request.signals.gradient_norms_T, "gradient norms")
+    return select_top(-norms_T, request.eligible_T, request.count, float("-inf"), request.config.ties)
+
+
+def _random(request: _Request) -> Selection:
+    positions = [position for position, may_go in enumerate(request.eligible_T.tolist()) if may_go]
+    return Selection(choose(positions, request.count, request.seed), tied=False, above_floor=0)
+
+
+def _measured(request: _Request, values_T: Float[Tensor, " T"] | None, what: str) -> Float[Tensor, " T"]:
+    if values_T is None:
+        raise ValueError(f"prompt {request.prompt.id!r}: strategy {request.config.strategy!r} needs its {what}")
+    if len(values_T) != len(request.prompt.tokens):
+        raise ValueError(
+            f"prompt {request.prompt.id!r}: {len(values_T)} {what} for {len(request.prompt.tokens)} tokens"
+        )
+    return values_T
+
+
+_STRATEGIES: dict[Strategy, Callable[[_Request], Selection]] = {
+    "interference": _interference,
+    "gradient": _gradient,
+    "random": _random,
+}
