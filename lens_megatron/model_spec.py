@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import model_configs
+from lens_megatron import hf_config, strict
+from lens_megatron.errors import UsageError
+from lens_megatron.hf_config import to_hf_config
+
+__all__ = [
+    "AdvisedLayout",
+    "Family",
+    "Llama3Scaling",
+    "MoESpec",
+    "ModelConfig",
+    "ModelSpec",
+    "PromptTemplate",
+    "find_weights",
+    "load_model_config",
+    "load_model_spec",
+    "shipped_models",
+    "to_hf_config",
+]
+
 Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
+_STRICT: dict[str, Any] = {"extra": "forbid"}
 
 
 @dataclass(frozen=True)
 class Llama3Scaling:
     """Llama 3's stretch of the low RoPE frequencies (HF rope_type "llama3")."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -21,17 +44,21 @@ class Llama3Scaling:
 
 @dataclass(frozen=True)
 class MoESpec:
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
     experts: int
     experts_per_token: int
     expert_ffn_size: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(f"experts_per_token={self.experts_per_token} must be 1 to experts={self.experts}")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """Everything that decides the tensors and the arithmetic of a model."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
     family: Family
     layers: int
     hidden_size: int
@@ -48,3 +75,211 @@ class ModelSpec:
     qk_norm: bool
     rope_scaling: Llama3Scaling | None = None
     moe: MoESpec | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden_size", "ffn_size", "heads", "kv_heads", "head_dim", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be above 0 (got {getattr(self, name)})")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd: RoPE turns pairs")
+        if (self.moe is not None) != (self.family == "qwen3_moe"):
+            raise ValueError(f"moe must be given for family qwen3_moe and no other (family is {self.family})")
+        # what the family fixes; a YAML that says otherwise would load another model's tensors
+        if self.qkv_bias != (self.family == "qwen2"):
+            raise ValueError(f"qkv_bias={self.qkv_bias} is not what family {self.family} has")
+        if self.qk_norm != (self.family in ("qwen3", "qwen3_moe")):
+            raise ValueError(f"qk_norm={self.qk_norm} is not what family {self.family} has")
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """How a problem becomes a prompt. `text` holds {problem} once.
+
+    chat=False: `text` is the whole prompt, tokenised as it stands, special tokens written out.
+    chat=True: `text` is the user's message, which goes through the tokenizer's own chat template.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    text: str = "{problem}"
+    chat: bool = False
+    system: str | None = None  # chat only: a system message before the user's
+
+    def __post_init__(self) -> None:
+        if self.text.count("{problem}") != 1:
+            raise ValueError(f"the template must hold {{problem}} exactly once (got {self.text!r})")
+        if self.system is not None and not self.chat:
+            raise ValueError("system needs chat: true; without it, write the system message into text")
+
+    def around(self) -> tuple[str, str]:
+        """What stands before and after the problem. (Not str.format: \\boxed{} has braces of its own.)"""
+        before, _, after = self.text.partition("{problem}")
+        return before, after
+
+    def fill(self, problem: str) -> str:
+        before, after = self.around()
+        return before + problem + after
+
+    def messages(self, problem: str) -> list[dict[str, str]]:
+        """For the tokenizer's chat template."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": self.fill(problem)}]
+
+
+@dataclass(frozen=True)
+class AdvisedLayout:
+    """A trainer's layout that fits by the arithmetic of planning/parameters.py. Computed, not measured."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    gpus: int
+    gpu_gb: int
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    ends_count_as_layers: bool = False
+    recompute: Literal["selective", "full"] = "full"
+    offload_optimizer: bool = False  # fp32 weights and Adam's moments in host memory
+    offload_reference: bool = False  # the reference in host memory between its uses
+
+    def __post_init__(self) -> None:
+        if self.gpus % (self.tp * self.pp * self.cp):
+            raise ValueError(f"tp x pp x cp = {self.tp * self.pp * self.cp} does not divide {self.gpus} GPUs")
+        if self.gpus % (self.ep * self.pp):
+            raise ValueError(f"ep x pp = {self.ep * self.pp} does not divide {self.gpus} GPUs")
+
+    @property
+    def dp(self) -> int:
+        return self.gpus // (self.tp * self.pp * self.cp)
+
+    @property
+    def expert_dp(self) -> int:
+        """How many times an expert is repeated."""
+        return self.gpus // (self.ep * self.pp)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model that we ship (model_configs/NAME.yaml), or what an HF folder says about itself."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    spec: ModelSpec
+    template: PromptTemplate
+    hub_id: str | None = None
+    layouts: tuple[AdvisedLayout, ...] = ()
+    name: str = ""  # the file's name
+
+
+# What a base model without a chat template is asked with; comparable to the shipped Llama bases.
+_PLAIN = PromptTemplate(text="Question:\n{problem}\nAnswer:\nLet's think step by step.\n")
+_CHAT = PromptTemplate(
+    text="{problem}\nPlease reason step by step, and put your final answer within \\boxed{}.", chat=True
+)
+
+
+def _shipped_folder() -> Path:
+    return Path(model_configs.__file__).parent
+
+
+def shipped_models() -> list[str]:
+    """Names of the models in model_configs/."""
+    return sorted(path.stem for path in _shipped_folder().glob("*.yaml"))
+
+
+def load_model_config(name_or_folder: str | Path) -> ModelConfig:
+    """A shipped name (or its hub id), a folder with a config.json, or a hub id whose files are in the local cache."""
+    given = str(name_or_folder)
+    shipped = _shipped(given)
+    if shipped is not None:
+        return shipped
+    folder = Path(given)
+    if not folder.exists():
+        cached = _cached_snapshot(given)
+        if cached is None:
+            raise UsageError(
+                f"model {given!r}: not a shipped model ({', '.join(shipped_models())}), "
+                f"not a folder, and not in the Hugging Face cache{_download_hint(given)}"
+            )
+        folder = cached
+    file = folder if folder.is_file() else folder / "config.json"
+    spec = strict.build(ModelSpec, hf_config.spec_fields(_read_json(file), str(file)), str(file))
+    return ModelConfig(spec=spec, template=_template_of(file.parent), name=file.resolve().parent.name)
+
+
+def load_model_spec(name_or_folder: str | Path) -> ModelSpec:
+    """The shape alone."""
+    return load_model_config(name_or_folder).spec
+
+
+def find_weights(name_or_folder: str | Path) -> Path:
+    """The folder with config.json, tokenizer and safetensors. Never downloads: every rank of a job may ask."""
+    given = str(name_or_folder)
+    shipped = _shipped(given)
+    if shipped is None and Path(given).is_dir():
+        return Path(given)
+    hub_id = given if shipped is None else shipped.hub_id
+    if hub_id is None:
+        raise UsageError(f"model {given!r} has a shape but no published weights; give a folder with weights")
+    folder = _cached_snapshot(hub_id)
+    if folder is None:
+        raise UsageError(
+            f"model {given!r}: no folder, and no weights in the Hugging Face cache{_download_hint(hub_id)}"
+        )
+    return folder
+
+
+def _shipped(given: str) -> ModelConfig | None:
+    names = shipped_models()
+    if given in names:
+        return _read_shipped(given)
+    if "/" not in given or Path(given).exists():
+        return None
+    # a hub id: `Qwen/Qwen3-8B-Base` is `qwen3-8b-base`, so only the file with that name has to be read
+    name = given.rsplit("/", 1)[1].lower()
+    config = _read_shipped(name) if name in names else None
+    return config if config is not None and config.hub_id == given else None
+
+
+def _read_shipped(name: str) -> ModelConfig:
+    path = _shipped_folder() / f"{name}.yaml"
+    return strict.build(ModelConfig, {**strict.read_yaml(path), "name": name}, f"model_configs/{path.name}")
+
+
+def _cached_snapshot(hub_id: str) -> Path | None:
+    """The folder of a model in the local Hugging Face cache."""
+    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")) or hub_id.endswith("/"):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(hub_id, "config.json")
+    except HFValidationError:
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _download_hint(given: str) -> str:
+    looks_like_hub_id = given.count("/") == 1 and not given.startswith((".", "/", "~"))
+    return f"; download it with: hf download {given}" if looks_like_hub_id else ""
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror}; a model folder needs a config.json") from None
+    except ValueError as error:
+        raise UsageError(f"{file}: not JSON ({error})") from None
+    if not isinstance(tree, dict):
+        raise UsageError(f"{file}: expected a JSON object, found {type(tree).__name__}")
+    return tree
+
+
+def _template_of(folder: Path) -> PromptTemplate:
+    settings = folder / "tokenizer_config.json"
+    has_chat = (folder / "chat_template.jinja").is_file() or (
+        settings.is_file() and bool(_read_json(settings).get("chat_template"))
+    )
+    return _CHAT if has_chat else _PLAIN

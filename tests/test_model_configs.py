@@ -1,0 +1,158 @@
+"""The shipped models: published parameter counts, what transformers builds from the same shape, layouts that fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from lens_megatron.mcore.layout import ParallelConfig, check_layout
+from lens_megatron.model_spec import AdvisedLayout, ModelConfig, load_model_config, shipped_models, to_hf_config
+from lens_megatron.planning.parameters import (
+    count_active_parameters,
+    count_parameters,
+    host_bytes,
+    layer_parameters,
+    stage_parameters,
+    training_bytes,
+)
+
+# As published: the number of values in each checkpoint's safetensors files.
+PUBLISHED = {
+    "llama-3.2-3b-instruct": 3_212_749_824,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b-base": 4_022_468_096,
+    "qwen3-8b-base": 8_190_735_360,
+    "qwen3-14b-base": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+}
+TINY = ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-qwen3-tied", "tiny-qwen3-moe")
+GIB = 1024**3
+
+
+def build_on_meta(config: ModelConfig) -> transformers.PreTrainedModel:
+    hf = to_hf_config(config.spec)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**hf))
+
+
+def test_exactly_these_models_are_shipped() -> None:
+    assert set(shipped_models()) == {*PUBLISHED, *TINY}
+
+
+@pytest.mark.parametrize(("name", "published"), PUBLISHED.items())
+def test_parameter_count_equals_the_published_one(name: str, published: int) -> None:
+    assert count_parameters(load_model_config(name).spec) == published
+
+
+@pytest.mark.parametrize("name", [*TINY, "llama-3.2-3b-instruct", "qwen2.5-7b", "qwen3-0.6b", "qwen3-30b-a3b"])
+def test_transformers_builds_as_many_parameters_from_the_same_shape(name: str) -> None:
+    config = load_model_config(name)
+    assert sum(p.numel() for p in build_on_meta(config).parameters()) == count_parameters(config.spec)
+
+
+def test_active_parameters_leave_out_the_experts_not_chosen() -> None:
+    spec = load_model_config("qwen3-30b-a3b").spec
+    assert spec.moe is not None
+    idle = 48 * (128 - 8) * 3 * 2048 * 768
+    assert count_active_parameters(spec) == count_parameters(spec) - idle
+    dense = load_model_config("qwen3-8b-base").spec
+    assert count_active_parameters(dense) == count_parameters(dense)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_advised_layouts_are_possible_and_fit(name: str) -> None:
+    config = load_model_config(name)
+    assert config.layouts, "a shipped model advises at least one layout"
+    for layout in config.layouts:
+        parallel = ParallelConfig(
+            tp=layout.tp,
+            pp=layout.pp,
+            cp=layout.cp,
+            ep=layout.ep,
+            dp=layout.dp,
+            ends_count_as_layers=layout.ends_count_as_layers,
+        )
+        check_layout(config.spec, parallel, layout.gpus)
+        assert training_bytes(config.spec, layout).peak <= 0.9 * layout.gpu_gb * GIB, layout
+        assert host_bytes(config.spec, layout) <= 128 * GIB * layout.gpus, layout  # 1 TiB a node of 8
+
+
+def test_small_models_are_advised_for_one_gpu_and_eight() -> None:
+    for name, published in PUBLISHED.items():
+        gpus = {layout.gpus for layout in load_model_config(name).layouts}
+        assert (1 in gpus) == (published < 9e9), name
+        assert (8 in gpus) == (published < 72e9), name  # 72B needs 72.3 of 72 GiB on eight, even with offload
+        assert published < 2e9 or 64 in gpus, name
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_ranks_together_hold_the_model(name: str) -> None:
+    config = load_model_config(name)
+    for layout in config.layouts:
+        stages = stage_parameters(config.spec, layout)
+        assert sum(stage.layers for stage in stages) == config.spec.layers
+        together = sum(stage.dense * layout.tp + stage.expert * layout.ep for stage in stages)
+        # norms and routers are repeated over the tensor ranks, never more than that
+        layer = layer_parameters(config.spec)
+        repeated = (layout.tp - 1) * (config.spec.layers * (layer.norms + layer.router) + config.spec.hidden_size)
+        assert together == count_parameters(config.spec) + repeated
+
+
+def test_a_tied_embedding_is_copied_to_the_last_pipeline_stage() -> None:
+    spec = load_model_config("qwen3-4b-base").spec
+    split = stage_parameters(spec, AdvisedLayout(gpus=2, gpu_gb=80, pp=2))
+    assert sum(stage.dense for stage in split) == count_parameters(spec) + 151_936 * 2560
+
+
+def test_one_gpu_takes_eighteen_bytes_a_parameter() -> None:
+    config = load_model_config("qwen2.5-3b")
+    one = config.layouts[0]
+    assert (one.gpus, one.offload_optimizer) == (1, False)
+    held = training_bytes(config.spec, one)
+    assert held.weights + held.gradients + held.optimizer == 18 * count_parameters(config.spec)
+
+
+def test_every_template_asks_the_problem_once() -> None:
+    for name in shipped_models():
+        config = load_model_config(name)
+        marked = config.template.fill("<<2+2?>>")
+        assert marked.count("<<2+2?>>") == 1
+        assert "{problem}" not in marked
+        assert config.hub_id is not None or name.startswith("tiny-")
+
+
+def test_qwen_base_models_are_asked_in_chatml_with_a_boxed_answer() -> None:
+    for name in ("qwen2.5-3b", "qwen2.5-7b", "qwen3-4b-base", "qwen3-8b-base"):
+        template = load_model_config(name).template
+        assert not template.chat
+        before, after = template.around()
+        assert before.endswith("<|im_start|>user\n")
+        assert after.endswith("\\boxed{}.<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_instruct_models_use_their_own_chat_template() -> None:
+    template = load_model_config("llama-3.2-3b-instruct").template
+    assert template.chat
+    assert template.messages("2+2?") == [
+        {"role": "user", "content": "2+2?\nPlease reason step by step, and put your final answer within \\boxed{}."}
+    ]
+
+
+def test_tiny_models_fit_the_layout_tests() -> None:
+    for name in TINY:
+        spec = load_model_config(name).spec
+        check_layout(spec, ParallelConfig(tp=2, pp=2), 4)
+        check_layout(spec, ParallelConfig(pp=2, vpp=2), 2)
+        assert spec.vocab_size % 2  # so that tensor parallelism has to pad
+        assert count_parameters(spec) < 1_000_000
+    families = {load_model_config(name).spec.family for name in TINY}
+    assert families == {"llama", "qwen2", "qwen3", "qwen3_moe"}
