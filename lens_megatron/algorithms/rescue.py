@@ -91,6 +91,7 @@ class RebuiltGroup:
     success_rate: float  # a, of Y, whatever G became: Eq. 4's scaling factor
     successes: int  # |Y+|
     purified_successes: int = 0  # |P|, before any limit on how many join
+    removed: tuple[Rollout, ...] = ()  # R
 
     @property
     def rescued(self) -> bool:
@@ -164,7 +165,9 @@ def rebuild_group(group: Group, config: RescueConfig, seed: int, step: int) -> R
     successes = len(Y) - len(failures)
 
     def result(why: Why, members: Sequence[Member] = Y) -> RebuiltGroup:
-        return RebuiltGroup(group, tuple(members), why, successes / len(Y), successes, len(P))
+        staying = {member.rollout.index for member in members if not member.rollout.purified}
+        removed = tuple(rollout for rollout in originals if rollout.index not in staying)
+        return RebuiltGroup(group, tuple(members), why, successes / len(Y), successes, len(P), removed)
 
     if not needs_rescue([y.reward for y in originals], config):
         return result("off" if config.mode == "none" else "enough_success")

@@ -42,7 +42,8 @@ class Outcome:
     purified_prompt: PurifiedPrompt | None = None
     roll_tokens: tuple[int, ...] | None = None  # x', or x itself when resampling
     eligible: int = 0
-    above_floor: int = 0
+    above_floor: int | None = None  # how many eligible scores the noise does not explain; interference only
+    tied: bool = False  # nothing told the tokens apart; with `ties: position` it was purified all the same
 
     @property
     def can_be_rescued(self) -> bool:
@@ -78,10 +79,11 @@ def purify(
         seed_for(seed, step, prompt.id, "delete"),
     )
     selection = _STRATEGIES[config.strategy](request)
+    above_floor = selection.above_floor if config.strategy == "interference" else None
     if not selection.positions:
-        return Outcome(prompt.id, "tied", eligible=eligible, above_floor=selection.above_floor)
+        return Outcome(prompt.id, "tied", eligible=eligible, above_floor=above_floor, tied=True)
     purified = delete(prompt, selection.positions)
-    return Outcome(prompt.id, "purified", purified, purified.tokens, eligible, selection.above_floor)
+    return Outcome(prompt.id, "purified", purified, purified.tokens, eligible, above_floor, selection.tied)
 
 
 def unscored(prompt: Prompt) -> Outcome:
