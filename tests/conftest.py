@@ -1,0 +1,6 @@
+"""Shapes and types of the pure functions are checked at run time in the tests, at no cost in a run."""
+
+from jaxtyping import install_import_hook
+
+# before any test module imports them, and for good: tests are collected, and import, one after another
+install_import_hook(["lens_megatron.algorithms", "lens_megatron.purification"], "beartype.beartype")
