@@ -1,0 +1,105 @@
+"""HF weights into a sharded model and out of it. In: each rank reads the slices it holds. Out: one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from lens_megatron.mcore.hf_files import HfFolder
+from lens_megatron.mcore.hf_names import Mapping, hf_shapes, join_shards, mapping_of, read_shard
+from lens_megatron.mcore.model import innermost
+from lens_megatron.model_spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class LocalTensor:
+    """A parameter of this rank, and its place among the ranks that share the whole tensor."""
+
+    parameter: Tensor
+    mapping: Mapping
+    shard: int
+    shards: int
+    primary: bool  # the one of its replicas that is exported
+
+
+def local_tensors(chunks: Sequence[torch.nn.Module], spec: ModelSpec) -> Iterator[LocalTensor]:
+    """Every parameter of this rank. A tied embedding is met on the first and on the last stage."""
+    expert_rank = parallel_state.get_expert_model_parallel_rank()
+    expert_ranks = parallel_state.get_expert_model_parallel_world_size()
+    first_expert = expert_rank * (spec.moe.experts // expert_ranks) if spec.moe else 0
+    for chunk in chunks:
+        model = innermost(chunk)
+        layer_numbers = {place: layer.layer_number - 1 for place, layer in enumerate(model.decoder.layers)}
+        for name, parameter in model.named_parameters():
+            layer, inner = _split_layer(name, layer_numbers)
+            mapping = mapping_of(inner, layer, spec, first_expert)
+            if mapping.expert is None:
+                shard = parallel_state.get_tensor_model_parallel_rank()
+                shards = parallel_state.get_tensor_model_parallel_world_size()
+                primary = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+            else:
+                shard = parallel_state.get_expert_tensor_parallel_rank()
+                shards = parallel_state.get_expert_tensor_parallel_world_size()
+                primary = parallel_state.get_expert_data_parallel_rank() == 0
+            if mapping.kind == "whole":
+                primary, shard, shards = primary and shard == 0, 0, 1
+            tied_copy = spec.tied and inner == "output_layer.weight"
+            yield LocalTensor(parameter, mapping, shard, shards, primary and not tied_copy)
+
+
+def _split_layer(name: str, layer_numbers: dict[int, int]) -> tuple[int | None, str]:
+    if not name.startswith("decoder.layers."):
+        return None, name
+    _, _, place, inner = name.split(".", 3)
+    return layer_numbers[int(place)], inner
+
+
+@torch.no_grad()
+def load_hf(chunks: Sequence[torch.nn.Module], spec: ModelSpec, folder: Path) -> None:
+    """Fill the model from an HF folder, which is checked first. Reads this rank's slices only."""
+    source = HfFolder(folder)
+    source.check(hf_shapes(spec))
+    for local in local_tensors(chunks, spec):
+        rows = local.parameter.size(0)
+        shard = read_shard(local.mapping, spec, local.shard, local.shards, rows, source.read)
+        if shard.shape != local.parameter.shape:
+            raise AssertionError(f"{local.mapping.hf_names}: {tuple(shard.shape)} for {tuple(local.parameter.shape)}")
+        local.parameter.copy_(shard)
+
+
+@torch.no_grad()
+def export_hf(chunks: Sequence[torch.nn.Module], spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
+    """HF tensors on the host of rank 0, in a fixed order, one (one expert) gathered at a time; every rank must iterate.
+
+    Other ranks get nothing, and send what they hold when its turn comes.
+    """
+    rank = dist.get_rank()
+    mine = {(t.mapping.hf_names, t.shard): t for t in local_tensors(chunks, spec) if t.primary}
+    held: list[list[tuple[Mapping, int, int, torch.dtype, tuple[int, ...]]]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(
+        held, [(t.mapping, t.shard, t.shards, t.parameter.dtype, tuple(t.parameter.shape)) for t in mine.values()]
+    )
+    owners = {(m.hf_names, shard): (owner, m, n, d, s) for owner, part in enumerate(held) for m, shard, n, d, s in part}
+    order = {name: place for place, name in enumerate(hf_shapes(spec))}
+    for names in sorted({names for names, _ in owners}, key=lambda names: order[names[0]]):
+        _, mapping, count, _, _ = owners[names, 0]
+        shards: list[Tensor] = []
+        for number in range(count):
+            owner, _, _, dtype, shape = owners[names, number]
+            if owner == rank:
+                tensor = mine[names, number].parameter.detach().cpu()
+                if rank != 0:
+                    dist.send(tensor.contiguous(), dst=0)
+            elif rank == 0:
+                tensor = torch.empty(shape, dtype=dtype)
+                dist.recv(tensor, src=owner)
+            if rank == 0:
+                shards.append(tensor)
+        if rank == 0:
+            yield from join_shards(mapping, spec, shards)

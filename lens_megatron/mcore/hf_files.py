@@ -1,0 +1,196 @@
+"""An HF folder's safetensors: which file has which tensor, slices of tensors, and writing new folders.
+
+Everything that can be wrong with a folder is found from the files' headers, before any model is built.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lens_megatron.errors import UsageError
+
+_INDEX = "model.safetensors.index.json"
+_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What an HF folder has besides weights, copied along when a model is written again.
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+class HfFolder:
+    """Reads slices of an HF checkpoint. Opens each file once; reads nothing but headers until asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._headers: dict[Path, dict[str, Any]] = {}
+        self._handles: dict[Path, Any] = {}
+        self._file_of = self._locate()
+
+    def _locate(self) -> dict[str, Path]:
+        if not self.folder.is_dir():
+            raise UsageError(f"{self.folder}: no such folder")
+        index = self.folder / _INDEX
+        if index.is_file():
+            try:
+                weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            except (ValueError, KeyError):
+                raise UsageError(f"{index}: not a safetensors index") from None
+            for shard in sorted(set(weight_map.values())):
+                if not (self.folder / shard).is_file():
+                    raise UsageError(f"{self.folder / shard}: missing, though {_INDEX} names it; download it again")
+                self._headers[self.folder / shard] = _read_header(self.folder / shard)
+            for name, shard in weight_map.items():
+                if name not in self._headers[self.folder / shard]:
+                    raise UsageError(f"{self.folder / shard}: has no tensor {name}, though {_INDEX} says so")
+            return {name: self.folder / shard for name, shard in weight_map.items()}
+        files = sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self.folder.glob(pattern)]
+            found = f" ({pickles[0]} is a pickle, which is never loaded: save it as safetensors)" if pickles else ""
+            raise UsageError(f"{self.folder}: no safetensors files{found}")
+        for path in files:
+            self._headers[path] = _read_header(path)
+        return {name: path for path in files for name in self._headers[path] if name != "__metadata__"}
+
+    def names(self) -> list[str]:
+        return sorted(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._headers[self._file_of[name]][name]["shape"])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return _TORCH_DTYPES[self._headers[self._file_of[name]][name]["dtype"]]
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise unless the folder holds all of these tensors, in these shapes, as floating point."""
+        for name, shape in shapes.items():
+            if name not in self._file_of and not self._stacked(name):
+                missing = [other for other in shapes if other not in self._file_of and not self._stacked(other)]
+                more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+                raise UsageError(f"{self.folder}: no tensor {name}{more}, which config.json asks for")
+            if name not in self._file_of:
+                continue
+            if self.shape(name) != shape:
+                raise UsageError(f"{self.folder}: {name} has shape {self.shape(name)}, config.json says {shape}")
+            kind = self._headers[self._file_of[name]][name]["dtype"]
+            if kind not in _TORCH_DTYPES:
+                raise UsageError(f"{self.folder}: {name} is stored as {kind}; F32, F16 or BF16 is needed")
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
+        """A tensor, or rows (dim 0) or columns (dim 1) [start, stop) of it; only these bytes are read."""
+        if name in self._file_of:
+            view = self._handle(self._file_of[name]).get_slice(name)
+            if dim is None:
+                return view[:]
+            return view[start:stop] if dim == 0 else view[:, start:stop]
+        stacked, expert, offset, rows = self._stacked(name)  # type: ignore[misc]
+        view = self._handle(self._file_of[stacked]).get_slice(stacked)
+        if dim == 1:
+            return view[expert, offset : offset + rows, start:stop]
+        start, stop = (0, rows) if dim is None else (start, stop)
+        return view[expert, offset + start : offset + stop]
+
+    def _stacked(self, name: str) -> tuple[str, int, int, int] | None:
+        """transformers 5 keeps a layer's experts in one tensor, gate above up: (tensor, expert, first row, rows)."""
+        head, experts, tail = name.partition(".mlp.experts.")
+        if not experts:
+            return None
+        expert, _, projection = tail.partition(".")
+        part = "down_proj" if projection == "down_proj.weight" else "gate_up_proj"
+        stacked = f"{head}.mlp.experts.{part}"
+        if stacked not in self._file_of:
+            return None
+        rows = self.shape(stacked)[1] // (1 if part == "down_proj" else 2)
+        return stacked, int(expert), rows if projection == "up_proj.weight" else 0, rows
+
+    def _handle(self, path: Path) -> Any:
+        if path not in self._handles:
+            self._handles[path] = safe_open(path, framework="pt")
+        return self._handles[path]
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """A safetensors header, after a check that the file is as long as the header says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise UsageError(f"{path}: not a safetensors file, or cut off inside its header; download it again")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+        except ValueError:
+            raise UsageError(f"{path}: its safetensors header is not readable; download it again") from None
+    data = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    if 8 + length + data != size:
+        raise UsageError(
+            f"{path}: truncated: {size:,} bytes, its header promises {8 + length + data:,}; download it again"
+        )
+    return header
+
+
+def write_hf_folder(
+    target: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    companions_from: Path | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Stream tensors into sharded safetensors with an index; the folder appears under its name only when complete."""
+    if target.exists():
+        raise UsageError(f"{target}: exists already; choose another folder or remove it")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    shards: list[dict[str, Tensor]] = []
+    files: list[Path] = []
+    held: dict[str, Tensor] = {}
+    names: list[list[str]] = []
+    total = size = 0
+
+    def flush() -> None:
+        nonlocal held, size
+        path = partial / f"shard-{len(files):05d}.safetensors"
+        save_file(held, path, metadata={"format": "pt"})
+        files.append(path)
+        names.append(list(held))
+        held, size = {}, 0
+
+    for name, tensor in tensors:
+        bytes_ = tensor.numel() * tensor.element_size()
+        if held and size + bytes_ > max_shard_bytes:
+            flush()
+        held[name] = tensor.contiguous()
+        size, total = size + bytes_, total + bytes_
+    flush()
+    del shards
+    if len(files) == 1:
+        files[0].rename(partial / "model.safetensors")
+    else:
+        weight_map = {}
+        for number, (path, members) in enumerate(zip(files, names, strict=True), 1):
+            final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            path.rename(partial / final)
+            weight_map.update(dict.fromkeys(members, final))
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (partial / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    for name in _COMPANIONS if companions_from else ():
+        if (companions_from / name).is_file():  # type: ignore[operator]
+            shutil.copyfile(companions_from / name, partial / name)  # type: ignore[operator]
+    partial.rename(target)

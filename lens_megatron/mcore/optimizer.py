@@ -1,0 +1,146 @@
+"""Gradient buffers, the distributed optimizer and its learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from lens_megatron.mcore.model import MemoryConfig
+from lens_megatron.mcore.runtime import cuda_literals
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """`optimizer:` of RUN.yaml. AdamW; norms and biases are not decayed."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    lr: float = 1.0e-6
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1.0e-8
+    clip_grad: float = 1.0  # global norm; 0 turns clipping off
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    decay_steps: int | None = None  # for linear and cosine; default: all the steps of the run
+    min_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr must be above 0 (got {self.lr})")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"min_lr must lie between 0 and lr (got {self.min_lr})")
+
+
+@dataclass
+class Optimizer:
+    """Megatron-Core's optimizer and scheduler, stepped together."""
+
+    inner: Any
+    scheduler: OptimizerParamScheduler
+
+    def step(self) -> tuple[float, float, bool]:
+        """Gradient norm before clipping, learning rate used, and whether the weights changed.
+
+        A gradient that is not finite changes nothing: neither weights, nor moments, nor the schedule.
+        """
+        with cuda_literals(), torch.no_grad():
+            overflow = self.inner.prepare_grads()
+            norm = float(self.inner.get_grad_norm())
+            if overflow or not math.isfinite(norm):
+                return norm, self.learning_rate(), False
+            # The schedule moves first: with warm-up over w steps, the first step takes lr/w, not 0.
+            self.scheduler.step(increment=1)
+            for part in getattr(self.inner, "chained_optimizers", [self.inner]):
+                parameters = part.get_parameters()
+                if part.config.clip_grad > 0 and parameters:
+                    clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+            self.inner.step_with_ready_grads()
+        return norm, self.learning_rate(), True
+
+    def learning_rate(self) -> float:
+        return max((float(group["lr"]) for group in self.inner.param_groups), default=0.0)
+
+
+def with_gradient_buffers(chunks: Sequence[torch.nn.Module], config: Any) -> list[torch.nn.Module]:
+    """The chunks wrapped for data parallelism; `config` learns how gradients are summed and finished."""
+    overlap = torch.cuda.is_available() and parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
+    settings = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        # Weights leave for the engine right after a step, so there is no later forward pass to hide the gather behind.
+        overlap_param_gather=False,
+    )
+    with cuda_literals():
+        wrapped = [
+            DistributedDataParallel(config, settings, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(chunks)
+        ]
+    config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    if overlap:
+        config.grad_sync_func = (
+            [chunk.start_grad_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].start_grad_sync
+        )
+    config.finalize_model_grads_func = _finish_gradients
+    return wrapped
+
+
+def _finish_gradients(
+    chunks: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **options: Any
+) -> None:
+    """Sums only: the loss was divided by the global counts before the batch was cut, so nothing is divided here."""
+    finalize_model_grads(chunks, None, **options)
+
+
+def build_optimizer(
+    wrapped: Sequence[torch.nn.Module], config: Any, settings: OptimizerConfig, memory: MemoryConfig, steps: int
+) -> Optimizer:
+    offload = memory.offload_optimizer if torch.cuda.is_available() else 0.0
+    mcore = McoreOptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        bf16=config.bf16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=True,
+        optimizer_cpu_offload=offload > 0,
+        optimizer_offload_fraction=offload,
+        use_torch_optimizer_for_cpu_offload=True,
+    )
+    with cuda_literals():
+        inner = get_megatron_optimizer(mcore, list(wrapped), config_overrides=get_standard_config_overrides(mcore))
+        decay_steps = max(settings.decay_steps or steps, settings.warmup_steps + 1)
+        scheduler = OptimizerParamScheduler(
+            inner,
+            init_lr=0.0,
+            max_lr=settings.lr,
+            min_lr=settings.min_lr,
+            lr_warmup_steps=settings.warmup_steps,
+            lr_decay_steps=decay_steps,
+            lr_decay_style=settings.schedule,
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+    config.grad_scale_func = inner.scale_loss
+    return Optimizer(inner, scheduler)

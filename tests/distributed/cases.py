@@ -1,0 +1,132 @@
+"""What runs on every rank. Each returns plain values to the test."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lens_megatron.mcore.layout import ParallelConfig
+from lens_megatron.model_spec import load_model_spec
+from tests.distributed import reference
+
+
+def _start(folder: Path, layout: ParallelConfig) -> Any:
+    from lens_megatron.mcore import runtime
+
+    spec = load_model_spec(str(folder))
+    runtime.initialize(spec, layout, timeout_s=60)
+    return spec
+
+
+def score(
+    folder: Path, layout: ParallelConfig, sequences: Sequence[Tensor], budget: int, temperature: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    from lens_megatron.mcore.step import build_frozen
+
+    spec = _start(folder, layout)
+    result = build_frozen(spec, layout, folder).score(sequences, budget, temperature)
+    return result.logprobs, result.entropies
+
+
+def _policy(folder: Path, layout: ParallelConfig, memory: Any = None) -> Any:
+    from lens_megatron.mcore.optimizer import OptimizerConfig
+    from lens_megatron.mcore.step import build_trainable
+
+    spec = _start(folder, layout)
+    settings = OptimizerConfig(
+        lr=reference.LR, eps=reference.EPS, clip_grad=reference.CLIP, weight_decay=reference.DECAY
+    )
+    return build_trainable(spec, layout, folder, settings, steps=2, memory=memory)
+
+
+def _loss(sequences: Sequence[Tensor], data: reference.LossData) -> Any:
+    flat_old = torch.cat(data.old)
+    offsets = torch.tensor([0, *[len(s) for s in sequences]]).cumsum(0)
+    is_response = torch.cat(
+        [torch.arange(len(s)) >= start for s, start in zip(sequences, data.starts, strict=True)]
+    )
+    advantages = torch.tensor(data.advantages)
+
+    def loss(logp: Tensor, entropy: Tensor, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        place = batch.target_T.clamp(min=0)
+        mask = (batch.target_T >= 0) & is_response[place]
+        values = reference.token_loss(logp, entropy, flat_old[place], advantages[batch.sequence_T])
+        assert bool(((batch.target_T < 0) | (batch.target_T > offsets[batch.sequence_T])).all())
+        return (values * mask).sum() / data.responses, {"tokens": mask.sum(), "longest_max": batch.packed.max_seqlen_q}
+
+    return lambda logp, entropy, batch: _as_tensors(*loss(logp, entropy, batch))
+
+
+def _as_tensors(value: Tensor, metrics: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    return value, {name: torch.as_tensor(metric) for name, metric in metrics.items()}
+
+
+def gradients(
+    folder: Path,
+    layout: ParallelConfig,
+    sequences: Sequence[Tensor],
+    data: reference.LossData,
+    budget: int,
+    recompute: str = "none",
+) -> tuple[dict[str, float], dict[str, Tensor], float]:
+    """Metrics, HF-named gradients, and how far replicas of one gradient lie apart, on rank 0."""
+    from lens_megatron.mcore.hf_bridge import local_tensors
+    from lens_megatron.mcore.hf_names import join_shards
+    from lens_megatron.mcore.model import MemoryConfig
+    from lens_megatron.mcore.step import accumulate_gradients
+
+    policy = _policy(folder, layout, MemoryConfig(recompute=recompute))  # type: ignore[arg-type]
+    # the whole gradient on every data-parallel rank, not only each rank's part
+    policy.config.finalize_model_grads_func = functools.partial(
+        policy.config.finalize_model_grads_func, force_all_reduce=True
+    )
+    metrics = accumulate_gradients(policy, sequences, _loss(sequences, data), budget)
+    mine = [
+        (local.mapping, local.shard, local.shards, local.parameter.main_grad.clone())
+        for local in local_tensors(policy.chunks, policy.spec)
+    ]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    shards: dict[tuple[Any, int], list[Tensor]] = {}
+    count = {}
+    for part in gathered:
+        for mapping, shard, ranks, gradient in part:
+            shards.setdefault((mapping, shard), []).append(gradient)
+            count[mapping] = ranks
+    spread = max(float((copy - copies[0]).abs().max()) for copies in shards.values() for copy in copies)
+    named: dict[str, Tensor] = {}
+    for mapping, ranks in count.items():
+        named.update(join_shards(mapping, policy.spec, [shards[mapping, rank][0] for rank in range(ranks)]))
+    return metrics, named, spread
+
+
+def two_updates(
+    folder: Path, layout: ParallelConfig, sequences: Sequence[Tensor], data: reference.LossData, budget: int
+) -> dict[str, Tensor]:
+    from lens_megatron.mcore.step import train_step
+
+    policy = _policy(folder, layout)
+    for _ in range(2):
+        result = train_step(policy, sequences, _loss(sequences, data), tokens_per_microbatch=budget)
+        assert result.updated
+        assert result.learning_rate == reference.LR
+    return dict(policy.export_hf())
+
+
+def export(folder: Path, layout: ParallelConfig, target: Path) -> None:
+    from lens_megatron.mcore.hf_files import write_hf_folder
+    from lens_megatron.mcore.step import build_frozen
+
+    spec = _start(folder, layout)
+    tensors = build_frozen(spec, layout, folder).export_hf()
+    if dist.get_rank() == 0:
+        write_hf_folder(target, tensors, companions_from=folder, max_shard_bytes=20_000)
+    else:
+        for _ in tensors:
+            raise AssertionError("only rank 0 receives tensors")

@@ -1,0 +1,95 @@
+"""Worker processes joined over gloo, started once per world size and shared by all tests: imports cost more than tests.
+
+A case is a function run on every rank; the pool returns every rank's result in rank order. A case that raises or outlives
+its time kills the pool, so that a broken process group never meets the next test.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+
+class CaseFailed(AssertionError):
+    """A rank raised, died or did not answer in time."""
+
+
+class WorkerPool:
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+
+    def run(self, case: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0, **keywords: Any) -> list[Any]:
+        if not self._workers:
+            self._start()
+        for _, connection in self._workers:
+            connection.send((case, arguments, keywords))
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout_s
+        waiting = {connection: rank for rank, (_, connection) in enumerate(self._workers)}
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self._fail(f"{case.__name__}: ranks {sorted(waiting.values())} gave no answer in {timeout_s:.0f} s")
+            for connection in ready:
+                rank = waiting.pop(connection)  # type: ignore[arg-type,call-overload]
+                try:
+                    good, value = connection.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    self._fail(f"{case.__name__}: rank {rank} died")
+                if not good:
+                    self._fail(f"{case.__name__} on rank {rank} of {self.world_size}:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(self.world_size)]
+
+    def close(self) -> None:
+        for process, _ in self._workers:
+            process.kill()
+            process.join()
+        self._workers = []
+
+    def _fail(self, message: str) -> None:
+        self.close()
+        raise CaseFailed(message)
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        rendezvous = tempfile.mktemp(prefix="lens-test-store-")
+        for rank in range(self.world_size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.world_size, rendezvous, there), daemon=True)
+            process.start()
+            there.close()
+            self._workers.append((process, here))
+
+
+def _serve(rank: int, world_size: int, rendezvous: str, connection: Connection) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    os.environ.update(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1", PYTHONWARNINGS="ignore")
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    store = dist.FileStore(rendezvous, world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    while True:
+        try:
+            case, arguments, keywords = connection.recv()
+        except EOFError:
+            break
+        try:
+            answer = (True, case(*arguments, **keywords))
+        except BaseException:  # reported to the test, whatever it was
+            answer = (False, traceback.format_exc())
+        connection.send(answer)
+    Path(rendezvous).unlink(missing_ok=True)

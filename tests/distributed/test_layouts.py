@@ -1,0 +1,136 @@
+"""Every layout of every family equals the HF model in one process: log-probs, entropies, gradients, two updates."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lens_megatron.mcore.layout import ParallelConfig
+from tests.distributed import cases, reference
+from tests.tiny_models import random_sequences
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS = {
+    "1": (1, ParallelConfig()),
+    "tp2": (2, ParallelConfig(tp=2, sp=False)),
+    "tp2+sp": (2, ParallelConfig(tp=2, sp=True)),
+    "pp2": (2, ParallelConfig(pp=2)),
+    "pp2 vpp2": (2, ParallelConfig(pp=2, vpp=2)),
+    "cp2": (2, ParallelConfig(cp=2)),
+    "dp2": (2, ParallelConfig()),
+    "ep2": (2, ParallelConfig(ep=2)),
+    "tp2 pp2": (4, ParallelConfig(tp=2, pp=2)),
+    "tp2 cp2": (4, ParallelConfig(tp=2, cp=2)),
+    "ep2 pp2": (4, ParallelConfig(ep=2, pp=2)),
+    "tp2 ep2": (2, ParallelConfig(tp=2, ep=2)),
+}
+DENSE = ["1", "tp2", "tp2+sp", "pp2", "pp2 vpp2", "cp2", "dp2", "tp2 pp2"]
+MOE = ["1", "tp2+sp", "pp2", "pp2 vpp2", "cp2", "dp2", "ep2", "tp2 pp2", "ep2 pp2", "tp2 ep2"]
+COMBINATIONS = [
+    *[("llama", name) for name in [*DENSE, "tp2 cp2"]],
+    *[("qwen2", name) for name in DENSE],
+    *[("qwen3", name) for name in DENSE],
+    *[("qwen3_tied", name) for name in DENSE],
+    *[("qwen3_moe", name) for name in MOE],
+]
+EACH = pytest.mark.parametrize(("kind", "layout"), COMBINATIONS, ids=[f"{k}-{n}" for k, n in COMBINATIONS])
+BUDGET = 64
+SEQUENCES = random_sequences(11)  # odd: the data-parallel ranks get unequal numbers
+DATA = reference.loss_data(SEQUENCES)
+
+
+@functools.cache
+def expected_scores(folder: Path, temperature: float) -> Any:
+    with torch.no_grad():
+        model = reference.load(folder)
+        return [reference.scores(model, sequence, temperature) for sequence in SEQUENCES]
+
+
+@functools.cache
+def expected_gradients(folder: Path) -> Any:
+    loss, named = reference.gradients(reference.load(folder), SEQUENCES, DATA)
+    return loss, reference.per_expert(named)
+
+
+@functools.cache
+def expected_weights(folder: Path) -> Any:
+    return reference.per_expert(reference.two_updates(reference.load(folder), SEQUENCES, DATA))
+
+
+def largest_relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
+    assert set(found) == set(expected)
+    errors = {
+        name: float((found[name] - value).abs().max() / value.abs().max().clamp_min(1e-7))
+        for name, value in expected.items()
+    }
+    worst = max(errors, key=lambda name: errors[name])
+    return errors[worst], worst
+
+
+@EACH
+def test_scores_equal_hf(kind: str, layout: str, workers: Any, hf_folder: Any) -> None:
+    world, parallel = LAYOUTS[layout]
+    folder = hf_folder(kind)
+    for answer in workers(world).run(cases.score, folder, parallel, SEQUENCES, BUDGET, 0.7):
+        for logprobs, entropies, (hf_logprobs, hf_entropies) in zip(*answer, expected_scores(folder, 0.7), strict=True):
+            torch.testing.assert_close(logprobs, hf_logprobs, atol=1e-4, rtol=0, equal_nan=True)
+            torch.testing.assert_close(entropies, hf_entropies, atol=1e-4, rtol=0, equal_nan=True)
+
+
+@EACH
+def test_gradients_equal_hf(kind: str, layout: str, workers: Any, hf_folder: Any) -> None:
+    world, parallel = LAYOUTS[layout]
+    folder = hf_folder(kind)
+    hf_loss, hf_gradients = expected_gradients(folder)
+    answers = workers(world).run(cases.gradients, folder, parallel, SEQUENCES, DATA, BUDGET)
+    metrics, found, spread = answers[0]
+    assert metrics["loss"] == pytest.approx(hf_loss, rel=1e-4)
+    assert metrics["tokens"] == DATA.responses
+    assert metrics["longest_max"] >= max(len(s) for s in SEQUENCES)
+    assert all(answer[0] == metrics for answer in answers)
+    error, worst = largest_relative_error(found, hf_gradients)
+    assert error < 1e-4, worst
+    assert spread < 1e-5
+
+
+@EACH
+def test_two_updates_equal_hf(kind: str, layout: str, workers: Any, hf_folder: Any) -> None:
+    world, parallel = LAYOUTS[layout]
+    folder = hf_folder(kind)
+    found = workers(world).run(cases.two_updates, folder, parallel, SEQUENCES, DATA, BUDGET)[0]
+    error, worst = largest_relative_error(found, expected_weights(folder))
+    assert error < 1e-4, worst
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputed_activations_change_nothing(kind: str, recompute: str, workers: Any, hf_folder: Any) -> None:
+    folder = hf_folder(kind)
+    answer = workers(2).run(
+        cases.gradients, folder, ParallelConfig(tp=2), SEQUENCES, DATA, BUDGET, recompute=recompute
+    )[0]
+    error, worst = largest_relative_error(answer[1], expected_gradients(folder)[1])
+    assert error < 1e-4, worst
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "qwen3_tied", "qwen3_moe"])
+def test_export_is_bit_identical(kind: str, workers: Any, hf_folder: Any, tmp_path: Path) -> None:
+    """From TP2 x PP2, through a padded vocabulary and sharded files."""
+    folder = hf_folder(kind)
+    workers(4).run(cases.export, folder, ParallelConfig(tp=2, pp=2), tmp_path / "out")
+    original = reference.per_expert(load_file(folder / "model.safetensors"))
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 1
+    written = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    assert set(written) == set(original)
+    for name, tensor in original.items():
+        assert torch.equal(written[name], tensor), name
+    with torch.no_grad():  # and transformers opens it
+        logits = reference.load(tmp_path / "out")(SEQUENCES[0][None]).logits
+        assert torch.equal(logits, reference.load(folder)(SEQUENCES[0][None]).logits)
