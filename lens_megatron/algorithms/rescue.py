@@ -215,15 +215,20 @@ def _succeeds(rollout: Rollout, config: RescueConfig) -> bool:
 
 
 def _check_complete(group: Group) -> None:
-    """Groups arrive whole: one missing its slowest rollouts is biased towards short answers."""
+    """Groups arrive whole: one missing its slowest rollouts is biased towards short answers. And every rollout carries
+    the prompt it was sampled under, or pi_old would be scored under another and Eq. 5 be silently wrong."""
     where = f"group of prompt {group.prompt.id!r}"
     if not group.originals:
         raise ValueError(f"{where} has no rollout")
     if group.purified and len(group.purified) != len(group.originals):
         raise ValueError(f"{where}: {len(group.purified)} rescue rollouts for {len(group.originals)} originals")
-    for rollouts in (group.originals, group.purified):
+    x = group.prompt.tokens
+    x_prime = group.purified_prompt.tokens if group.purified_prompt else x
+    for rollouts, purified, tokens in ((group.originals, False, x), (group.purified, True, x_prime)):
         if len({rollout.index for rollout in rollouts}) != len(rollouts):
             raise ValueError(f"{where}: two rollouts have the same index")
+        if any(rollout.purified != purified or rollout.roll_tokens != tokens for rollout in rollouts):
+            raise ValueError(f"{where}: a rollout is marked or sampled under the other prompt")
     if any(rollout.finish == "abort" for rollout in group.originals):
         raise ValueError(f"{where}: an original rollout was aborted")
     if any(rollout.finish == "abort" and rollout.reward != 0 for rollout in group.purified):
