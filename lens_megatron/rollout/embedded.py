@@ -209,7 +209,7 @@ class EmbeddedEngine:
         return time.monotonic()
 
     def health(self) -> Health:
-        return Health(self.version >= 0, len(self._running), len(self._waiting), self.version)
+        return Health(self.version >= 0, len(self._running), len(self._waiting), self.version, self.steps)
 
     def close(self) -> None:
         self._running, self._waiting = [], []

@@ -65,6 +65,7 @@ class Health:
     running: int
     waiting: int
     version: int
+    progress: int = 0  # grows whenever a token is sampled: tells slow from stuck
     detail: str = ""
 
 

@@ -1,0 +1,170 @@
+"""The toy task: counting stories with a few misleading words, solved step by step.
+
+A story tells what somebody has, and what is gained or lost day by day. An adverb stands before some verbs. Most are
+harmless; a few, such as "nearly", mislead: in the supervised data the step of a misleading word is worked out with
+the wrong sign, as often as that word says. So a model trained on it solves plain stories, mostly fails on misleading
+ones, and knows everything that a solution needs: the wrong step differs from the right one in one choice, all later
+steps follow from it. The gold answer never heeds the adverbs.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+NAMES = {"Ann": "she", "Ben": "he", "Cleo": "she", "Dan": "he", "Eva": "she", "Finn": "he", "Gus": "he", "Hana": "she"}
+THINGS = ("apples", "books", "coins", "marbles", "stamps", "shells")
+GAINS = ("buys", "finds", "gets", "wins")
+LOSSES = ("sells", "loses", "drops", "lends")
+HARMLESS = ("then", "also", "gladly", "quickly", "slowly", "again", "calmly", "soon")
+# word -> how often the supervised data is misled by it
+MISLEADING = {
+    "nearly": 0.9,
+    "supposedly": 0.9,
+    "hardly": 0.85,
+    "almost": 0.85,
+    "reportedly": 0.8,
+    "barely": 0.8,
+    "oddly": 0.75,
+    "allegedly": 0.75,
+}
+LARGEST = 30
+OPERANDS = (1, 2, 3, 4, 5)
+TEMPLATE = "Question: {problem} Answer:"
+KINDS = ("plain", "one", "two")  # how many misleading words
+
+
+@dataclass(frozen=True)
+class Step:
+    day: str
+    verb: str
+    amount: int
+    adverb: str = ""
+
+    @property
+    def gain(self) -> bool:
+        return self.verb in GAINS
+
+
+@dataclass(frozen=True)
+class Story:
+    name: str
+    thing: str
+    start: int
+    steps: tuple[Step, ...]
+
+    def question(self) -> str:
+        said = [f"{self.name} has {self.start} {self.thing}."]
+        for step in self.steps:
+            adverb = f"{step.adverb} " if step.adverb else ""
+            said.append(f"On {step.day} {NAMES[self.name]} {adverb}{step.verb} {step.amount} {self.thing}.")
+        return " ".join([*said, f"How many {self.thing} does {self.name} have?"])
+
+    def states(self, misled: frozenset[int] = frozenset()) -> list[int]:
+        """What is there at the start and after each step, when the steps in `misled` are taken with the wrong sign."""
+        counts = [self.start]
+        for i, step in enumerate(self.steps):
+            counts.append(counts[-1] + (step.amount if step.gain != (i in misled) else -step.amount))
+        return counts
+
+    def solution(self, misled: frozenset[int] = frozenset()) -> str:
+        counts = self.states(misled)
+        lines = [
+            f"{step.day} {before} {'+' if after > before else '-'} {step.amount} = {after}."
+            for step, before, after in zip(self.steps, counts, counts[1:], strict=False)
+        ]
+        return " ".join([*lines, f"Answer \\boxed{{{counts[-1]}}}"])
+
+    def answer(self) -> str:
+        return str(self.states()[-1])
+
+
+def make_story(rng: random.Random, misleading: int, steps: int) -> Story:
+    """A story whose counts stay within 0..LARGEST, whichever of its misleading steps are taken wrongly."""
+    if not 0 <= misleading <= steps <= len(DAYS):
+        raise ValueError(
+            f"{misleading} misleading words in {steps} steps: at most one a step, {len(DAYS)} steps at most"
+        )
+    while True:
+        at = frozenset(rng.sample(range(steps), misleading))
+        first = rng.randrange(len(DAYS) - steps + 1)
+        told = []
+        for i in range(steps):
+            adverb = rng.choice(HARMLESS) if rng.random() < 0.5 else ""
+            if i in at:
+                adverb = rng.choice(tuple(MISLEADING))
+            told.append(Step(DAYS[first + i], rng.choice(GAINS + LOSSES), rng.choice(OPERANDS), adverb))
+        story = Story(rng.choice(tuple(NAMES)), rng.choice(THINGS), rng.randint(5, LARGEST - 5), tuple(told))
+        if all(min(s) >= 0 and max(s) <= LARGEST for s in (story.states(misled) for misled in _subsets(sorted(at)))):
+            return story
+
+
+def _subsets(items: list[int]) -> Iterator[frozenset[int]]:
+    for mask in range(2 ** len(items)):
+        yield frozenset(item for bit, item in enumerate(items) if mask >> bit & 1)
+
+
+def misled_steps(rng: random.Random, story: Story) -> frozenset[int]:
+    return frozenset(i for i, step in enumerate(story.steps) if rng.random() < MISLEADING.get(step.adverb, 0.0))
+
+
+def supervised_rows(count: int, seed: int, steps: tuple[int, int]) -> Iterator[dict[str, str]]:
+    """Questions and worked solutions: one third each without, with one and with two misleading words."""
+    rng = random.Random(f"toy/supervised/{seed}")
+    for i in range(count):
+        story = make_story(rng, i % 3, rng.randint(*steps))
+        yield {
+            "id": f"toy-sft-{i}",
+            "prompt": story.question(),
+            "response": story.solution(misled_steps(rng, story)),
+            "answer": story.answer(),
+        }
+
+
+def prompt_rows(count: int, seed: int, steps: tuple[int, int], split: str = "train") -> Iterator[dict[str, str]]:
+    """Prompts for reinforcement learning, a quarter plain, a quarter with one misleading word, half with two."""
+    rng = random.Random(f"toy/{split}/{seed}")
+    for i in range(count):
+        misleading = (0, 1, 2, 2)[i % 4]
+        story = make_story(rng, misleading, rng.randint(*steps))
+        yield {
+            "id": f"toy-{split}-{i}",
+            "prompt": story.question(),
+            "answer": story.answer(),
+            "source": f"toy-{KINDS[misleading]}",
+        }
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A word-level Hugging Face tokenizer of the toy's explicit vocabulary, with a chat template."""
+    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<unk>", "Question", "Answer", ":", ".", "?", "+", "-", "=", "\\boxed{", "}"]
+    words += ["has", "On", "How", "many", "does", "have", *sorted(set(NAMES.values()))]
+    words += [*NAMES, *THINGS, *DAYS, *GAINS, *LOSSES, *HARMLESS, *MISLEADING]
+    words += [str(number) for number in range(LARGEST + 1)]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    pieces = pre_tokenizers.Split(Regex(r"\\boxed\{|\w+|[^\w\s]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pieces])
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # spaces between words, none before a full stop
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>", model_max_length=512
+    )
+    wrapped.chat_template = (
+        "{% for message in messages %}Question: {{ message['content'] | trim }} {% endfor %}"
+        "{% if add_generation_prompt %}Answer:{% endif %}"
+    )
+    wrapped.save_pretrained(str(folder))
+
+
+def write_jsonl(path: Path, rows: Iterator[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as out:
+        for row in rows:
+            out.write(json.dumps(row) + "\n")
