@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import os
 import pkgutil
+import select
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from lens_megatron import __version__, commands
@@ -19,12 +23,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def command_names() -> list[str]:
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(commands.__path__))
+    names = (module.name for module in pkgutil.iter_modules(commands.__path__))
+    return sorted(name.replace("_", "-") for name in names if not name.startswith("_"))
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{commands.__name__}.{name.replace('-', '_')}")
 
 
 def build_parser(name: str) -> argparse.ArgumentParser:
     """The parser of one command; the other commands' files are not imported."""
-    module = importlib.import_module(f"{commands.__name__}.{name.replace('-', '_')}")
+    module = _module(name)
     parser = _Parser(
         prog=f"lens-megatron {name}",
         description=module.SUMMARY,
@@ -33,44 +42,71 @@ def build_parser(name: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     module.configure(parser)
-    parser.set_defaults(run=module.run)
     return parser
 
 
 def _overview() -> str:
     lines = [f"lens-megatron {__version__}: LENS and the GRPO family at Megatron scale", "", "commands:"]
-    for name in command_names():
-        module = importlib.import_module(f"{commands.__name__}.{name.replace('-', '_')}")
-        lines.append(f"  {name:<12} {module.SUMMARY}")
+    lines += [f"  {name:<12} {_module(name).SUMMARY}" for name in command_names()]
     return "\n".join([*lines, "", "lens-megatron COMMAND --help shows its options and an example."])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
+def _dispatch(arguments: Sequence[str]) -> int:
+    names = command_names()
+    if not arguments:
+        print(_overview())
+        raise UsageError("no command given")
+    name = arguments[0]
+    if name in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if name == "--version":
+        print(__version__)
+        return 0
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(names)}"
+        raise UsageError(f"unknown command {name!r}; {hint}")
     try:
-        if not arguments or arguments[0] in ("-h", "--help"):
-            print(_overview())
-            return 0 if arguments else 2
-        if arguments[0] == "--version":
-            print(__version__)
-            return 0
-        name = arguments[0]
-        if name not in command_names():
-            raise UsageError(f"unknown command {name!r}; one of: {', '.join(command_names())}")
         parsed = build_parser(name).parse_args(arguments[1:])
-        return int(parsed.run(parsed))
+    except SystemExit as stop:  # --help printed what was asked for
+        return int(stop.code or 0)
+    return int(_module(name).run(parsed))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        code = _dispatch(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # here, where a reader that has gone away is still handled
+        return code
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except RunError as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"failed: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `lens-megatron ... | head`
-        sys.stderr.close()
+    except BrokenPipeError:
+        if not _stdout_is_gone():
+            raise  # a connection of ours broke: that is a failure, not `| head`
         return 0
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).splitlines())
+
+
+def _stdout_is_gone() -> bool:
+    """`lens-megatron ... | head` closes our output early. What is left unwritten goes nowhere, and quietly so."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import re
 import types
 import typing
@@ -21,25 +20,42 @@ T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats (1e-6 is a number, which YAML 1.1 reads as text) and no duplicate keys."""
+    """YAML 1.2's plain values, and no duplicate keys.
+
+    PyYAML reads YAML 1.1, where 1e-6 is text, 04:00:00 is 14400, 010 is 8, `off` is false and 2026-01-31 a date object.
+    """
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: set[str] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
-            seen.add(key)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+            if key_node.value in seen and key_node.value != "<<":
+                problem = f"duplicate key {key_node.value!r}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
+    def construct_decimal(self, node: yaml.ScalarNode) -> int:
+        return int(node.value.replace("_", ""))
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf)|\.(nan|NaN))$"
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?\d[\d_]*", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF))"
+        r"|\.(nan|NaN|NAN)",
+        list("-+0123456789."),
     ),
-    list("-+0123456789."),
-)
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -73,15 +89,18 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
     result = _deep_copy(tree)
     for override in overrides:
         path, equals, value = override.partition("=")
-        if not equals or not path:
+        *parents, last = path.split(".")
+        if not equals or not all((*parents, last)):
             raise UsageError(f"override {override!r}: write it as key.path=value")
         node = result
-        *parents, last = path.split(".")
         for parent in parents:
             child = node.setdefault(parent, {})
+            if isinstance(child, list):
+                raise UsageError(f"override {override!r}: {parent} is a list; give it whole, as {parent}=[...]")
             if not isinstance(child, dict):
                 # a short form such as `algorithm: lens` opens into the mapping it stands for
-                child = node[parent] = {"preset": child} if parent == "algorithm" else {}
+                opened = {"preset": child} if parent == "algorithm" and child is not None else {}
+                child = node[parent] = opened
             node = child
         node[last] = parse_yaml(value, f"override {override!r}")
     return result
@@ -102,17 +121,22 @@ def _deep_copy(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _deep_copy(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
 
 
-@functools.cache
-def _adapter(kind: type) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """Built once a type: building takes longer than using it."""
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
 
 
 def build(kind: type[T], tree: Any, where: str) -> T:
-    """`tree` as a `kind` (pydantic model, or dataclass with `__pydantic_config__ = STRICT`), or one clear line."""
+    """`tree` as a `kind` (pydantic model, or dataclass that forbids extra keys), or one clear line."""
     try:
         return _adapter(kind).validate_python(tree)
     except ValidationError as error:
-        raise UsageError("; ".join(_explain(kind, problem, where) for problem in error.errors())) from None
+        raise UsageError("; ".join(_explain(kind, problem, where) for problem in _relevant(kind, error))) from None
 
 
 def to_tree(kind: type[T], value: T) -> dict[str, Any]:
@@ -120,34 +144,81 @@ def to_tree(kind: type[T], value: T) -> dict[str, Any]:
     return _adapter(kind).dump_python(value, mode="json")
 
 
+def _relevant(kind: type, error: ValidationError) -> list[Any]:
+    """Without the branches of a union that the value never meant: of `str | Settings` given a mapping, `str`."""
+    problems = error.errors(include_url=False)
+
+    def meant_another_branch(loc: tuple[Any, ...]) -> bool:
+        is_branch = bool(loc) and _path(kind, loc) == _path(kind, loc[:-1])
+        return is_branch and any(len(p["loc"]) > len(loc) and p["loc"][: len(loc) - 1] == loc[:-1] for p in problems)
+
+    return [problem for problem in problems if not meant_another_branch(problem["loc"])]
+
+
 def _explain(kind: type, problem: Mapping[str, Any], where: str) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
+    keys = _path(kind, problem["loc"])
+    path = ".".join(str(key) for key in keys)
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        name = str(problem["loc"][-1])
-        near = difflib.get_close_matches(name, _fields_at(kind, problem["loc"][:-1]), n=1)
+        near = difflib.get_close_matches(str(keys[-1]), _keys_at(kind, problem["loc"][:-1]), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"{where}: unknown key {path!r}{hint}"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    given = "" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r})"
+    if problem["type"] in ("dataclass_type", "model_type", "dict_type"):
+        message = "expected keys and values"
+    given = "" if problem["type"] in ("missing", "value_error", "assertion_error") else f" (got {_short(problem)})"
     return f"{where}: {path + ': ' if path else ''}{message}{given}"
 
 
-def _fields_at(kind: Any, loc: tuple[Any, ...]) -> list[str]:
-    """Names of the keys allowed at a place in the tree."""
-    candidates = [kind]
+def _short(problem: Mapping[str, Any]) -> str:
+    text = repr(problem["input"])
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _step(kind: Any, part: Any) -> tuple[Any, bool]:
+    """The type that `part` of an error's location leads to from `kind`, and whether the user wrote `part`.
+
+    Of a union, pydantic puts the name of the branch in the location, which means nothing to the user.
+    """
+    if typing.get_origin(kind) is typing.Annotated:
+        return _step(typing.get_args(kind)[0], part)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        candidates = list(typing.get_args(kind))
-    names: list[str] = []
-    for candidate in candidates:
-        if not isinstance(candidate, type):
-            continue
-        hints: dict[str, Any] = {}
-        if hasattr(candidate, "model_fields"):
-            hints = {name: field.annotation for name, field in candidate.model_fields.items()}
-        elif dataclasses.is_dataclass(candidate):
-            hints = typing.get_type_hints(candidate)
-        if not loc:
-            names += hints
-        elif loc[0] in hints:
-            names += _fields_at(hints[loc[0]], loc[1:])
-    return names
+        branches = [branch for branch in typing.get_args(kind) if branch is not type(None)]
+        if len(branches) == 1:
+            return _step(branches[0], part)
+        named = [branch for branch in branches if getattr(branch, "__name__", None) == part or str(branch) == str(part)]
+        return (named[0] if named else None), False
+    if typing.get_origin(kind) in (list, tuple, set, frozenset) and isinstance(part, int):
+        return typing.get_args(kind)[0], True
+    if typing.get_origin(kind) in (dict, Mapping):
+        return typing.get_args(kind)[1], True
+    return _fields(kind).get(part), True
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    if hasattr(kind, "model_fields"):
+        return {name: field.annotation for name, field in kind.model_fields.items()}
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind, include_extras=True)
+        return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    return {}
+
+
+def _path(kind: Any, loc: tuple[Any, ...]) -> list[Any]:
+    """The location as the user wrote it."""
+    path = []
+    for part in loc:
+        kind, written = _step(kind, part)
+        if written:
+            path.append(part)
+    return path
+
+
+def _keys_at(kind: Any, loc: tuple[Any, ...]) -> list[str]:
+    """Names of the keys allowed at a place in the tree."""
+    for part in loc:
+        kind, _ = _step(kind, part)
+    if typing.get_origin(kind) is typing.Annotated:
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return [name for branch in typing.get_args(kind) for name in _fields(branch)]
+    return list(_fields(kind))
