@@ -122,12 +122,11 @@ def group_advantages(
     """
     rewards = rewards_M.to(torch.float64)
     weights = group_weights(success_M, purified_M, success_rate, config.weights)
-    terms = BaselineTerms(rewards, weights, success_rate if original_mean is None else original_mean)
     if config.baseline != "original" and bool(rewards.max() - rewards.min() <= SAME_REWARD):
-        baseline = rewards  # no spread, no signal: exactly 0, whatever the rounding
-    else:
-        baseline = BASELINES[config.baseline](terms)
-    advantages = rewards - baseline
+        # no spread, no signal: exactly 0, whatever the rounding and the epsilon
+        return GroupAdvantages(torch.zeros_like(rewards_M), weights.to(rewards_M.dtype))
+    terms = BaselineTerms(rewards, weights, success_rate if original_mean is None else original_mean)
+    advantages = rewards - BASELINES[config.baseline](terms)
     if config.std != "none":
         advantages = advantages / (_weighted_std(rewards, weights, unbiased=config.std == "unbiased") + config.epsilon)
     return GroupAdvantages(advantages.to(rewards_M.dtype), weights.to(rewards_M.dtype))

@@ -129,4 +129,5 @@ def response_scale(inputs: LossInputs, config: LossConfig, denominators: Denomin
     """Mean over all response tokens, or over the sequences' means."""
     if config.aggregation == "token_mean":
         return 1.0 / max(denominators.tokens, 1.0)
-    return 1.0 / (inputs.to_tokens(inputs.response_lengths_S.clamp(min=1)) * max(denominators.sequences, 1.0))
+    lengths_T = inputs.to_tokens(inputs.response_lengths_S.clamp(min=1)).to(inputs.entropy_T.dtype)
+    return 1.0 / (lengths_T * max(denominators.sequences, 1.0))
