@@ -60,7 +60,7 @@ def _rescue_metrics(groups: Sequence[RebuiltGroup]) -> dict[str, float | None]:
     joined = [member.rollout for group in tried for member in group.members if member.origin == "purified"]
     spare = [group for group in groups if group.group.purified and not group.rolled_out_again]
     return {
-        "purified_ratio": _mean(bool(group.rolled_out_again) for group in groups),
+        "purified_ratio": _mean(group.rolled_out_again for group in groups),
         # of the prompts that were rolled out again (the paper's 20%); 0 of 0 reads 0, next to a purified_ratio of 0
         "improved_ratio": _mean(group.improved for group in tried) or 0.0,
         "deleted_tokens": float(sum(deleted)),
@@ -141,7 +141,7 @@ def _had_signal(group: RebuiltGroup) -> bool:
     return not zero_variance([rollout.reward for rollout in group.group.originals])
 
 
-def _mean(values: Iterable[float]) -> float | None:
+def _mean(values: Iterable[float | int]) -> float | None:
     numbers = [float(value) for value in values]
     return sum(numbers) / len(numbers) if numbers else None
 
