@@ -19,7 +19,6 @@ __all__ = [
     "MoESpec",
     "ModelConfig",
     "ModelSpec",
-    "PromptTemplate",
     "find_weights",
     "load_model_config",
     "load_model_spec",
@@ -94,40 +93,6 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
-class PromptTemplate:
-    """How a problem becomes a prompt. `text` holds {problem} once.
-
-    chat=False: `text` is the whole prompt, tokenised as it stands, special tokens written out.
-    chat=True: `text` is the user's message, which goes through the tokenizer's own chat template.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
-    text: str = "{problem}"
-    chat: bool = False
-    system: str | None = None  # chat only: a system message before the user's
-
-    def __post_init__(self) -> None:
-        if self.text.count("{problem}") != 1:
-            raise ValueError(f"the template must hold {{problem}} exactly once (got {self.text!r})")
-        if self.system is not None and not self.chat:
-            raise ValueError("system needs chat: true; without it, write the system message into text")
-
-    def around(self) -> tuple[str, str]:
-        """What stands before and after the problem. (Not str.format: \\boxed{} has braces of its own.)"""
-        before, _, after = self.text.partition("{problem}")
-        return before, after
-
-    def fill(self, problem: str) -> str:
-        before, after = self.around()
-        return before + problem + after
-
-    def messages(self, problem: str) -> list[dict[str, str]]:
-        """For the tokenizer's chat template."""
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return [*system, {"role": "user", "content": self.fill(problem)}]
-
-
-@dataclass(frozen=True)
 class AdvisedLayout:
     """A trainer's layout that fits by the arithmetic of planning/parameters.py. Computed, not measured."""
 
@@ -165,17 +130,15 @@ class ModelConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
     spec: ModelSpec
-    template: PromptTemplate
+    # `chat`: the tokenizer's chat template. Else the whole prompt around {problem}, special tokens written out.
+    template: str
     hub_id: str | None = None
     layouts: tuple[AdvisedLayout, ...] = ()
     name: str = ""  # the file's name
 
-
-# What a base model without a chat template is asked with; comparable to the shipped Llama bases.
-_PLAIN = PromptTemplate(text="Question:\n{problem}\nAnswer:\nLet's think step by step.\n")
-_CHAT = PromptTemplate(
-    text="{problem}\nPlease reason step by step, and put your final answer within \\boxed{}.", chat=True
-)
+    def __post_init__(self) -> None:
+        if self.template != "chat" and self.template.count("{problem}") != 1:
+            raise ValueError(f"template must be `chat`, or hold {{problem}} exactly once (got {self.template!r})")
 
 
 def _shipped_folder() -> Path:
@@ -277,9 +240,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     return tree
 
 
-def _template_of(folder: Path) -> PromptTemplate:
+def _template_of(folder: Path) -> str:
     settings = folder / "tokenizer_config.json"
     has_chat = (folder / "chat_template.jinja").is_file() or (
         settings.is_file() and bool(_read_json(settings).get("chat_template"))
     )
-    return _CHAT if has_chat else _PLAIN
+    return "chat" if has_chat else "{problem}"

@@ -121,30 +121,35 @@ def test_one_gpu_takes_eighteen_bytes_a_parameter() -> None:
     assert held.weights + held.gradients + held.optimizer == 18 * count_parameters(config.spec)
 
 
-def test_every_template_asks_the_problem_once() -> None:
-    for name in shipped_models():
-        config = load_model_config(name)
-        marked = config.template.fill("<<2+2?>>")
-        assert marked.count("<<2+2?>>") == 1
-        assert "{problem}" not in marked
-        assert config.hub_id is not None or name.startswith("tiny-")
+# How a turn ends and the answer begins, in each family's chat format.
+CHATML = "<|im_end|>\n<|im_start|>assistant\n"
+LLAMA = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
-def test_qwen_base_models_are_asked_in_chatml_with_a_boxed_answer() -> None:
-    for name in ("qwen2.5-3b", "qwen2.5-7b", "qwen3-4b-base", "qwen3-8b-base"):
-        template = load_model_config(name).template
-        assert not template.chat
-        before, after = template.around()
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_prompts_ask_for_a_boxed_answer_and_hand_over_to_the_assistant(name: str) -> None:
+    config = load_model_config(name)
+    before, after = config.template.split("{problem}")
+    if name in ("llama-3.1-8b", "llama-3.1-70b"):  # bases that have never seen a chat
+        assert before.startswith("<|begin_of_text|>Question:")
+        return
+    if config.spec.family == "llama":
+        assert before.startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n")
+        assert before.endswith("<|start_header_id|>user<|end_header_id|>\n\n")
+        assert after == BOXED + LLAMA
+    else:
         assert before.endswith("<|im_start|>user\n")
-        assert after.endswith("\\boxed{}.<|im_end|>\n<|im_start|>assistant\n")
+        assert after == BOXED + CHATML
+    assert config.hub_id is not None
 
 
-def test_instruct_models_use_their_own_chat_template() -> None:
-    template = load_model_config("llama-3.2-3b-instruct").template
-    assert template.chat
-    assert template.messages("2+2?") == [
-        {"role": "user", "content": "2+2?\nPlease reason step by step, and put your final answer within \\boxed{}."}
-    ]
+def test_qwen_base_models_have_a_system_message_and_chat_models_have_none() -> None:
+    for name in PUBLISHED:
+        config = load_model_config(name)
+        if config.spec.family != "llama":
+            is_base = "base" in name or config.spec.family == "qwen2"
+            assert config.template.startswith("<|im_start|>system\nYou are a helpful assistant.") == is_base, name
 
 
 def test_tiny_models_fit_the_layout_tests() -> None:

@@ -14,9 +14,9 @@ from lens_megatron import strict
 from lens_megatron.errors import UsageError
 from lens_megatron.model_spec import (
     Llama3Scaling,
+    ModelConfig,
     ModelSpec,
     MoESpec,
-    PromptTemplate,
     find_weights,
     load_model_config,
     load_model_spec,
@@ -249,23 +249,20 @@ def test_find_weights_gives_folders_and_never_downloads(tmp_path: Path, monkeypa
 
 def test_a_folder_with_a_chat_template_is_asked_through_it(tmp_path: Path) -> None:
     load(QWEN3, tmp_path)
-    assert not load_model_config(tmp_path).template.chat
+    assert load_model_config(tmp_path).template == "{problem}"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
-    assert load_model_config(tmp_path).template.chat
+    assert load_model_config(tmp_path).template == "chat"
     (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert load_model_config(tmp_path).template == "{problem}"
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    assert load_model_config(tmp_path).template.chat
+    assert load_model_config(tmp_path).template == "chat"
 
 
-def test_prompt_templates() -> None:
-    template = PromptTemplate(text="{problem}\n\\boxed{}", chat=True, system="Think.")
-    assert template.around() == ("", "\n\\boxed{}")
-    assert template.messages("1 {problem} 2")[1]["content"] == "1 {problem} 2\n\\boxed{}"
+def test_a_template_must_have_one_place_for_the_problem() -> None:
+    spec = load_model_spec("tiny-qwen3")
     for text in ("no place for it", "{problem} {problem}"):
         with pytest.raises(ValueError, match="exactly once"):
-            PromptTemplate(text=text)
-    with pytest.raises(ValueError, match="chat: true"):
-        PromptTemplate(text="{problem}", system="Think.")
+            ModelConfig(spec=spec, template=text)
 
 
 def test_a_spec_that_contradicts_its_family_is_refused(tmp_path: Path) -> None:
