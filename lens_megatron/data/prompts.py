@@ -1,0 +1,79 @@
+"""A data set of prompts, tokenised, filtered by length and counted, in a resumable order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lens_megatron.data.config import DataConfig
+from lens_megatron.data.order import PromptOrder
+from lens_megatron.data.rows import Row, read_rows
+from lens_megatron.data.template import Template
+from lens_megatron.errors import UsageError
+from lens_megatron.types import Prompt
+
+_TOKENISE_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class LoadedPrompts:
+    prompts: list[Prompt]
+    too_long: int  # rows left out for data.max_prompt_tokens
+    systems_dropped: int  # rows whose system message a {problem} template has no place for
+
+
+def load_prompts(config: DataConfig, tokenizer: Any, model_template: str) -> LoadedPrompts:
+    """Every usable row of data.train. `model_template` is the model's, which data.template overrides."""
+    rows = read_rows(config.train, config.split, config.prompt_key, config.answer_key)
+    template = Template(tokenizer, config.template or model_template)
+    prompts = encode_prompts(rows, template)
+    kept = [prompt for prompt in prompts if len(prompt.tokens) <= config.max_prompt_tokens]
+    if not kept:
+        shortest = min(len(prompt.tokens) for prompt in prompts)
+        raise UsageError(
+            f"{config.train}: all {len(rows)} prompts are longer than data.max_prompt_tokens="
+            f"{config.max_prompt_tokens} (the shortest has {shortest})"
+        )
+    dropped = 0 if template.keeps_system else sum(row.messages[0].role == "system" for row in rows)
+    return LoadedPrompts(kept, len(prompts) - len(kept), dropped)
+
+
+def encode_prompts(rows: Sequence[Row], template: Template) -> list[Prompt]:
+    prompts = []
+    for start in range(0, len(rows), _TOKENISE_AT_ONCE):
+        some = rows[start : start + _TOKENISE_AT_ONCE]
+        for row, encoded in zip(some, template.encode(some), strict=True):
+            prompts.append(Prompt(row.id, encoded.tokens, encoded.question, row.answer, row.source, encoded.text))
+    return prompts
+
+
+class PromptStream:
+    """Batches of prompts without end."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool = True) -> None:
+        self._prompts = list(prompts)
+        self._order = PromptOrder([_identity(prompt) for prompt in prompts], seed, shuffle)
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    @property
+    def epoch(self) -> int:
+        return self._order.epoch
+
+    def take(self, count: int) -> list[Prompt]:
+        return [self._prompts[index] for index in self._order.take(count)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._order.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._order.load_state_dict(state)
+
+
+def _identity(prompt: Prompt) -> str:
+    """Id and content: a resumed run must find the same prompts, not only the same names."""
+    content = hashlib.blake2b(repr((prompt.tokens, prompt.question, prompt.answer)).encode(), digest_size=8)
+    return f"{prompt.id}/{content.hexdigest()}"

@@ -1,0 +1,45 @@
+"""The model's tokenizer, its fit to the model, and the tokens that end a response."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lens_megatron.errors import UsageError
+
+# Checkpoints pad their embedding; a tokenizer of another family is further off than that.
+PADDED_ENTRIES = 1024
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>")
+
+
+def load_tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{model}: no tokenizer that transformers can load ({str(error).splitlines()[0]})") from None
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """Refuses a tokenizer of another model by its size."""
+    size = max(tokenizer.get_vocab().values()) + 1
+    if size > vocab_size or vocab_size - size > PADDED_ENTRIES:
+        raise UsageError(
+            f"{tokenizer.name_or_path}: the tokenizer has {size} tokens, the model {vocab_size}: "
+            "they do not belong together"
+        )
+
+
+def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """What ends a response: the tokenizer's end token, its family's ends of turns, and generation_config.json's."""
+    ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    ids |= {tokenizer.get_vocab()[token] for token in TURN_ENDS if token in tokenizer.get_vocab()}
+    config = Path(tokenizer.name_or_path) / "generation_config.json"
+    if config.is_file():
+        listed = json.loads(config.read_text()).get("eos_token_id") or []
+        ids |= set(listed if isinstance(listed, list) else [listed])
+    if not ids:
+        raise UsageError(f"{tokenizer.name_or_path}: the tokenizer names no end-of-text token")
+    return tuple(sorted(ids))

@@ -1,0 +1,205 @@
+"""From rows to prompts: the question's tokens, the filter, and an order that resumes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from lens_megatron.data.config import DataConfig
+from lens_megatron.data.order import PromptOrder, epoch_order
+from lens_megatron.data.prompts import PromptStream, encode_prompts, load_prompts
+from lens_megatron.data.rows import Message, Row
+from lens_megatron.data.supervised import load_supervised
+from lens_megatron.data.template import Template
+from lens_megatron.data.tokenizer import check_tokenizer, load_tokenizer, stop_tokens
+from lens_megatron.errors import UsageError
+
+from .tokenizers import byte_level
+
+BOXED = "<|im_start|>user\n{problem}\nPlease reason step by step.<|im_end|>\n<|im_start|>assistant\n"
+CHAT = "chat"
+BARE = "{problem}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return byte_level(tmp_path_factory.mktemp("bpe"))
+
+
+def row(question: str, *before: Message) -> Row:
+    return Row("r", (*before, Message("user", question)), "1", "", "f.jsonl:1")
+
+
+def pieces(tokenizer: Any, tokens: tuple[int, ...], span: tuple[int, int]) -> tuple[str, str, str]:
+    decode = lambda ids: tokenizer.decode(ids)  # noqa: E731
+    return decode(tokens[: span[0]]), decode(tokens[slice(*span)]), decode(tokens[span[1] :])
+
+
+@pytest.mark.parametrize("template", [BOXED, CHAT, "Question: {problem}\nAnswer:", BARE])
+@pytest.mark.parametrize(
+    "question",
+    ["How many clips did Natalia sell?", "user", "assistant\nsystem", "Größe der 数 Menge", "x", "  padded question  "],
+)
+def test_the_span_is_the_question_and_nothing_else(tokenizer: Any, template: str, question: str) -> None:
+    (encoded,) = Template(tokenizer, template).encode([row(question)])
+    before, inside, after = pieces(tokenizer, encoded.tokens, encoded.question)
+    rendered = question.strip() if template == CHAT else question
+    around = "<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n" if template == CHAT else template
+    assert before + inside + after == around.replace("{problem}", rendered)
+    # at most the last characters may be in a token that the question shares with the template
+    assert inside.lstrip(" ") and rendered.lstrip(" ").startswith(inside.lstrip(" "))
+    assert len(rendered.lstrip(" ")) - len(inside.lstrip(" ")) <= 2
+    assert encoded.text == question
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(alphabet="aN \n.?<|>im_startuserß数0", min_size=1, max_size=40), st.sampled_from([BOXED, CHAT]))
+def test_span_of_any_question(tokenizer: Any, question: str, template: str) -> None:
+    assume(question.strip())
+    try:
+        (encoded,) = Template(tokenizer, template).encode([row(question)])
+    except UsageError as error:
+        assert "no token of the question" in str(error)
+        return
+    before, inside, _ = pieces(tokenizer, encoded.tokens, encoded.question)
+    assert before.endswith("user\n")
+    assert question.strip().startswith(inside.strip()) or question.startswith(inside)
+
+
+def test_the_chat_template_keeps_turns_and_marks_the_last_question(tokenizer: Any) -> None:
+    turns = (Message("system", "Be brief."), Message("user", "1+1?"), Message("assistant", "2"))
+    (encoded,) = Template(tokenizer, CHAT).encode([row("1+1?", *turns)])
+    before, inside, after = pieces(tokenizer, encoded.tokens, encoded.question)
+    assert inside == "1+1?"
+    assert before.count("1+1?") == 1 and before.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    assert after == "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_templates_that_cannot_work(tokenizer: Any) -> None:
+    for bad in ("no slot", "{problem} {problem}"):
+        with pytest.raises(UsageError, match="once"):
+            Template(tokenizer, bad)
+    turns = (Message("user", "a"), Message("assistant", "b"))
+    with pytest.raises(UsageError, match=r"f.jsonl:1: several turns"):
+        Template(tokenizer, BOXED).encode([row("c", *turns)])
+
+
+def test_a_chat_template_that_rewrites_the_question_is_refused(tokenizer: Any) -> None:
+    changed = type(tokenizer).from_pretrained(tokenizer.name_or_path)
+    changed.chat_template = "{{ messages[-1]['content'] | length }}{{ messages[-1]['content'] }}"
+    with pytest.raises(UsageError, match="place cannot be told"):
+        Template(changed, CHAT).encode([row("one two")])
+    changed.chat_template = None
+    with pytest.raises(UsageError, match="no chat template"):
+        Template(changed, CHAT)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def test_long_prompts_are_left_out_and_counted(tokenizer: Any, tmp_path: Path) -> None:
+    source = write(tmp_path / "d.jsonl", [{"prompt": "a " * n, "answer": n} for n in (1, 40, 3, 60)])
+    loaded = load_prompts(DataConfig(source, max_prompt_tokens=30), tokenizer, BARE)
+    assert [prompt.answer for prompt in loaded.prompts] == ["1", "3"]
+    assert loaded.too_long == 2
+    with pytest.raises(
+        UsageError, match=r"all 4 prompts are longer than data.max_prompt_tokens=1 \(the shortest has 2\)"
+    ):
+        load_prompts(DataConfig(source, max_prompt_tokens=1), tokenizer, BARE)
+
+
+def test_system_messages_without_a_place_are_counted(tokenizer: Any, tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    source = write(tmp_path / "d.jsonl", [{"prompt": chat, "answer": 1}, {"prompt": "q", "answer": 1}])
+    assert load_prompts(DataConfig(source), tokenizer, BARE).systems_dropped == 1
+    assert load_prompts(DataConfig(source, template=CHAT), tokenizer, BARE).systems_dropped == 0
+
+
+def test_tokenizer_and_model_must_fit(tokenizer: Any, tmp_path: Path) -> None:
+    size = len(tokenizer)
+    check_tokenizer(tokenizer, size)
+    check_tokenizer(tokenizer, size + 300)  # padded
+    for other in (size - 1, size + 5000):
+        with pytest.raises(UsageError, match="do not belong together"):
+            check_tokenizer(tokenizer, other)
+    with pytest.raises(UsageError, match="no tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_stop_tokens_of_the_tokenizer_its_turns_and_the_generation_config(tokenizer: Any) -> None:
+    ids = tokenizer.get_vocab()
+    assert set(stop_tokens(tokenizer)) == {ids["<|endoftext|>"], ids["<|im_end|>"]}
+    extra = Path(tokenizer.name_or_path) / "generation_config.json"
+    extra.write_text(json.dumps({"eos_token_id": [5, 6]}))
+    assert set(stop_tokens(tokenizer)) == {ids["<|endoftext|>"], ids["<|im_end|>"], 5, 6}
+    extra.unlink()
+
+
+def test_each_epoch_visits_every_prompt_once_in_another_order() -> None:
+    ids = [f"p{i}" for i in range(50)]
+    order = PromptOrder(ids, seed=3)
+    epochs = [[i for _ in range(5) for i in order.take(10)] for _ in range(3)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(50))
+    assert epochs[0] != PromptOrder(ids, seed=4).take(50)
+
+
+def test_the_order_is_the_same_everywhere() -> None:
+    assert epoch_order(["a", "b", "c", "d", "e"], seed=0, epoch=0) == [3, 2, 0, 4, 1]
+
+
+def test_adding_rows_moves_no_row_past_another() -> None:
+    few, many = [f"p{i}" for i in range(20)], [f"p{i}" for i in range(30)]
+    assert epoch_order(few, 1, 2) == [i for i in epoch_order(many, 1, 2) if i < 20]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 20), st.lists(st.integers(1, 20), min_size=1, max_size=12), st.integers(0, 11))
+def test_a_resumed_order_goes_on_as_if_never_stopped(size: int, takes: list[int], stop_after: int) -> None:
+    takes = [min(take, size) for take in takes]
+    ids = [f"p{i}" for i in range(size)]
+    whole = PromptOrder(ids, 0)
+    expected = [whole.take(take) for take in takes]
+    assert all(len(set(batch)) == len(batch) for batch in expected), "no prompt twice in one batch"
+    first = PromptOrder(ids, 0)
+    got = [first.take(take) for take in takes[:stop_after]]
+    second = PromptOrder(ids, 0)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    got += [second.take(take) for take in takes[stop_after:]]
+    assert got == expected
+
+
+def test_a_checkpoint_of_other_data_is_refused(tokenizer: Any) -> None:
+    template = Template(tokenizer, BARE)
+    rows = [Row(f"r{i}", (Message("user", f"question {i}"),), str(i), "", "f") for i in range(9)]
+    prompts = encode_prompts(rows, template)
+    stream = PromptStream(prompts, seed=1)
+    stream.take(4)
+    state = stream.state_dict()
+    PromptStream(prompts, seed=1).load_state_dict(state)
+    changed = encode_prompts([*rows[:8], Row("r8", rows[8].messages, "another answer", "", "f")], template)
+    for other, seed, message in [(prompts[:8], 1, "not those"), (changed, 1, "not those"), (prompts, 2, "seed 1")]:
+        fresh = PromptStream(other, seed=seed)
+        with pytest.raises(UsageError, match=message):
+            fresh.load_state_dict(state)
+        assert fresh.epoch == 0 and len(fresh.take(2)) == 2
+    with pytest.raises(UsageError, match="10 prompts a step from a data set of 9"):
+        stream.take(10)
+
+
+def test_supervised_rows(tokenizer: Any, tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "s.jsonl", [{"prompt": "1+1?", "response": "It is 2."}, {"prompt": "2+2?", "response": "4"}]
+    )
+    first, _ = load_supervised(source, tokenizer, "Question: {problem}\n")
+    assert tokenizer.decode(first.prompt) == "Question: 1+1?\n"
+    assert tokenizer.decode(first.response) == "It is 2.<|endoftext|>"
+    with pytest.raises(UsageError, match=r"t.jsonl:1: no 'response'"):
+        load_supervised(write(tmp_path / "t.jsonl", [{"prompt": "1+1?", "answer": "2"}]), tokenizer, BARE)
