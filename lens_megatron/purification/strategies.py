@@ -49,6 +49,13 @@ class Outcome:
     def can_be_rescued(self) -> bool:
         return self.roll_tokens is not None
 
+    @property
+    def rescue_prompt(self) -> PurifiedPrompt | None:
+        """What the sampler rolls out: x', or when resampling x as a purified prompt without a deletion."""
+        if self.roll_tokens is None:
+            return None
+        return self.purified_prompt or PurifiedPrompt(self.prompt_id, self.roll_tokens, ())
+
 
 @dataclass(frozen=True)
 class _Request:

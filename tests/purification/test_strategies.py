@@ -9,7 +9,7 @@ from lens_megatron.purification.config import PurificationConfig
 from lens_megatron.purification.scores import from_optional
 from lens_megatron.purification.strategies import Signals, purify, unscored
 from lens_megatron.strict import build
-from lens_megatron.types import Prompt
+from lens_megatron.types import Prompt, PurifiedPrompt
 
 BOS, END = 900, 901
 # template | question of ten tokens, one of them special | template
@@ -76,6 +76,9 @@ def test_resample_rolls_out_the_original_again() -> None:
     outcome = run(replace(CONFIG, strategy="resample"), Signals())
     assert (outcome.kind, outcome.purified_prompt, outcome.roll_tokens) == ("resample", None, PROMPT.tokens)
     assert outcome.can_be_rescued
+    assert outcome.rescue_prompt == PurifiedPrompt("p1", PROMPT.tokens, ())
+    purified, tied = run(CONFIG), run(CONFIG, Signals(scores_T=SCORES, measured_floor=6.0))
+    assert purified.rescue_prompt is purified.purified_prompt and tied.rescue_prompt is None
 
 
 def test_a_question_without_plain_tokens_cannot_be_purified() -> None:
