@@ -37,7 +37,7 @@ class _GatherOverRanks(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         gradient = gradient.contiguous()
         dist.all_reduce(gradient, group=ctx.group)
         return gradient.chunk(ctx.group.size())[ctx.group.rank()].clone(), None
@@ -134,8 +134,11 @@ def _lengths(packed: PackedSeqParams) -> list[int]:
 
 def _attend(q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, scale: float, visible_TK: Tensor | None) -> Tensor:
     """One sequence; causal when no mask is given."""
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_TND, k_KGD, v_KGD))
     output = F.scaled_dot_product_attention(
-        *(x.transpose(0, 1).unsqueeze(0) for x in (q_TND, k_KGD, v_KGD)),
+        q,
+        k,
+        v,
         attn_mask=visible_TK,
         is_causal=visible_TK is None,
         scale=scale,

@@ -49,7 +49,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.float32 or a.dtype == torch.float64:
         return a @ b
     if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload]
+        return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
@@ -115,7 +115,7 @@ class _VocabularyWalk(torch.autograd.Function):
         return label_T - max_T - log_sum_T, entropy_T
 
     @staticmethod
-    def backward(ctx: Any, grad_logprob_T: Tensor, grad_entropy_T: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_logprob_T: Tensor, grad_entropy_T: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_VH, local_label_T, log_total_T, entropy_T = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=log_total_T.dtype) if need_hidden else None

@@ -81,13 +81,11 @@ class HfFolder:
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise unless the folder holds all of these tensors, in these shapes, as floating point."""
+        missing = [name for name in shapes if name not in self._file_of]
+        if missing:
+            more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+            raise UsageError(f"{self.folder}: no tensor {missing[0]}{more}, which config.json asks for")
         for name, shape in shapes.items():
-            if name not in self._file_of and not self._stacked(name):
-                missing = [other for other in shapes if other not in self._file_of and not self._stacked(other)]
-                more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-                raise UsageError(f"{self.folder}: no tensor {name}{more}, which config.json asks for")
-            if name not in self._file_of:
-                continue
             if self.shape(name) != shape:
                 raise UsageError(f"{self.folder}: {name} has shape {self.shape(name)}, config.json says {shape}")
             kind = self._headers[self._file_of[name]][name]["dtype"]
@@ -96,30 +94,10 @@ class HfFolder:
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """A tensor, or rows (dim 0) or columns (dim 1) [start, stop) of it; only these bytes are read."""
-        if name in self._file_of:
-            view = self._handle(self._file_of[name]).get_slice(name)
-            if dim is None:
-                return view[:]
-            return view[start:stop] if dim == 0 else view[:, start:stop]
-        stacked, expert, offset, rows = self._stacked(name)  # type: ignore[misc]
-        view = self._handle(self._file_of[stacked]).get_slice(stacked)
-        if dim == 1:
-            return view[expert, offset : offset + rows, start:stop]
-        start, stop = (0, rows) if dim is None else (start, stop)
-        return view[expert, offset + start : offset + stop]
-
-    def _stacked(self, name: str) -> tuple[str, int, int, int] | None:
-        """transformers 5 keeps a layer's experts in one tensor, gate above up: (tensor, expert, first row, rows)."""
-        head, experts, tail = name.partition(".mlp.experts.")
-        if not experts:
-            return None
-        expert, _, projection = tail.partition(".")
-        part = "down_proj" if projection == "down_proj.weight" else "gate_up_proj"
-        stacked = f"{head}.mlp.experts.{part}"
-        if stacked not in self._file_of:
-            return None
-        rows = self.shape(stacked)[1] // (1 if part == "down_proj" else 2)
-        return stacked, int(expert), rows if projection == "up_proj.weight" else 0, rows
+        view = self._handle(self._file_of[name]).get_slice(name)
+        if dim is None:
+            return view[:]
+        return view[start:stop] if dim == 0 else view[:, start:stop]
 
     def _handle(self, path: Path) -> Any:
         if path not in self._handles:
@@ -158,7 +136,6 @@ def write_hf_folder(
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    shards: list[dict[str, Tensor]] = []
     files: list[Path] = []
     held: dict[str, Tensor] = {}
     names: list[list[str]] = []
@@ -179,7 +156,6 @@ def write_hf_folder(
         held[name] = tensor.contiguous()
         size, total = size + bytes_, total + bytes_
     flush()
-    del shards
     if len(files) == 1:
         files[0].rename(partial / "model.safetensors")
     else:

@@ -101,8 +101,8 @@ def read_shard(mapping: Mapping, spec: ModelSpec, rank: int, ranks: int, local_r
     groups = spec.kv_heads // ranks
     parts = []
     for name, per_group in zip(names, _rows_per_group(spec), strict=True):
-        rows = groups * per_group
-        part = read(name, 0, rank * rows, (rank + 1) * rows)
+        count = groups * per_group
+        part = read(name, 0, rank * count, (rank + 1) * count)
         parts.append(part.reshape(groups, per_group, *part.shape[1:]))
     joined = torch.cat(parts, dim=1)
     return joined.reshape(-1, *joined.shape[2:])

@@ -20,7 +20,7 @@ class ParallelConfig:
     vpp: int = 1  # virtual stages on each pipeline rank (interleaved schedule)
     cp: int = 1  # context parallel
     ep: int = 1  # expert parallel
-    etp: int = 1  # tensor parallel inside an expert
+    etp: int | None = None  # tensor parallel inside an expert; default: 1 with expert parallelism, tp without
     dp: int | None = None  # default: whatever the number of processes leaves; 1 when this command starts them
     sp: bool | None = None  # sequence parallel; default: on when tp > 1
     ends_count_as_layers: bool = False  # embedding and head each take a layer's place in the pipeline split
@@ -36,6 +36,12 @@ class ParallelConfig:
         return self.tp > 1 if self.sp is None else self.sp and self.tp > 1
 
     @property
+    def expert_tp(self) -> int:
+        if self.etp is not None:
+            return self.etp
+        return 1 if self.ep > 1 else self.tp
+
+    @property
     def model_ranks(self) -> int:
         """Processes that hold one copy of the model's activations: the unit that data parallelism repeats."""
         return self.tp * self.pp * self.cp
@@ -45,7 +51,7 @@ class ParallelConfig:
         """How many processes to start when nobody has started any."""
         if self.dp is not None:
             return self.model_ranks * self.dp
-        expert_ranks = self.ep * self.etp * self.pp
+        expert_ranks = self.ep * self.expert_tp * self.pp
         return math.lcm(self.model_ranks, expert_ranks)
 
 
@@ -70,11 +76,14 @@ def check_layout(spec: ModelSpec, layout: ParallelConfig, world_size: int) -> No
         _refuse("tp", f"tp={layout.tp} does not divide the {spec.kv_heads} key/value heads; {_choices(spec.kv_heads)}")
     if spec.moe is None:
         _divides("tp", layout.tp, "MLP columns", spec.ffn_size)
-        if layout.ep > 1 or layout.etp > 1:
-            _refuse("ep", "this model has no experts: set ep and etp to 1")
+        if layout.ep > 1 or layout.etp not in (None, 1):
+            _refuse("ep", "this model has no experts: leave ep and etp out")
     else:
         _divides("ep", layout.ep, "experts", spec.moe.experts)
-        _divides("etp", layout.etp, "columns of an expert", spec.moe.expert_ffn_size)
+        _divides("etp", layout.expert_tp, "columns of an expert", spec.moe.expert_ffn_size)
+        if layout.ep == 1 and layout.expert_tp != layout.tp:
+            # Megatron-Core sums expert gradients over the experts' own data-parallel ranks only when ep > 1
+            _refuse("etp", f"without expert parallelism etp must be tp={layout.tp}: leave it out")
         if layout.tp > 1 and not layout.sequence_parallel:
             _refuse("sp", "experts with tp > 1 need sequence parallelism: set parallel.sp=true or leave it out")
     if layout.vpp > 1 and layout.pp == 1:
@@ -99,7 +108,7 @@ def check_layout(spec: ModelSpec, layout: ParallelConfig, world_size: int) -> No
     dp = world_size // layout.model_ranks
     if layout.dp is not None and layout.dp != dp:
         _refuse("dp", f"dp={layout.dp} needs {layout.dp * layout.model_ranks} processes, there are {world_size}")
-    expert_ranks = layout.ep * layout.etp * layout.pp
+    expert_ranks = layout.ep * layout.expert_tp * layout.pp
     if world_size % expert_ranks:
         _refuse("ep", f"ep x etp x pp = {expert_ranks} does not divide the {world_size} processes")
 

@@ -120,7 +120,7 @@ def transformer_config(
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
         "context_parallel_size": layout.cp,
         "expert_model_parallel_size": layout.ep,
-        "expert_tensor_parallel_size": layout.etp,
+        "expert_tensor_parallel_size": layout.expert_tp,
         "sequence_parallel": layout.sequence_parallel,
         "account_for_embedding_in_pipeline_split": layout.ends_count_as_layers,
         "account_for_loss_in_pipeline_split": layout.ends_count_as_layers,

@@ -99,9 +99,7 @@ def with_gradient_buffers(chunks: Sequence[torch.nn.Module], config: Any) -> lis
     return wrapped
 
 
-def _finish_gradients(
-    chunks: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **options: Any
-) -> None:
+def _finish_gradients(chunks: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **options: Any) -> None:
     """Sums only: the loss was divided by the global counts before the batch was cut, so nothing is divided here."""
     finalize_model_grads(chunks, None, **options)
 

@@ -22,6 +22,7 @@ from lens_megatron.model_spec import ModelSpec
 
 _CPU = torch.device("cpu")
 _prepared = False
+_layout: ParallelConfig | None = None
 
 
 def device() -> torch.device:
@@ -192,7 +193,9 @@ def initialize(spec: ModelSpec, layout: ParallelConfig, seed: int = 0, timeout_s
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(
+                backend, store=torch.distributed.distributed_c10d.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
         else:
             dist.init_process_group(backend, timeout=timeout)
     without_cuda()
@@ -200,28 +203,42 @@ def initialize(spec: ModelSpec, layout: ParallelConfig, seed: int = 0, timeout_s
 
 
 def set_layout(layout: ParallelConfig, seed: int = 0, timeout_s: float = 600.0) -> None:
-    """Megatron-Core's groups for `layout`, in place of those of an earlier one."""
+    """Megatron-Core's groups for `layout`; those of the same layout are kept, those of another one replaced."""
+    global _layout
     from megatron.core import parallel_state, tensor_parallel
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    if _layout == layout:
+        return
+    _leave_groups()
+    _layout = layout
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
+        expert_tensor_parallel_size=layout.expert_tp,
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
     )
     with cuda_literals():
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def shutdown() -> None:
+def _leave_groups() -> None:
+    """Megatron-Core forgets its groups without closing them; each keeps threads and sockets of gloo alive."""
     from megatron.core import parallel_state
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    for group in parallel_state._global_process_group_list or ():
+        if group is not None and group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
+
+
+def shutdown() -> None:
+    global _layout
+    _leave_groups()
+    _layout = None
     if dist.is_initialized():
         dist.destroy_process_group()

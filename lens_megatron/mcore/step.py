@@ -127,7 +127,7 @@ def accumulate_gradients(
     """Gradients of the summed loss into the (zeroed) buffers; the summed metrics, on every rank."""
     with cuda_literals():
         for chunk in policy.chunks:
-            chunk.zero_grad_buffer()
+            chunk.zero_grad_buffer()  # type: ignore[operator]
         policy.optimizer.inner.zero_grad()
 
     def share_of_loss(output_2T: Tensor, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,9 +47,7 @@ def _policy(folder: Path, layout: ParallelConfig, memory: Any = None) -> Any:
 def _loss(sequences: Sequence[Tensor], data: reference.LossData) -> Any:
     flat_old = torch.cat(data.old)
     offsets = torch.tensor([0, *[len(s) for s in sequences]]).cumsum(0)
-    is_response = torch.cat(
-        [torch.arange(len(s)) >= start for s, start in zip(sequences, data.starts, strict=True)]
-    )
+    is_response = torch.cat([torch.arange(len(s)) >= start for s, start in zip(sequences, data.starts, strict=True)])
     advantages = torch.tensor(data.advantages)
 
     def loss(logp: Tensor, entropy: Tensor, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -83,8 +80,9 @@ def gradients(
 
     policy = _policy(folder, layout, MemoryConfig(recompute=recompute))  # type: ignore[arg-type]
     # the whole gradient on every data-parallel rank, not only each rank's part
-    policy.config.finalize_model_grads_func = functools.partial(
-        policy.config.finalize_model_grads_func, force_all_reduce=True
+    finish = policy.config.finalize_model_grads_func
+    policy.config.finalize_model_grads_func = lambda chunks, tokens, **options: finish(
+        chunks, tokens, **{**options, "force_all_reduce": True}
     )
     metrics = accumulate_gradients(policy, sequences, _loss(sequences, data), budget)
     mine = [
