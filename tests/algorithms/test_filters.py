@@ -171,6 +171,9 @@ def test_trap_std_of_equal_floats_is_not_zero() -> None:
     prompts = PromptFilter(replace(DYNAMIC, max_batches=1, size_factor=1.0), 1, 0)
     with pytest.raises(NotEnoughGroups):
         run_step(prompts, endless(), lambda p: rewards)
+    assert 0.1 + 0.2 != 0.3  # nor is a difference of rounding a signal
+    with pytest.raises(NotEnoughGroups):
+        run_step(prompts, endless(), lambda p: [0.1 + 0.2, 0.3])
 
 
 # ------------------------------------------------------------------------------------------------ after the rescue

@@ -37,7 +37,8 @@ def history_of(means: list[float], config: GresoConfig = PUBLISHED) -> GresoHist
         ([0.97], 0.0),
         ([0.98], 0.5),
         ([1.0, 0.5, 1.0], 0.5),  # only the trailing streak counts
-        ([1.0, 1.0, 0.0], 0.5),  # a hard streak of one ends the easy one
+        ([1.0, 1.0, 1.0, 0.0], 0.5),  # a hard streak of one ends the easy one
+        ([0.0, 0.0, 0.0, 1.0], 0.5),
         ([0.0] * 20, 0.99),  # never less than one chance in a hundred
     ],
 )
@@ -47,7 +48,7 @@ def test_skip_probability_by_hand(means: list[float], probability: float) -> Non
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(0, 8), max_size=12), st.floats(0.05, 0.95), st.floats(0.05, 0.95))
+@given(st.lists(st.sampled_from([0, 0, 1, 4, 7, 8, 8]), max_size=12), st.floats(0.05, 0.95), st.floats(0.05, 0.95))
 def test_skip_probability_against_the_whole_trace(successes: list[int], p_easy: float, p_hard: float) -> None:
     """The reference keeps every mean and counts from the end: first as easy, then as hard."""
     trace = [count / 8 for count in successes]
@@ -72,6 +73,9 @@ def test_p_moves_by_one_hundredth_towards_its_target() -> None:
     assert (history.p_easy, history.p_hard) == (0.49, 0.51)
     history.adapt({"easy": 0.0, "hard": 0.5})
     assert (history.p_easy, history.p_hard) == (0.5, 0.5)
+    for _ in range(20):
+        history.adapt({"easy": 1.0, "hard": 0.0})
+    assert (history.p_easy, history.p_hard) == (0.3, 0.7)  # no rounding piles up
 
 
 def test_p_stays_within_its_bounds() -> None:
@@ -122,6 +126,10 @@ def test_adaptive_batch_is_the_published_formula(missing: int, judged: int, data
     size, last = adaptive_batch(missing, kept, judged, 256, PUBLISHED)
     assert size == max(64, min(384, estimate))
     assert last == (estimate <= 384)
+
+
+def test_an_estimate_of_exactly_the_largest_batch_is_the_last() -> None:
+    assert adaptive_batch(256, 5, 6, 256, PUBLISHED) == (384, True)
 
 
 def test_trap_division_by_zero_when_no_group_has_variance() -> None:
