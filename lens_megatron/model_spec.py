@@ -104,9 +104,9 @@ class AdvisedLayout:
     cp: int = 1
     ep: int = 1
     ends_count_as_layers: bool = False
-    recompute: Literal["selective", "full"] = "full"
-    offload_optimizer: bool = False  # fp32 weights and Adam's moments in host memory
-    offload_reference: bool = False  # the reference in host memory between its uses
+    recompute: Literal["none", "selective", "full"] = "full"
+    offload_optimizer: float = 0.0  # share of the fp32 weights and Adam's moments kept in host memory
+    offload_reference: bool = True  # the reference in host memory between its uses
 
     def __post_init__(self) -> None:
         if self.gpus % (self.tp * self.pp * self.cp):
@@ -122,6 +122,12 @@ class AdvisedLayout:
     def expert_dp(self) -> int:
         """How many times an expert is repeated."""
         return self.gpus // (self.ep * self.pp)
+
+    def run_values(self) -> dict[str, dict[str, Any]]:
+        """The sections of RUN.yaml that choose this layout."""
+        parallel = {key: getattr(self, key) for key in ("tp", "pp", "cp", "ep", "dp", "ends_count_as_layers")}
+        memory = {key: getattr(self, key) for key in ("recompute", "offload_optimizer", "offload_reference")}
+        return {"parallel": parallel, "memory": memory}
 
 
 @dataclass(frozen=True)

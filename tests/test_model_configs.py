@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from lens_megatron import strict
 from lens_megatron.mcore.layout import ParallelConfig, check_layout
 from lens_megatron.model_spec import AdvisedLayout, ModelConfig, load_model_config, shipped_models, to_hf_config
 from lens_megatron.planning.parameters import (
@@ -73,17 +74,20 @@ def test_advised_layouts_are_possible_and_fit(name: str) -> None:
     config = load_model_config(name)
     assert config.layouts, "a shipped model advises at least one layout"
     for layout in config.layouts:
-        parallel = ParallelConfig(
-            tp=layout.tp,
-            pp=layout.pp,
-            cp=layout.cp,
-            ep=layout.ep,
-            dp=layout.dp,
-            ends_count_as_layers=layout.ends_count_as_layers,
-        )
+        values = layout.run_values()
+        parallel = strict.build(ParallelConfig, values["parallel"], name)
         check_layout(config.spec, parallel, layout.gpus)
         assert training_bytes(config.spec, layout).peak <= 0.9 * layout.gpu_gb * GIB, layout
         assert host_bytes(config.spec, layout) <= 128 * GIB * layout.gpus, layout  # 1 TiB a node of 8
+
+
+@pytest.mark.slow
+def test_advised_memory_settings_are_those_of_a_run() -> None:
+    from lens_megatron.mcore.model import MemoryConfig  # imports megatron
+
+    for name in PUBLISHED:
+        for layout in load_model_config(name).layouts:
+            strict.build(MemoryConfig, layout.run_values()["memory"], name)
 
 
 def test_small_models_are_advised_for_one_gpu_and_eight() -> None:
@@ -116,7 +120,7 @@ def test_a_tied_embedding_is_copied_to_the_last_pipeline_stage() -> None:
 def test_one_gpu_takes_eighteen_bytes_a_parameter() -> None:
     config = load_model_config("qwen2.5-3b")
     one = config.layouts[0]
-    assert (one.gpus, one.offload_optimizer) == (1, False)
+    assert (one.gpus, one.offload_optimizer) == (1, 0.0)
     held = training_bytes(config.spec, one)
     assert held.weights + held.gradients + held.optimizer == 18 * count_parameters(config.spec)
 

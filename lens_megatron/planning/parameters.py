@@ -121,14 +121,15 @@ def training_bytes(spec: ModelSpec, layout: AdvisedLayout, tokens_per_microbatch
     held = fullest_rank(spec, layout)
     parameters = held.dense + held.expert
     sharded = -(-held.dense // (layout.dp * layout.cp)) + -(-held.expert // layout.expert_dp)
-    one_layer, boundary = _activation_bytes(spec, layout, tokens_per_microbatch)
+    boundary, attention, mlp = _activation_bytes(spec, layout, tokens_per_microbatch)
+    one_layer = attention + mlp
     in_flight = layout.pp  # micro-batches that the first stage of 1F1B holds
     # full: every layer keeps its input; the layer being recomputed has gradients as large as its activations
-    kept = boundary if layout.recompute == "full" else one_layer
+    kept = {"full": boundary, "selective": attention + boundary, "none": one_layer}[layout.recompute]
     return TrainingBytes(
         weights=WEIGHT_BYTES * parameters,
         gradients=GRADIENT_BYTES * parameters,
-        optimizer=0 if layout.offload_optimizer else OPTIMIZER_BYTES * sharded,
+        optimizer=int(OPTIMIZER_BYTES * sharded * (1 - layout.offload_optimizer)),
         reference=WEIGHT_BYTES * parameters,
         reference_stays=not layout.offload_reference,
         training_activations=kept * held.layers * in_flight + 2 * one_layer,
@@ -137,14 +138,19 @@ def training_bytes(spec: ModelSpec, layout: AdvisedLayout, tokens_per_microbatch
 
 
 def host_bytes(spec: ModelSpec, layout: AdvisedLayout) -> int:
-    """Host memory of all GPUs together, for what is offloaded."""
-    everything = count_parameters(spec)
-    reference = WEIGHT_BYTES * everything * layout.dp if layout.offload_reference else 0
-    return reference + (OPTIMIZER_BYTES * everything if layout.offload_optimizer else 0)
+    """Host memory of all nodes together, for what is offloaded: each GPU keeps its own part there."""
+    gpus_per_stage = layout.gpus // layout.pp
+    held = sum(stage.dense + stage.expert for stage in stage_parameters(spec, layout)) * gpus_per_stage
+    reference = WEIGHT_BYTES * held if layout.offload_reference else 0
+    # the distributed optimizer keeps each parameter's state once
+    return reference + int(OPTIMIZER_BYTES * count_parameters(spec) * layout.offload_optimizer)
 
 
-def _activation_bytes(spec: ModelSpec, layout: AdvisedLayout, tokens: int) -> tuple[int, int]:
-    """One layer's bf16 activations, and its input alone. Neither attention scores nor logits are ever stored."""
+def _activation_bytes(spec: ModelSpec, layout: AdvisedLayout, tokens: int) -> tuple[int, int, int]:
+    """bf16 bytes of one layer: its input, its attention block, its MLP or experts.
+
+    Neither attention scores nor logits are ever stored.
+    """
     tokens = -(-tokens // layout.cp)
     hidden = spec.hidden_size / layout.tp  # sequence parallel: each rank keeps its tokens' share
     q, kv = spec.heads * spec.head_dim / layout.tp, spec.kv_heads * spec.head_dim / layout.tp
@@ -153,4 +159,5 @@ def _activation_bytes(spec: ModelSpec, layout: AdvisedLayout, tokens: int) -> tu
     else:
         # tokens spread over the tensor ranks, and each copy carries its hidden state to its expert and back
         mlp = spec.moe.experts_per_token * (3 * spec.moe.expert_ffn_size + 2 * spec.hidden_size) / layout.tp
-    return int(2 * tokens * (4 * hidden + 2 * q + 2 * kv + mlp)), int(2 * tokens * hidden)
+    inputs_and_norms = 4 * hidden
+    return int(2 * tokens * hidden), int(2 * tokens * (inputs_and_norms + 2 * q + 2 * kv)), int(2 * tokens * mlp)
