@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from lens_megatron import __version__, commands
+from lens_megatron import __version__, commands, workers
 from lens_megatron.errors import RunError, UsageError
 
 
@@ -71,6 +71,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         parsed = build_parser(name).parse_args(arguments[1:])
     except SystemExit as stop:  # --help printed what was asked for
         return int(stop.code or 0)
+    workers.end_with_starter()
     return int(_module(name).run(parsed))
 
 

@@ -1,0 +1,123 @@
+"""Interference scores of prompts under two sharded models: the `score` command, and step 2 of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from lens_megatron.errors import UsageError
+from lens_megatron.mcore.layout import ParallelConfig
+from lens_megatron.model_spec import find_weights, load_model_config
+from lens_megatron.purification.config import PurificationConfig
+from lens_megatron.purification.eligibility import eligible_tokens
+from lens_megatron.purification.noise_floor import measured_noise_floor
+from lens_megatron.purification.scores import interference_scores, to_optional
+from lens_megatron.purification.strategies import Signals, purify
+from lens_megatron.types import Prompt
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# how many prompts the noise floor is measured on: every token counts, so a few prompts give thousands
+_NOISE_PROMPTS = 16
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """The keys that `score` takes as key.path=value."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    purification: PurificationConfig = field(default_factory=PurificationConfig)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPU, fp32 on CPU
+    tokens_per_microbatch: int = 16384
+    timeout_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class ScoredPrompt:
+    """One prompt as `score --json` gives it. The first token has no log-probs and no score."""
+
+    ids: list[int]
+    tokens: list[str]
+    policy_logprobs: list[float | None]
+    reference_logprobs: list[float | None]
+    scores: list[float | None]
+    eligible: list[bool]
+    deleted: list[int]
+    purified_ids: list[int]
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    prompts: list[ScoredPrompt]
+    noise_floor: float
+
+
+def score_prompts(model: str, reference: str, prompts: Sequence[Prompt], config: ScoreConfig) -> ScoreResult:
+    """Every process of the layout calls this; every one gets the result. The two models are in memory one at a time."""
+    from lens_megatron.data.tokenizer import load_tokenizer
+    from lens_megatron.mcore import runtime
+    from lens_megatron.mcore.noise import evaluations_in_other_packings
+    from lens_megatron.mcore.step import build_frozen
+
+    spec = load_model_config(model).spec
+    if load_model_config(reference).spec != spec:
+        raise UsageError(f"--reference {reference}: not of the same shape as {model}; scores compare token by token")
+    runtime.initialize(spec, config.parallel, timeout_s=config.timeout_s)
+    sequences = [torch.tensor(prompt.tokens) for prompt in prompts]
+    dtype = _DTYPES.get(config.precision)
+    logprobs = {}
+    floor: float | None = None
+    for name in (reference, model):
+        sharded = build_frozen(spec, config.parallel, find_weights(name), dtype=dtype)
+        logprobs[name] = sharded.score(sequences, config.tokens_per_microbatch).logprobs
+        if name == model and config.purification.noise_floor == "measured":
+            sample = sequences[:_NOISE_PROMPTS]
+            evaluations = evaluations_in_other_packings(sharded, sample, config.tokens_per_microbatch)
+            floor = measured_noise_floor(evaluations, config.purification.noise_quantile)
+        del sharded
+    tokenizer = load_tokenizer(str(find_weights(model)))
+    special = frozenset(tokenizer.all_special_ids)
+    scored = []
+    for number, prompt in enumerate(prompts):
+        policy_T, reference_T = logprobs[model][number], logprobs[reference][number]
+        scores_T = interference_scores(policy_T, reference_T)
+        outcome = purify(prompt, config.purification, special, Signals(scores_T, None, floor), seed=0, step=0)
+        purified = outcome.purified_prompt
+        scored.append(
+            ScoredPrompt(
+                ids=list(prompt.tokens),
+                tokens=[tokenizer.decode([token]) for token in prompt.tokens],
+                policy_logprobs=to_optional(policy_T),
+                reference_logprobs=to_optional(reference_T),
+                scores=to_optional(scores_T),
+                eligible=eligible_tokens(prompt, special, config.purification.scope).tolist(),
+                deleted=list(purified.deleted) if purified else [],
+                purified_ids=list(purified.tokens) if purified else list(prompt.tokens),
+            )
+        )
+    used = config.purification.noise_floor
+    return ScoreResult(scored, floor if floor is not None else float(used))
+
+
+def prompts_from(model: str, text: str | None, file: str | None) -> list[Prompt]:
+    """One prompt from the command line, or a JSONL file's, through the model's template."""
+    from lens_megatron.data.files import read_files
+    from lens_megatron.data.prompts import encode_prompts
+    from lens_megatron.data.rows import Message, Row, parse_row
+    from lens_megatron.data.template import Template
+    from lens_megatron.data.tokenizer import check_tokenizer, load_tokenizer
+
+    config = load_model_config(model)
+    tokenizer = load_tokenizer(str(find_weights(model)))
+    check_tokenizer(tokenizer, config.spec.vocab_size)
+    if text is not None:
+        rows = [Row(id="prompt", messages=(Message("user", text),), answer="", source="", where="--prompt")]
+    else:
+        # a score needs no answer, so a file of prompts alone will do
+        rows = [parse_row(where, {"answer": "none", **columns}) for where, columns in read_files(str(file), "train")]
+        if not rows:
+            raise UsageError(f"{file}: no prompts")
+    return encode_prompts(rows, Template(tokenizer, config.template))

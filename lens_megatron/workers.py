@@ -1,0 +1,126 @@
+"""The worker processes of one machine: started by the command itself when nobody (torchrun, srun) has started any.
+
+Every worker runs the same command line. The first to fail ends the others; its own last words are what the user reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lens_megatron.errors import RunError, UsageError
+
+_STARTED_BY = "LENS_MEGATRON_STARTED_BY"  # pid of the process that started this worker
+_GRACE_S = 10.0
+
+
+def is_worker() -> bool:
+    """True inside torchrun, srun or a process started by `run_workers`."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def run_workers(processes: int, command: Sequence[str]) -> int:
+    """Run `lens-megatron COMMAND` in `processes` workers; the exit code of the first that failed, or 0."""
+    import torch
+    from torch.distributed import TCPStore
+
+    if torch.cuda.is_available() and processes > torch.cuda.device_count():
+        raise UsageError(
+            f"parallel: the layout needs {processes} processes, this machine has {torch.cuda.device_count()} GPUs; "
+            "start it with torchrun or srun over several nodes, or change parallel"
+        )
+    # This process holds the meeting point: no port has to be guessed, and none can be taken by another run.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory(prefix="lens-megatron-") as folder:
+        errors = [Path(folder) / f"rank{number}.err" for number in range(processes)]
+        workers = [_start(number, processes, store.port, command, errors[number]) for number in range(processes)]
+        try:
+            return _wait(workers, errors)
+        finally:
+            _end(workers)
+
+
+def end_with_starter() -> None:
+    """In a worker: die when the process that started it does, even if that is killed (Linux)."""
+    starter = os.environ.get(_STARTED_BY)
+    if starter is None or not sys.platform.startswith("linux"):
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != int(starter):
+        raise RunError("the process that started this worker has gone")
+
+
+def _start(number: int, processes: int, port: int, command: Sequence[str], errors: Path) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 joins the store too, instead of opening one
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes))),
+        _STARTED_BY: str(os.getpid()),
+    }
+    # rank 0 speaks to the user; the others' errors are kept, and read out if they fail
+    with errors.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "lens_megatron.cli", *command],
+            env=environment,
+            stdout=None if number == 0 else subprocess.DEVNULL,
+            stderr=None if number == 0 else file,
+        )
+
+
+def _wait(workers: Sequence[subprocess.Popen[bytes]], errors: Sequence[Path]) -> int:
+    while True:
+        codes = [worker.poll() for worker in workers]
+        if all(code == 0 for code in codes):
+            return 0
+        failed = [number for number, code in enumerate(codes) if code]
+        if failed:
+            # rank 0 may be about to report the same error in its own words
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                workers[0].wait(timeout=2.0)
+            if workers[0].poll():
+                return _exit_code(workers[0])
+            number = failed[0]
+            words = errors[number].read_text(errors="replace").strip().splitlines()
+            print("\n".join(words[-20:]) or f"failed: rank {number} ended without a word", file=sys.stderr)
+            return _exit_code(workers[number])
+        time.sleep(0.05)
+
+
+def _exit_code(worker: subprocess.Popen[bytes]) -> int:
+    code = worker.returncode
+    if code < 0:
+        print(f"failed: a worker was ended by {signal.Signals(-code).name}", file=sys.stderr)
+        return 1
+    return code
+
+
+def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            worker.terminate()
+    deadline = time.monotonic() + _GRACE_S
+    for worker in workers:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.wait(timeout=max(0.0, deadline - time.monotonic()))
+        if worker.poll() is None:
+            worker.kill()
+            worker.wait()
