@@ -117,8 +117,8 @@ def group_advantages(
     `success_rate` is a of Eq. 4: the share of successes among the original rollouts Y, before anything was replaced.
     `original_mean` is the mean reward of Y, which differs from it when rewards are graded.
 
-    Everything is computed in float64: in float32 the weighted mean of equal rewards is off by 6e-8, which the division
-    by a std of 0 + 1e-6 would turn into an advantage of 0.06.
+    Computed in float64: in float32 a weighted mean near 1 is off by 6e-8, which the division by a small std + 1e-6 would
+    blow up to an advantage of 0.06 for equal rewards.
     """
     rewards = rewards_M.to(torch.float64)
     weights = group_weights(success_M, purified_M, success_rate, config.weights)

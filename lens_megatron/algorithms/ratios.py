@@ -34,8 +34,6 @@ def log_ratio(inputs: LossInputs, config: LossConfig) -> Tensor:
         assert inputs.proximal_original_logprobs_T is not None
         current_T = inputs.masked(inputs.current_logprobs_T)
         log_ratio_T = current_T - inputs.masked(inputs.proximal_original_logprobs_T)
-        if kind == "none":  # x' enters nowhere; original rollouts keep their own vector
-            log_ratio_T = torch.where(inputs.to_tokens(inputs.purified_S), log_ratio_T, literal_log_ratio(inputs))
     else:
         log_ratio_T = literal_log_ratio(inputs)
     result_T = at_level(log_ratio_T, inputs, config.ratio)

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lens_megatron.algorithms.advantages import (
@@ -48,6 +48,7 @@ graded = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(graded, st.integers(0, 8), st.sampled_from(["all", "none", "rescued_only", "purified_only"]), st.booleans())
 def test_weighted_advantage_against_exact_fractions(
     rows: list[tuple[int, str]], eighths: int, weights: str, unbiased: bool
@@ -123,6 +124,7 @@ def test_the_one_failure_left_gets_a_large_negative_push(successes: int, found: 
     assert product[rewards == 0].tolist() == [pytest.approx(expected, abs=0.005)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=16))
 def test_lens_without_weights_on_a_group_never_rescued_is_grpo(rewards: list[float]) -> None:
     """tau = 0 rescues nothing; with weights off and the same std the advantage is bit for bit GRPO's."""
@@ -177,6 +179,13 @@ def test_equal_rewards_give_exactly_zero_in_float32(weights: str) -> None:
             rewards, purified | ~purified, purified, successes / 8, AdvantageConfig(weights=weights)
         )
         assert (result.advantages_M == 0).all() and result.advantages_M.dtype == torch.float32
+
+
+def test_nearly_equal_rewards_keep_their_advantage_in_float32() -> None:
+    rewards = torch.tensor([1.0, 1.0, 1.0, 1.0 - 2e-5, 1.0 - 3e-5])
+    nobody = torch.zeros(5, dtype=torch.bool)
+    single, double = (group_advantages(r, r > 0.5, nobody, 0.3, EQ6).advantages_M for r in (rewards, rewards.double()))
+    torch.testing.assert_close(single.double(), double, rtol=1e-6, atol=1e-6)
 
 
 def test_unbiased_and_population_std_differ_by_their_known_factor() -> None:

@@ -257,6 +257,11 @@ def test_effective_size_of_purified_rollouts_by_hand() -> None:
     _, _, metrics = loss_and_gradient(rows, NO_KL)
     assert metrics["effective_size_rho_purified_tokens"] == pytest.approx(2.0**2 / (2 * (0.25 + 2.25)))
     assert metrics["effective_size_rho_purified_sequences"] == pytest.approx(2.0**2 / (2 * (0.25 + 2.25)))
+    # a sequence counts once, however long it is: ratios 0.5 and 0.5 x 3
+    rows = [sample([math.log(0.5)], purified=True), sample([math.log(0.5), math.log(3.0)], purified=True)]
+    _, _, metrics = loss_and_gradient(rows, NO_KL)
+    assert metrics["effective_size_rho_purified_sequences"] == pytest.approx(2.0**2 / (2 * (0.25 + 2.25)))
+    assert metrics["effective_size_rho_purified_tokens"] == pytest.approx(4.0**2 / (3 * (0.25 + 0.25 + 9.0)))
 
 
 def test_signed_token_mass_shows_what_a_token_mean_does_to_a_balanced_group() -> None:
