@@ -146,7 +146,7 @@ class PromptFilter:
             return math.ceil(Fraction(repr(self.config.size_factor)) * self.prompts_per_step), False
         if now.batches == 0:
             return largest_batch(self.prompts_per_step, self.config.greso), False
-        if now.last_batch and now.kept:  # short, but something to train on
+        if now.last_batch:  # short, but never empty: adaptive_batch calls none the last before a group was kept
             return None
         return adaptive_batch(missing, now.kept_in_batch, now.judged_in_batch, self.prompts_per_step, self.config.greso)
 

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 from hypothesis import given, settings
@@ -277,8 +278,8 @@ def test_unseen_prompts_are_never_skipped() -> None:
 def test_a_data_set_of_streaks_is_drawn_again_until_chance_lets_it_pass() -> None:
     """Fresh chances each time round: a small hard data set cannot block the step."""
     prompts = PromptFilter(replace(GRESO, mode="greso_dynamic", size_factor=1.0), 4, 0)
-    prompts.load_state_dict({"greso": {"p_easy": 0.5, "p_hard": 0.5, "streaks": {f"p{i}": -3 for i in range(4)}}})
-    groups, _ = run_step(prompts, around(4), lambda p: [1.0, 0.0], epoch=1)
+    prompts.load_state_dict({"greso": {"p_easy": 0.5, "p_hard": 0.5, "streaks": {f"p{i}": -20 for i in range(4)}}})
+    groups, _ = run_step(prompts, islice(around(4), 5000), lambda p: [1.0, 0.0], epoch=1)
     assert len(groups) == 4
 
 
