@@ -91,6 +91,15 @@ class Sampler:
         """From any thread: the sampling in progress ends with SamplingAborted, and leaves the engine idle."""
         self._stop.set()
 
+    def resume(self) -> None:
+        """Forgets a `stop` that found nothing to stop."""
+        self._stop.clear()
+
+    def close(self) -> None:
+        self.engine.close()
+        if callable(close := getattr(self.reward, "close", None)):
+            close()
+
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history.state_dict()}
 
@@ -107,11 +116,11 @@ class Sampler:
         """Groups in the order of the prompts. `step` and the seed decide every draw."""
         if len(prompts) != len(purified):
             raise ValueError(f"{len(prompts)} prompts, {len(purified)} purified prompts")
-        self._stop.clear()
         batch = _Batch(self, prompts, purified, step, config or self.config)
         try:
             batch.run()
         except BaseException:
+            self._stop.clear()
             batch.leave_engine_idle(PATIENCE_AFTER_AN_ERROR, strict=False)
             raise
         batch.leave_engine_idle(batch.config.stall_seconds)

@@ -46,7 +46,15 @@ class RescueRules:
     moot: Callable[[Sequence[float], int], bool]
 
 
-NO_RESCUE = RescueRules(certain=lambda rewards, n: False, moot=lambda rewards, n: True)
+def _never(rewards: Sequence[float], n: int) -> bool:
+    return False
+
+
+def _always(rewards: Sequence[float], n: int) -> bool:
+    return True
+
+
+NO_RESCUE = RescueRules(certain=_never, moot=_always)
 
 
 @dataclass

@@ -1,0 +1,299 @@
+"""Rank 0's rollout driver: a process of its own that holds engine, sampler and rewards, and takes commands by pipe.
+
+It is spawned before CUDA is touched, so that generation, HTTP and rewards never share an interpreter lock with kernel
+launches. Nothing here waits for ever: the driver beats every second, a command has its time, and a driver that dies,
+falls silent or raises is one error in the caller. When the caller goes away the driver sees the pipe close and ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing import reduction
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lens_megatron.errors import RunError, UsageError
+from lens_megatron.rollout.shared_buffer import SharedBuffer, bytes_needed
+
+if TYPE_CHECKING:
+    import torch
+
+    from lens_megatron.rollout.engine import Health
+    from lens_megatron.rollout.sampler import Sampler
+    from lens_megatron.rollout.sampling import SampleResult, SamplingConfig
+    from lens_megatron.types import Prompt, PurifiedPrompt
+
+BEAT_SECONDS = 1.0
+SILENCE_SECONDS = 60.0  # without a beat: the process is stopped or the machine swaps
+START_SECONDS = 600.0
+COMMAND_SECONDS = 600.0
+CLOSE_SECONDS = 10.0
+
+
+class RolloutDriver:
+    """The caller's end. `make_sampler` runs in the driver's process: a module's function, or a partial of one."""
+
+    def __init__(
+        self,
+        make_sampler: Callable[[], Sampler],
+        threads: int = 1,
+        start_seconds: float = START_SECONDS,
+        silence_seconds: float = SILENCE_SECONDS,
+        command_seconds: float = COMMAND_SECONDS,
+    ) -> None:
+        self._silence_seconds, self._command_seconds = silence_seconds, command_seconds
+        self._buffer: SharedBuffer | None = None
+        self._sampling = False
+        self._failure: RunError | None = None
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe(duplex=True)
+        # not a daemon: reward workers are its own processes
+        self._process = context.Process(target=_serve, args=(theirs, make_sampler, threads), name="rollout-driver")
+        self._process.start()
+        theirs.close()
+        atexit.register(self.close)
+        try:
+            self._reply(start_seconds, "start")
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    def load_weights(self, buckets: Iterable[Mapping[str, torch.Tensor]], version: int) -> None:
+        """All weights by Hugging Face name, bucket by bucket; one bucket is held at a time."""
+        self._call("begin_update", version)
+        for bucket in buckets:
+            size = bytes_needed(bucket)
+            if self._buffer is None or self._buffer.size < size:
+                self._replace_buffer(size)
+            assert self._buffer is not None
+            self._call("update", self._buffer.write(bucket))
+        self._call("end_update")
+
+    def start_sampling(
+        self,
+        prompts: Sequence[Prompt],
+        purified: Sequence[PurifiedPrompt | None],
+        step: int,
+        config: SamplingConfig | None = None,
+    ) -> None:
+        self._send("sample", list(prompts), list(purified), step, config)
+        self._sampling = True
+
+    def sampled(self, timeout: float) -> SampleResult | None:
+        """What `start_sampling` asked for, or None when it takes longer than `timeout` seconds."""
+        if not self._sampling:
+            raise ValueError("nothing is being sampled")
+        try:
+            result = self._reply(None, "sample", patience=timeout)
+        except BaseException:
+            self._sampling = False
+            raise
+        self._sampling = result is _NOT_YET
+        return None if result is _NOT_YET else result
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        purified: Sequence[PurifiedPrompt | None],
+        step: int,
+        config: SamplingConfig | None = None,
+    ) -> SampleResult:
+        self.start_sampling(prompts, purified, step, config)
+        while True:
+            if (result := self.sampled(BEAT_SECONDS)) is not None:
+                return result
+
+    def stop_sampling(self) -> None:
+        """The sampling in progress ends: `sampled` raises SamplingAborted's message as RunError."""
+        self._send("stop")
+
+    def health(self) -> Health:
+        return self._call("health")
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._call("state_dict")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._call("load_state_dict", state)
+
+    def close(self) -> None:
+        """Ends the process, by force when it does not end by itself."""
+        atexit.unregister(self.close)
+        if self._failure is None:
+            self._failure = RunError("the rollout driver was closed")
+        if not self._pipe.closed:
+            self._pipe.close()  # the driver sees the end of its input
+            for end in (self._process.terminate, self._process.kill):
+                self._process.join(CLOSE_SECONDS)
+                if self._process.is_alive():
+                    end()
+            self._process.join(CLOSE_SECONDS)
+        if self._buffer is not None:
+            self._buffer.close()
+            self._buffer = None
+
+    def _replace_buffer(self, size: int) -> None:
+        if self._buffer is not None:
+            self._buffer.close()
+        self._buffer = SharedBuffer.create(size)
+        self._send("buffer", size)
+        assert self._process.pid is not None
+        reduction.send_handle(self._pipe, self._buffer.descriptor, self._process.pid)
+
+    def _call(self, command: str, *args: Any) -> Any:
+        self._send(command, *args)
+        return self._reply(self._command_seconds, command)
+
+    def _send(self, command: str, *args: Any) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._sampling and command != "stop":
+            raise ValueError(f"{command!r} while sampling")
+        try:
+            self._pipe.send((command, args))
+        except (BrokenPipeError, ConnectionResetError):
+            self._died()
+
+    def _reply(self, limit: float | None, command: str, patience: float | None = None) -> Any:
+        """The next answer. `limit` seconds end in an error, `patience` seconds in _NOT_YET."""
+        start = last_sign = time.monotonic()
+        while True:
+            now = time.monotonic()
+            if patience is not None and now - start >= patience and not self._pipe.poll():
+                return _NOT_YET
+            if limit is not None and now - start > limit:
+                self._give_up(f"did not finish {command!r} within {limit:g} s")
+            if now - last_sign > self._silence_seconds:
+                self._give_up(f"gave no sign of life for {self._silence_seconds:g} s during {command!r}")
+            left = BEAT_SECONDS if patience is None else max(0.0, min(BEAT_SECONDS, start + patience - now))
+            if self._pipe not in wait([self._pipe, self._process.sentinel], left):
+                if not self._process.is_alive() and not self._pipe.poll():
+                    self._died()
+                continue
+            try:
+                kind, value = self._pipe.recv()
+            except (EOFError, ConnectionResetError):
+                self._died()
+            last_sign = time.monotonic()
+            if kind == "answer":
+                return value
+            if kind == "usage error":
+                raise UsageError(value)
+            if kind == "error":
+                raise RunError(value)
+
+    def _died(self) -> NoReturn:
+        self._process.join(CLOSE_SECONDS)
+        code = self._process.exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
+        self._give_up(f"{how}; what it printed last tells why")
+
+    def _give_up(self, what: str) -> NoReturn:
+        self._failure = RunError(f"the rollout driver (process {self._process.pid}) {what}")
+        if self._process.is_alive():
+            self._process.kill()
+        self.close()
+        raise self._failure
+
+
+_NOT_YET = object()
+
+
+def _serve(pipe: Connection, make_sampler: Callable[[], Sampler], threads: int) -> None:
+    """The driver's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the caller, which closes the pipe
+    import torch
+
+    torch.set_num_threads(threads)
+    sending = threading.Lock()
+
+    def answer(kind: str, value: Any = None) -> None:
+        # a broken pipe: _listen sees that the caller is gone
+        with sending, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            pipe.send((kind, value))
+
+    def beat() -> None:
+        while True:
+            time.sleep(BEAT_SECONDS)
+            answer("beat")
+
+    threading.Thread(target=beat, daemon=True).start()
+    try:
+        sampler = make_sampler()
+    except UsageError as error:
+        return answer("usage error", str(error))
+    except Exception as error:
+        traceback.print_exc()
+        return answer("error", f"the rollout driver could not start: {type(error).__name__}: {error}")
+    answer("answer")
+
+    commands: queue.Queue[tuple[str, tuple[Any, ...]]] = queue.Queue()
+    threading.Thread(target=_listen, args=(pipe, sampler, commands), daemon=True).start()
+    buffer: SharedBuffer | None = None
+    while True:
+        command, args = commands.get()
+        if command == "close":
+            break
+        if command == "buffer":
+            buffer = SharedBuffer(*args)
+            continue
+        try:
+            answer("answer", _execute(sampler, buffer, command, args))
+        except UsageError as error:
+            answer("usage error", str(error))
+        except RunError as error:
+            answer("error", str(error))
+        except Exception as error:
+            traceback.print_exc()
+            answer("error", f"the rollout driver failed in {command!r}: {type(error).__name__}: {error}")
+    sampler.close()
+    os._exit(0)  # threads of reward pools and clients may still hang
+
+
+def _execute(sampler: Sampler, buffer: SharedBuffer | None, command: str, args: tuple[Any, ...]) -> Any:
+    engine = sampler.engine
+    if command == "update":
+        assert buffer is not None
+        return engine.update(buffer.read(*args))
+    targets: dict[str, Callable[..., Any]] = {
+        "begin_update": engine.begin_update,
+        "end_update": engine.end_update,
+        "health": engine.health,
+        "sample": sampler.sample,
+        "state_dict": sampler.state_dict,
+        "load_state_dict": sampler.load_state_dict,
+    }
+    return targets[command](*args)
+
+
+def _listen(pipe: Connection, sampler: Sampler, commands: queue.Queue[tuple[str, tuple[Any, ...]]]) -> None:
+    """Commands go to the main thread; stopping, and the end of the caller, act at once."""
+    while True:
+        try:
+            command, args = pipe.recv()
+            if command == "buffer":
+                args = (reduction.recv_handle(pipe), *args)
+        except (EOFError, ConnectionResetError, OSError):
+            sampler.stop()
+            commands.put(("close", ()))
+            time.sleep(0.8 * CLOSE_SECONDS)
+            os._exit(1)
+        if command == "stop":
+            sampler.stop()
+            continue
+        if command == "sample":
+            sampler.resume()  # here, so that a stop sent right after it is not forgotten
+        commands.put((command, args))

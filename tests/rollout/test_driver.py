@@ -1,0 +1,225 @@
+"""The driver's process: the same samples as in this process, weights through shared memory, and no way to hang."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from lens_megatron.errors import RunError, UsageError
+from lens_megatron.rollout.driver import RolloutDriver
+from lens_megatron.rollout.embedded import EmbeddedEngine
+from lens_megatron.rollout.sampler import Sampler
+from lens_megatron.rollout.sampling import NO_RESCUE, RescueRules, SamplingConfig
+from lens_megatron.rollout.shared_buffer import SharedBuffer, bytes_needed
+from lens_megatron.types import Prompt, PurifiedPrompt, Rollout
+
+from . import tiny
+
+CONFIG = SamplingConfig(n=3, max_response_tokens=10)
+PROMPTS = [Prompt(f"p{i}", (5, 6, i + 7), (0, 3), "1") for i in range(4)]
+PURIFIED = [PurifiedPrompt(p.id, p.tokens[1:], (0,)) for p in PROMPTS]
+
+
+def certain(rewards: Any, n: int) -> bool:
+    return (sum(rewards) + n - len(rewards)) / n < 0.5
+
+
+def moot(rewards: Any, n: int) -> bool:
+    return sum(rewards) / n >= 0.5
+
+
+def parity(prompt: Prompt, rollout: Rollout) -> float:
+    return float(sum(rollout.response) % 3 == 0)
+
+
+def slow(prompt: Prompt, rollout: Rollout) -> float:
+    time.sleep(0.5)
+    return 1.0
+
+
+def wrong(prompt: Prompt, rollout: Rollout) -> float:
+    raise ZeroDivisionError("in the reward")
+
+
+RULES = RescueRules(certain, moot)
+
+
+def make_sampler(seed: int = 0, reward: Any = parity, rules: RescueRules = RULES) -> Sampler:
+    return Sampler(EmbeddedEngine(tiny.model(seed), slots=8), reward, rules, CONFIG, (tiny.STOP,), seed=1)
+
+
+def make_nothing() -> Sampler:
+    raise UsageError("model: no such folder")
+
+
+def make_garbage() -> Sampler:
+    raise ValueError("surprise")
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[RolloutDriver]:
+    started = RolloutDriver(make_sampler)
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def fresh() -> Iterator[Any]:
+    made: list[RolloutDriver] = []
+
+    def start(make: Any = make_sampler, **limits: float) -> RolloutDriver:
+        made.append(RolloutDriver(make, **limits))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.close()
+
+
+def test_samples_and_weights_equal_those_of_this_process(driver: RolloutDriver) -> None:
+    here = make_sampler()
+    for got, expected in zip(*(one.sample(PROMPTS, PURIFIED, 1).groups for one in (driver, here)), strict=True):
+        assert got.prompt == expected.prompt and got.purified_prompt == expected.purified_prompt
+        for a, b in zip((*got.originals, *got.purified), (*expected.originals, *expected.purified), strict=True):
+            assert a.behaviour_logprobs == pytest.approx(b.behaviour_logprobs, abs=1e-5)
+            assert replace(a, behaviour_logprobs=()) == replace(b, behaviour_logprobs=())
+    weights = {name: tensor.clone() for name, tensor in tiny.model(1).state_dict().items()}
+    names = list(weights)
+    buckets = [{name: weights[name] for name in names[i : i + 4]} for i in range(0, len(names), 4)]
+    buckets.append({names[0]: weights[names[0]].clone()})  # smaller than the buffer of before
+    driver.load_weights(buckets, version=9)
+    assert driver.health().version == 9
+    there = make_sampler(1).sample(PROMPTS, PURIFIED, 2).groups
+    got = driver.sample(PROMPTS, PURIFIED, 2).groups
+    assert [r.response for g in got for r in g.originals] == [r.response for g in there for r in g.originals]
+    assert {r.weight_version for g in got for r in (*g.originals, *g.purified)} == {9}
+    assert driver.state_dict()["history"]["seen"].keys() == {"p0", "p1", "p2", "p3"}
+    driver.load_state_dict({"history": {"seen": {}, "all": [0.0, 0.0]}})
+    assert driver.state_dict()["history"]["seen"] == {}
+
+
+def test_an_error_inside_is_raised_here_and_the_driver_goes_on(driver: RolloutDriver) -> None:
+    with pytest.raises(RunError, match="engine's model has no 'nonsense'"):
+        driver.load_weights([{"nonsense": torch.zeros(3)}], version=10)
+    with pytest.raises(UsageError, match="256 positions"):
+        driver.load_weights([dict(tiny.model(0).state_dict())], version=11)
+        driver.sample([Prompt("long", (5,) * 250, (0, 1), "1")], [None], 1)
+    assert len(driver.sample(PROMPTS, PURIFIED, 3).groups) == 4
+
+
+def test_waiting_is_done_in_pieces(fresh: Any) -> None:
+    driver = fresh(functools.partial(make_sampler, reward=slow, rules=NO_RESCUE))
+    driver.start_sampling(PROMPTS, PURIFIED, 1)
+    assert driver.sampled(0.3) is None
+    with pytest.raises(ValueError, match="while sampling"):
+        driver.health()
+    driver.close()
+
+
+def test_stop_right_after_start_is_not_forgotten(driver: RolloutDriver) -> None:
+    driver.start_sampling(PROMPTS * 50, PURIFIED * 50, 1)
+    driver.stop_sampling()
+    with pytest.raises(RunError, match="aborted"):
+        while driver.sampled(1.0) is None:
+            pass
+    assert len(driver.sample(PROMPTS, PURIFIED, 1).groups) == 4
+
+
+def test_a_reward_that_raises_is_named(fresh: Any) -> None:
+    driver = fresh(functools.partial(make_sampler, reward=wrong))
+    with pytest.raises(RunError, match="'sample': ZeroDivisionError: in the reward"):
+        driver.sample(PROMPTS, PURIFIED, 1)
+
+
+def test_a_start_that_fails_keeps_its_kind(fresh: Any) -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        fresh(make_nothing)
+    with pytest.raises(RunError, match="could not start: ValueError: surprise"):
+        fresh(make_garbage)
+
+
+def test_a_killed_driver_is_one_clear_error(fresh: Any) -> None:
+    driver = fresh(functools.partial(make_sampler, reward=slow))
+    driver.start_sampling(PROMPTS, PURIFIED, 1)
+    os.kill(driver.pid, signal.SIGKILL)
+    begin = time.monotonic()
+    with pytest.raises(RunError, match=r"rollout driver \(process \d+\) was killed by SIGKILL"):
+        while driver.sampled(5.0) is None:
+            pass
+    assert time.monotonic() - begin < 10
+    with pytest.raises(RunError, match="SIGKILL"):
+        driver.health()
+
+
+def test_a_silent_driver_is_given_up_and_killed(fresh: Any) -> None:
+    driver = fresh(silence_seconds=2.5)
+    os.kill(driver.pid, signal.SIGSTOP)
+    with pytest.raises(RunError, match=r"no sign of life for 2.5 s during 'health'"):
+        driver.health()
+    assert not _alive(driver.pid)
+
+
+def test_a_command_has_its_time(fresh: Any) -> None:
+    driver = fresh(functools.partial(make_sampler, reward=slow), command_seconds=1.5)
+    driver._send("sample", PROMPTS, PURIFIED, 1, None)
+    with pytest.raises(RunError, match=r"did not finish 'health' within 1.5 s"):
+        driver.health()
+
+
+def test_the_driver_ends_with_its_caller(tmp_path: Any) -> None:
+    script = tmp_path / "caller.py"
+    script.write_text(
+        "import time\n"
+        "from rollout.test_driver import make_sampler\n"
+        "from lens_megatron.rollout.driver import RolloutDriver\n"
+        "if __name__ == '__main__':\n"
+        "    print(RolloutDriver(make_sampler).pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH120, PTH100
+    caller = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": tests}
+    )
+    assert caller.stdout is not None
+    pid = int(caller.stdout.readline())
+    assert _alive(pid)
+    caller.kill()
+    caller.wait()
+    deadline = time.monotonic() + 15
+    while _alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _alive(pid)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat") as stat:  # noqa: PTH123
+        return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_the_buffer_keeps_every_dtype_and_shape() -> None:
+    bucket = {
+        "a": torch.randn(3, 5, dtype=torch.bfloat16),
+        "b": torch.arange(7, dtype=torch.int32),
+        "c": torch.randn(4, 6).t(),
+        "d": torch.tensor(2.5, dtype=torch.float64),
+    }
+    buffer = SharedBuffer.create(bytes_needed(bucket))
+    mapped = SharedBuffer(os.dup(buffer.descriptor), buffer.size)
+    read = mapped.read(buffer.write(bucket))
+    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in bucket.items())
+    with pytest.raises(RunError, match=r"a bucket of \d+ MiB"):
+        SharedBuffer.create(2**60)
