@@ -43,6 +43,22 @@ def test_eq_4_and_6_by_hand() -> None:
     assert result.advantages_M.tolist() == pytest.approx([0.3 / std, -0.7 / std, 0.3 / std, 0.3 / std])
 
 
+@pytest.mark.parametrize(
+    ("weights", "rescued_group", "plain_group"),
+    [
+        ("all", [0.25, 0.75, 0.75], [0.25, 0.75]),
+        ("rescued_only", [0.25, 0.75, 0.75], [1.0, 1.0]),
+        ("purified_only", [1.0, 1.0, 0.75], [1.0, 1.0]),
+        ("none", [1.0, 1.0, 1.0], [1.0, 1.0]),
+    ],
+)
+def test_where_eq_4_applies(weights: str, rescued_group: list[float], plain_group: list[float]) -> None:
+    """A success of x, a failure and, where the group was rescued, a purified success; a = 1/4."""
+    config = AdvantageConfig(weights=weights)
+    for purified, expected in ((1, rescued_group), (0, plain_group)):
+        assert group_advantages(*members(1, 1, purified), 0.25, config).weights_M.tolist() == expected
+
+
 graded = st.lists(
     st.tuples(st.integers(0, 8), st.sampled_from(["success", "failure", "purified"])), min_size=2, max_size=12
 )
