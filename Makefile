@@ -7,7 +7,8 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install test lint format typecheck clean
+# Nothing trains yet: the smallest thing that exists end to end.
+.PHONY: quickstart install test lint format typecheck clean
 
 install: $(VENV)/.installed
 
@@ -15,6 +16,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]'
 	@touch $@
+
+quickstart: install
+	$(BIN)/lens-megatron doctor
+	$(BIN)/lens-megatron models
 
 test: install
 	$(BIN)/python -m pytest

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -165,3 +167,16 @@ def test_tiny_models_fit_the_layout_tests() -> None:
         assert count_parameters(spec) < 1_000_000
     families = {load_model_config(name).spec.family for name in TINY}
     assert families == {"llama", "qwen2", "qwen3", "qwen3_moe"}
+
+
+def test_the_documentation_lists_every_model_and_layout_as_computed() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    for name in shipped_models():
+        config = load_model_config(name)
+        assert f"| {name} | {count_parameters(config.spec):,} |" in text
+        for layout in config.layouts:
+            peak, host = training_bytes(config.spec, layout).peak, host_bytes(config.spec, layout) / layout.gpus
+            where = f"| {layout.tp} | {layout.pp} | {layout.ep} | {layout.dp} | {layout.recompute} |"
+            offload = "yes" if layout.offload_optimizer else "no"
+            row = f"| {name} | {layout.gpus} x 80 GB {where} {offload} | {peak / GIB:.1f} | {host / GIB:.1f} |"
+            assert row in text, row
