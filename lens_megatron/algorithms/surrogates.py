@@ -6,6 +6,7 @@ with a finite log-ratio, log-prob and advantage.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -85,8 +86,7 @@ def purified_value(kind: Literal["floor", "power", "luffy"], value: float, terms
     """
     if kind == "luffy":
         # p / (p + gamma) = sigmoid(log p - log gamma), exact where p underflows
-        shift = torch.log(torch.tensor(value, dtype=terms.current_logprobs_T.dtype))
-        return torch.sigmoid(terms.current_logprobs_T - shift.to(terms.current_logprobs_T.device)) * terms.advantages_T
+        return torch.sigmoid(terms.current_logprobs_T - math.log(value)) * terms.advantages_T
     ratio_T = terms.ratio_T.detach()
     weight_T = ratio_T.clamp(min=value, max=1.0) if kind == "floor" else ratio_T**value
     return weight_T * terms.advantages_T * terms.current_logprobs_T
