@@ -14,6 +14,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 NAMES = {"Ann": "she", "Ben": "he", "Cleo": "she", "Dan": "he", "Eva": "she", "Finn": "he", "Gus": "he", "Hana": "she"}
@@ -34,6 +35,7 @@ MISLEADING = {
 }
 LARGEST = 30
 OPERANDS = (1, 2, 3, 4, 5)
+STEPS = (4, 5)  # of a story, shortest and longest
 TEMPLATE = "Question: {problem} Answer:"
 KINDS = ("plain", "one", "two")  # how many misleading words
 
@@ -112,7 +114,7 @@ def misled_steps(rng: random.Random, story: Story) -> frozenset[int]:
     return frozenset(i for i, step in enumerate(story.steps) if rng.random() < MISLEADING.get(step.adverb, 0.0))
 
 
-def supervised_rows(count: int, seed: int, steps: tuple[int, int]) -> Iterator[dict[str, str]]:
+def supervised_rows(count: int, seed: int, steps: tuple[int, int] = STEPS) -> Iterator[dict[str, str]]:
     """Questions and worked solutions: one third each without, with one and with two misleading words."""
     rng = random.Random(f"toy/supervised/{seed}")
     for i in range(count):
@@ -125,7 +127,9 @@ def supervised_rows(count: int, seed: int, steps: tuple[int, int]) -> Iterator[d
         }
 
 
-def prompt_rows(count: int, seed: int, steps: tuple[int, int], split: str = "train") -> Iterator[dict[str, str]]:
+def prompt_rows(
+    count: int, seed: int, steps: tuple[int, int] = STEPS, split: str = "train"
+) -> Iterator[dict[str, str]]:
     """Prompts for reinforcement learning, a quarter plain, a quarter with one misleading word, half with two."""
     rng = random.Random(f"toy/{split}/{seed}")
     for i in range(count):
@@ -161,6 +165,48 @@ def write_tokenizer(folder: Path) -> None:
         "{% if add_generation_prompt %}Answer:{% endif %}"
     )
     wrapped.save_pretrained(str(folder))
+
+
+@dataclass(frozen=True)
+class ToySizes:
+    supervised: int = 38400
+    train: int = 2048
+    test: int = 256
+
+
+def write_toy(folder: Path, seed: int = 0, sizes: ToySizes | None = None) -> None:
+    """model/ (tokenizer and config.json, no weights), sft.jsonl, train.jsonl and test.jsonl: the same bytes for the
+    same arguments."""
+    sizes = sizes or ToySizes()
+    write_tokenizer(folder / "model")
+    (folder / "model" / "config.json").write_text(json.dumps(model_config(), indent=2) + "\n")
+    write_jsonl(folder / "sft.jsonl", supervised_rows(sizes.supervised, seed, STEPS))
+    write_jsonl(folder / "train.jsonl", prompt_rows(sizes.train, seed, STEPS, "train"))
+    write_jsonl(folder / "test.jsonl", prompt_rows(sizes.test, seed, STEPS, "test"))
+
+
+def model_config() -> dict[str, Any]:
+    """The shape of the base model: the smallest found to learn the task in a minute or two."""
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": 112,  # the tokenizer's 97, padded so that tensor parallelism divides it
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "max_position_embeddings": 512,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.02,
+        "eos_token_id": 1,
+        "torch_dtype": "float32",
+    }
 
 
 def write_jsonl(path: Path, rows: Iterator[dict[str, str]]) -> None:
