@@ -7,7 +7,7 @@ current is under x.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -71,6 +71,5 @@ class Sample:
     reward: float
     purified: bool
     advantage: float
-    weight: float = 1.0
-    truncated: bool = False
-    metadata: dict[str, float] = field(default_factory=dict)
+    weight: float  # w~ of Eq. 4
+    purified_tokens: tuple[int, ...] | None = None  # x' of its prompt, where there is one

@@ -1,6 +1,11 @@
 """Shapes and types of the pure functions are checked at run time in the tests, at no cost in a run."""
 
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # before any test module imports them, and for good: tests are collected, and import, one after another
 install_import_hook(["lens_megatron.algorithms", "lens_megatron.purification"], "beartype.beartype")
+
+# a shared machine stalls now and then, which is no property of the code under test
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")

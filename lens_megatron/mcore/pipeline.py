@@ -69,8 +69,11 @@ def _run(
     consume: Callable[[Tensor, PackedBatch], Any],
     training: bool,
 ) -> list[Any]:
-    def forward_step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        batch = next(batches)
+    def forward_step(batches: Iterator[tuple[Pack, PackedBatch]], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        pack, batch = next(batches)
+        before_pack = getattr(innermost(chunk), "before_pack", None)  # set while routing.py records or replays
+        if before_pack is not None:
+            before_pack(pack)
         # our modules use no CUDA literals: without the CPU mode a tiny step takes half the time
         with torch._C.DisableTorchFunction():
             output = chunk(
@@ -89,7 +92,7 @@ def _run(
 
         return output, consume_output
 
-    iterators = [(pack_tensors(pack, sequences) for pack in packs) for _ in chunks]
+    iterators = [((pack, pack_tensors(pack, sequences)) for pack in packs) for _ in chunks]
     for chunk in chunks:
         chunk.train(training)
     with cuda_literals():

@@ -139,7 +139,7 @@ def accumulate_gradients(
 
 
 def sum_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Summed over micro-batches and ranks (names ending in _max: the largest), known to every rank."""
+    """Summed over micro-batches and ranks (names ending in /max: the largest), known to every rank."""
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     names = sorted(parts[0]) if last else []
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -149,7 +149,7 @@ def sum_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
         names = box[0]
     totals: dict[str, float] = {}
     for largest in (False, True):
-        chosen = [name for name in names if name.endswith("_max") == largest]
+        chosen = [name for name in names if name.endswith("/max") == largest]
         if not chosen:
             continue
         values = torch.full((len(chosen),), -torch.inf if largest else 0.0, dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lens_megatron.model_spec import load_model_spec
 from tests.distributed import reference
 
 
-def _start(folder: Path, layout: ParallelConfig) -> Any:
+def start(folder: Path, layout: ParallelConfig) -> Any:
     from lens_megatron.mcore import runtime
 
     spec = load_model_spec(str(folder))
@@ -28,7 +28,7 @@ def score(
 ) -> tuple[list[Tensor], list[Tensor]]:
     from lens_megatron.mcore.step import build_frozen
 
-    spec = _start(folder, layout)
+    spec = start(folder, layout)
     result = build_frozen(spec, layout, folder).score(sequences, budget, temperature)
     return result.logprobs, result.entropies
 
@@ -37,7 +37,7 @@ def _policy(folder: Path, layout: ParallelConfig, memory: Any = None) -> Any:
     from lens_megatron.mcore.optimizer import OptimizerConfig
     from lens_megatron.mcore.step import build_trainable
 
-    spec = _start(folder, layout)
+    spec = start(folder, layout)
     settings = OptimizerConfig(
         lr=reference.LR, eps=reference.EPS, clip_grad=reference.CLIP, weight_decay=reference.DECAY
     )
@@ -55,7 +55,7 @@ def _loss(sequences: Sequence[Tensor], data: reference.LossData) -> Any:
         mask = (batch.target_T >= 0) & is_response[place]
         values = reference.token_loss(logp, entropy, flat_old[place], advantages[batch.sequence_T])
         assert bool(((batch.target_T < 0) | (batch.target_T > offsets[batch.sequence_T])).all())
-        return (values * mask).sum() / data.responses, {"tokens": mask.sum(), "longest_max": batch.packed.max_seqlen_q}
+        return (values * mask).sum() / data.responses, {"tokens": mask.sum(), "longest/max": batch.packed.max_seqlen_q}
 
     return lambda logp, entropy, batch: _as_tensors(*loss(logp, entropy, batch))
 
@@ -73,18 +73,27 @@ def gradients(
     recompute: str = "none",
 ) -> tuple[dict[str, float], dict[str, Tensor], float]:
     """Metrics, HF-named gradients, and how far replicas of one gradient lie apart, on rank 0."""
-    from lens_megatron.mcore.hf_bridge import local_tensors
-    from lens_megatron.mcore.hf_names import join_shards
     from lens_megatron.mcore.model import MemoryConfig
     from lens_megatron.mcore.step import accumulate_gradients
 
     policy = _policy(folder, layout, MemoryConfig(recompute=recompute))  # type: ignore[arg-type]
+    return named_gradients(policy, lambda: accumulate_gradients(policy, sequences, _loss(sequences, data), budget))
+
+
+def named_gradients(
+    policy: Any, accumulate: Callable[[], dict[str, float]]
+) -> tuple[dict[str, float], dict[str, Tensor], float]:
+    """What `accumulate` returned, HF-named gradients, and how far replicas of one gradient lie apart."""
+    from lens_megatron.mcore.hf_bridge import local_tensors
+    from lens_megatron.mcore.hf_names import join_shards
+
     # the whole gradient on every data-parallel rank, not only each rank's part
     finish = policy.config.finalize_model_grads_func
     policy.config.finalize_model_grads_func = lambda chunks, tokens, **options: finish(
         chunks, tokens, **{**options, "force_all_reduce": True}
     )
-    metrics = accumulate_gradients(policy, sequences, _loss(sequences, data), budget)
+    metrics = accumulate()
+    policy.config.finalize_model_grads_func = finish
     mine = [
         (local.mapping, local.shard, local.shards, local.parameter.main_grad.clone())
         for local in local_tensors(policy.chunks, policy.spec)
@@ -121,7 +130,7 @@ def export(folder: Path, layout: ParallelConfig, target: Path) -> None:
     from lens_megatron.mcore.hf_files import write_hf_folder
     from lens_megatron.mcore.step import build_frozen
 
-    spec = _start(folder, layout)
+    spec = start(folder, layout)
     tensors = build_frozen(spec, layout, folder).export_hf()
     if dist.get_rank() == 0:
         write_hf_folder(target, tensors, companions_from=folder, max_shard_bytes=20_000)

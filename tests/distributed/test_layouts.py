@@ -96,7 +96,7 @@ def test_gradients_equal_hf(kind: str, layout: str, workers: Any, hf_folder: Any
     metrics, found, spread = answers[0]
     assert metrics["loss"] == pytest.approx(hf_loss, rel=1e-4)
     assert metrics["tokens"] == DATA.responses
-    assert metrics["longest_max"] >= max(len(s) for s in SEQUENCES)
+    assert metrics["longest/max"] >= max(len(s) for s in SEQUENCES)
     assert all(answer[0] == metrics for answer in answers)
     error, worst = largest_relative_error(found, hf_gradients)
     assert error < 1e-4, worst

@@ -1,0 +1,234 @@
+"""Which experts every token went to: recorded from a pass, or given by the rollout engine and replayed in ours.
+
+Engine and trainer round differently, and near a tie a router then picks another expert: the trainer's log-probs are those
+of another function than the one that was sampled from. Replay takes the engine's choice of experts; their weights are
+still computed from this model's router, which learns through them.
+
+    with replay_routing(policy.chunks, sequences, routing):        with record_routing(policy.chunks, sequences) as seen:
+        train_step(policy, sequences, ...)                             policy.score(sequences, ...)
+                                                                   routing = seen.result()
+
+Megatron-Core asks an object at each router which experts to take (moe/router_replay.py). Its own RouterReplay keeps all
+routers of the process in one list, policy and reference alike, and must be told before each backward that what follows is
+recomputation, which no schedule offers a place for. The objects here belong to one model, and see for themselves.
+
+Shapes: T tokens of this rank, L layers of this chunk, K experts a token, E experts, F places of the flat vector (batch.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from lens_megatron.errors import RunError
+from lens_megatron.mcore.batch import flat_offsets
+from lens_megatron.mcore.model import innermost
+from lens_megatron.mcore.packing import Pack, local_positions
+from lens_megatron.mcore.runtime import device
+from lens_megatron.model_spec import MoESpec
+
+OWN_CHOICE = -1  # in place of an expert: the model chooses for this token itself
+
+
+@dataclass
+class _Router:
+    """Stands at one router, where Megatron-Core expects a RouterReplay."""
+
+    layer: int  # counted over the whole model
+    given_TK: Tensor | None = None
+    seen: Callable[[Tensor], None] | None = None
+    keep: bool = False  # until the backward pass recomputes this layer
+    kept: deque[Tensor] = field(default_factory=deque)
+
+    def get_replay_topk(
+        self, scores_TE: Tensor, topk: int, num_groups: Any, group_topk: Any, choose: Callable[..., Any]
+    ) -> tuple[Tensor, Tensor]:
+        if torch._C._current_graph_task_id() != -1:
+            # Inside a backward pass: activations are being recomputed. Schedules run backward in the order of forward.
+            chosen_TK = self.kept.popleft()
+        else:
+            chosen_TK = choose(scores_TE, topk, num_groups=num_groups, group_topk=group_topk)[1]
+            if self.given_TK is not None:
+                chosen_TK = torch.where(self.given_TK == OWN_CHOICE, chosen_TK, self.given_TK)
+            if self.seen is not None:
+                self.seen(chosen_TK)
+            if self.keep:
+                self.kept.append(chosen_TK)
+        return scores_TE.gather(1, chosen_TK), chosen_TK
+
+
+@contextlib.contextmanager
+def replay_routing(
+    chunks: Sequence[torch.nn.Module], sequences: Sequence[Tensor], routing: Sequence[Tensor]
+) -> Iterator[None]:
+    """Passes of `sequences` inside take the experts of `routing`: one [tokens, layers, K] a sequence, as an engine tells.
+
+    Tokens at the end that it leaves out (the engine never reads the last token that it samples) and rows of OWN_CHOICE
+    are routed by the model. Every rank gives the routing of all sequences.
+    """
+    spec = innermost(chunks[0]).spec
+    _check_shapes(sequences, routing, spec.layers, _experts(chunks[0]).experts_per_token)
+
+    def before_pack(routers: Sequence[_Router], config: Any, pack: Pack) -> None:
+        layers = torch.tensor([router.layer for router in routers])
+        given_TLK = _of_this_rank(_given(pack, routing, layers), pack, config).to(device())
+        _check_experts(given_TLK, _experts(chunks[0]).experts)
+        for place, router in enumerate(routers):
+            router.given_TK = given_TLK[:, place]
+
+    with _at_routers(chunks, before_pack):
+        yield
+
+
+class Recording:
+    """The experts that the passes inside `record_routing` used."""
+
+    def __init__(self, sequences: Sequence[Tensor], layers: int, moe: MoESpec) -> None:
+        self._lengths = [len(sequence) for sequence in sequences]
+        self._offsets = flat_offsets(sequences)
+        # expert + 1, so that the sum over ranks (one of which saw the token) is what that one saw
+        small = torch.uint8 if moe.experts < 256 else torch.int32
+        self._seen_LFK = torch.zeros(layers, self._offsets[-1], moe.experts_per_token, dtype=small)
+
+    def result(self) -> list[Tensor]:
+        """[tokens, layers, K] a sequence, on the host of every rank. Every rank must call. OWN_CHOICE: not seen."""
+        everywhere_LFK = torch.empty_like(self._seen_LFK)
+        for seen_FK, everywhere_FK in zip(self._seen_LFK, everywhere_LFK, strict=True):
+            summed_FK = seen_FK.clone().to(device())  # one layer at a time on the device
+            dist.all_reduce(summed_FK)
+            everywhere_FK.copy_(summed_FK)
+        return [part.transpose(0, 1).to(torch.int16) - 1 for part in everywhere_LFK.split(self._lengths, dim=1)]
+
+    def before_pack(self, routers: Sequence[_Router], config: Any, pack: Pack) -> None:
+        places = torch.full((pack.tokens,), -1)
+        start = 0
+        for index, padded in zip(pack.sequences, pack.padded_lengths, strict=False):  # pure padding has no sequence
+            length = self._lengths[index]
+            places[start : start + length] = torch.arange(length) + self._offsets[index]
+            start += padded
+        places_T = _of_this_rank(places, pack, config)
+        for router in routers:
+            router.seen = self._writer(self._seen_LFK[router.layer], places_T)
+
+    @staticmethod
+    def _writer(seen_FK: Tensor, places_T: Tensor) -> Callable[[Tensor], None]:
+        there_T = places_T >= 0
+
+        def write(chosen_TK: Tensor) -> None:
+            seen_FK[places_T[there_T]] = (chosen_TK.cpu()[there_T] + 1).to(seen_FK.dtype)
+
+        return write
+
+
+@contextlib.contextmanager
+def record_routing(chunks: Sequence[torch.nn.Module], sequences: Sequence[Tensor]) -> Iterator[Recording]:
+    """Notes the experts that passes of `sequences` inside use; ask `result()` afterwards, on every rank."""
+    recording = Recording(sequences, innermost(chunks[0]).spec.layers, _experts(chunks[0]))
+    with _at_routers(chunks, recording.before_pack):
+        yield recording
+
+
+def after_another_prompt(routing_TLK: Tensor, rolled_prompt: int, prompt: int) -> Tensor:
+    """The routing of a rollout sampled under a prompt of `rolled_prompt` tokens, for training it under one of `prompt`.
+
+    The response keeps the engine's experts; the prompt's tokens are others, which the model routes itself.
+    """
+    own = torch.full((prompt, *routing_TLK.shape[1:]), OWN_CHOICE, dtype=torch.int16)
+    return torch.cat([own, routing_TLK[rolled_prompt:].to(torch.int16)])
+
+
+@contextlib.contextmanager
+def _at_routers(
+    chunks: Sequence[torch.nn.Module], before_pack: Callable[[Sequence[_Router], Any, Pack], None]
+) -> Iterator[None]:
+    """Our objects at the chunks' routers; pipeline.py calls the chunks' `before_pack` ahead of each micro-batch."""
+    models: list[Any] = [innermost(chunk) for chunk in chunks]
+
+    def attach(model: Any) -> None:
+        config = model.config
+        routers = [_Router(layer.layer_number - 1) for layer in model.decoder.layers]
+        for layer, router in zip(model.decoder.layers, routers, strict=True):
+            layer.mlp.router.router_replay = router
+
+        def tell(pack: Pack) -> None:
+            for router in routers:
+                router.keep = model.training and config.recompute_granularity is not None
+            before_pack(routers, config, pack)
+
+        model.before_pack = tell
+
+    before = [[layer.mlp.router.router_replay for layer in model.decoder.layers] for model in models]
+    try:
+        for model in models:
+            attach(model)
+        yield
+    finally:
+        for model, old in zip(models, before, strict=True):
+            model.before_pack = None
+            for layer, router in zip(model.decoder.layers, old, strict=True):
+                layer.mlp.router.router_replay = router
+
+
+def _given(pack: Pack, routing: Sequence[Tensor], layers: Tensor) -> Tensor:
+    """The pack's rows of `routing` for these layers, OWN_CHOICE where nothing is reported."""
+    given = torch.full((pack.tokens, len(layers), routing[0].size(-1)), OWN_CHOICE)
+    start = 0
+    for index, padded in zip(pack.sequences, pack.padded_lengths, strict=False):  # pure padding has no sequence
+        reported = routing[index]
+        given[start : start + len(reported)] = reported[:, layers].long()
+        start += padded
+    return given
+
+
+def _of_this_rank(values: Tensor, pack: Pack, config: Any) -> Tensor:
+    """Rows of a whole pack -> those of the tokens that this rank's routers see."""
+    mine = values[
+        local_positions(
+            pack.padded_lengths,
+            parallel_state.get_context_parallel_world_size(),
+            parallel_state.get_context_parallel_rank(),
+        )
+    ]
+    if not config.sequence_parallel:
+        return mine
+    ranks, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    return mine.chunk(ranks)[rank]
+
+
+def _experts(chunk: torch.nn.Module) -> MoESpec:
+    moe = innermost(chunk).spec.moe
+    if moe is None:
+        raise ValueError("this model has no experts, so no routing to record or replay")
+    return moe
+
+
+def _check_shapes(sequences: Sequence[Tensor], routing: Sequence[Tensor], layers: int, topk: int) -> None:
+    if len(routing) != len(sequences):
+        raise RunError(f"routing replay: routing of {len(routing)} sequences was given for {len(sequences)}")
+    for number, (sequence, reported) in enumerate(zip(sequences, routing, strict=True)):
+        if reported.dim() != 3 or reported.shape[1:] != (layers, topk) or len(reported) > len(sequence):
+            raise RunError(
+                f"routing replay: sequence {number} has routing of shape {tuple(reported.shape)}; "
+                f"at most {len(sequence)} tokens x {layers} layers x {topk} experts is right for this model"
+            )
+
+
+def _check_experts(given_TLK: Tensor, experts: int) -> None:
+    """An expert named twice for a token would silently count once."""
+    ordered = given_TLK.sort(dim=-1).values
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != OWN_CHOICE)
+    mixed = (ordered[..., 0] == OWN_CHOICE) & (ordered[..., -1] != OWN_CHOICE)
+    outside = (given_TLK < OWN_CHOICE) | (given_TLK >= experts)
+    if bool(twice.any() | mixed.any() | outside.any()):
+        raise RunError(
+            f"routing replay: the reported routing of a token is not a choice of different experts below {experts}; "
+            "is the engine serving the same model?"
+        )

@@ -1,0 +1,53 @@
+"""Rebuilt groups into the samples that the update trains on: advantages, weights, and the prompts each is scored under."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from lens_megatron.algorithms.advantages import AdvantageConfig, group_advantages, overlong_penalty
+from lens_megatron.algorithms.rescue import RebuiltGroup
+from lens_megatron.types import Sample
+
+
+def samples_of_group(group: RebuiltGroup, config: AdvantageConfig, max_response_tokens: int) -> list[Sample]:
+    """One sample a member of G, in the members' order."""
+    rollouts = [member.rollout for member in group.members]
+    rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
+    originals = [rollout.reward for rollout in group.group.originals]
+    if config.overlong is not None:
+        lengths = torch.tensor([len(rollout.response) for rollout in rollouts])
+        rewards = rewards + overlong_penalty(lengths, max_response_tokens, config.overlong)
+    advantages, weights = group_advantages(
+        rewards,
+        torch.tensor([member.success for member in group.members]),
+        torch.tensor([rollout.purified for rollout in rollouts]),
+        group.success_rate,
+        config,
+        original_mean=sum(originals) / len(originals),
+    )
+    prompt, purified = group.group.prompt, group.group.purified_prompt
+    return [
+        Sample(
+            prompt_id=prompt.id,
+            prompt_tokens=prompt.tokens,
+            roll_tokens=rollout.roll_tokens,
+            response=rollout.response,
+            behaviour_logprobs=rollout.behaviour_logprobs,
+            reward=rollout.reward,
+            purified=rollout.purified,
+            advantage=advantage,
+            weight=weight,
+            purified_tokens=purified.tokens if purified else None,
+        )
+        for rollout, advantage, weight in zip(rollouts, advantages.tolist(), weights.tolist(), strict=True)
+    ]
+
+
+def split_groups(groups: Sequence[list[Sample]], parts: int) -> list[list[list[Sample]]]:
+    """Mini-batches of whole groups, as even as can be, in order."""
+    parts = min(parts, len(groups))
+    bounds = [round(part * len(groups) / parts) for part in range(parts + 1)]
+    return [list(groups[start:stop]) for start, stop in pairwise(bounds)]

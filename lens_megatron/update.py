@@ -1,0 +1,236 @@
+"""One policy update from samples: what each policy says of them, denominators counted once, mini-batches, epochs.
+
+Every rank calls with the same samples and gets the same metrics.
+
+    behaviour   what the engine said when it sampled, under x_roll
+    proximal    pi_old: the trainer's weights before this update, under x_roll (x' for purified rollouts: Eq. 5)
+    current     pi_theta, under x, for all
+    reference   under x, for all
+
+Shapes: R response tokens of one sample, F tokens of all sequences end to end (mcore/batch.py), T of one pack, S samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lens_megatron.algorithms.loss_config import LossConfig, required_inputs
+from lens_megatron.algorithms.loss_inputs import Denominators, LossInputs, count_denominators
+from lens_megatron.algorithms.loss_metrics import finish_metrics
+from lens_megatron.algorithms.policy_loss import policy_loss
+from lens_megatron.algorithms.token_masks import high_entropy_masks
+from lens_megatron.mcore.batch import PackedBatch
+from lens_megatron.mcore.context import sum_over_sequences
+from lens_megatron.mcore.logprobs import TokenScores
+from lens_megatron.mcore.runtime import device
+from lens_megatron.mcore.step import LossFunction, ShardedModel, Trainable, train_step
+from lens_megatron.samples import split_groups
+from lens_megatron.types import Sample
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """`update:` of RUN.yaml."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    minibatches: int = 1  # updates a batch of groups is split into
+    epochs: int = 1  # passes over the batch
+    tokens_per_microbatch: int = 16384  # over all context-parallel ranks
+    # megatron: pi_old scored by the trainer.  engine: the engine's own log-probs stand for it
+    old_logprobs: Literal["megatron", "engine"] = "megatron"
+
+    def __post_init__(self) -> None:
+        for name in ("minibatches", "epochs", "tokens_per_microbatch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 (got {getattr(self, name)})")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A sample and what the policies that do not change during the update say of its response."""
+
+    sample: Sample
+    proximal_R: Tensor
+    reference_R: Tensor | None
+    proximal_original_R: Tensor | None  # under x
+    proximal_purified_R: Tensor | None  # under x', or x where there is none
+
+
+def evaluate_samples(
+    samples: Sequence[Sample],
+    policy: ShardedModel,
+    reference: ShardedModel | None,
+    loss: LossConfig,
+    update: UpdateConfig,
+    temperature: float,
+) -> list[Evaluated]:
+    """The proximal and the reference policy's log-probs that this loss needs; each sequence is scored once."""
+    needed = required_inputs(loss)
+    under_roll = [] if update.old_logprobs == "engine" else [(s.roll_tokens, s.response) for s in samples]
+    under_x = [(s.prompt_tokens, s.response) for s in samples] if "proximal_original_logprobs_T" in needed else []
+    under_x_prime = (
+        [(s.purified_tokens or s.prompt_tokens, s.response) for s in samples]
+        if "proximal_purified_logprobs_T" in needed
+        else []
+    )
+    proximal = _score_responses(policy, [*under_roll, *under_x, *under_x_prime], update, temperature)
+    of_reference: Mapping[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
+    if "reference_logprobs_T" in needed:
+        if reference is None:
+            raise ValueError("this loss has a KL term, and no reference was built")
+        pairs = [(s.prompt_tokens, s.response) for s in samples]
+        of_reference = _score_responses(reference, pairs, update, temperature)
+    return [
+        Evaluated(
+            sample=s,
+            proximal_R=(
+                torch.tensor(s.behaviour_logprobs)
+                if update.old_logprobs == "engine"
+                else proximal[s.roll_tokens, s.response]
+            ),
+            reference_R=of_reference[s.prompt_tokens, s.response] if of_reference else None,
+            proximal_original_R=proximal[s.prompt_tokens, s.response] if under_x else None,
+            proximal_purified_R=(proximal[s.purified_tokens or s.prompt_tokens, s.response] if under_x_prime else None),
+        )
+        for s in samples
+    ]
+
+
+def update_policy(
+    policy: Trainable,
+    reference: ShardedModel | None,
+    groups: Sequence[list[Sample]],
+    loss: LossConfig,
+    update: UpdateConfig,
+    temperature: float,
+) -> dict[str, float]:
+    """Trains on the groups; metrics are means over the updates made (maxima: the largest)."""
+    samples = [sample for group in groups for sample in group]
+    evaluated = {id(e.sample): e for e in evaluate_samples(samples, policy, reference, loss, update, temperature)}
+    history: list[dict[str, float]] = []
+    for _ in range(update.epochs):
+        for part in split_groups(groups, update.minibatches):
+            batch = [evaluated[id(sample)] for group in part for sample in group]
+            sequences = [torch.tensor((*e.sample.prompt_tokens, *e.sample.response)) for e in batch]
+            loss_function = minibatch_loss(policy, batch, len(part), sequences, loss, update, temperature)
+            result = train_step(
+                policy,
+                sequences,
+                loss_function,
+                tokens_per_microbatch=update.tokens_per_microbatch,
+                temperature=temperature,
+            )
+            metrics = finish_metrics(result.metrics)
+            metrics.update(grad_norm=result.grad_norm, lr=result.learning_rate, skipped=float(not result.updated))
+            history.append(metrics)
+    return _mean_over_updates(history)
+
+
+def minibatch_loss(
+    policy: ShardedModel,
+    batch: Sequence[Evaluated],
+    groups: int,
+    sequences: Sequence[Tensor],
+    loss: LossConfig,
+    update: UpdateConfig,
+    temperature: float,
+) -> LossFunction:
+    """The loss of any pack of this mini-batch, as a share of the mini-batch's."""
+    masks = None
+    if loss.entropy_split is not None:  # decided before the batch is cut, by the current weights, under x
+        scores = policy.score(sequences, update.tokens_per_microbatch, temperature)
+        entropies = [_response_part(e, entropy) for e, entropy in zip(batch, scores.entropies, strict=True)]
+        masks = high_entropy_masks(entropies, loss.entropy_split)
+    purified = [e.sample.purified for e in batch]
+    lengths = [len(e.sample.response) for e in batch]
+    denominators = count_denominators(loss, lengths, purified, groups, masks)
+    behaviour = [torch.tensor(e.sample.behaviour_logprobs) for e in batch]
+    return loss_of_pack(batch, behaviour, masks, denominators, loss)
+
+
+def loss_of_pack(
+    batch: Sequence[Evaluated],
+    behaviour: Sequence[Tensor],
+    masks: Sequence[Tensor] | None,
+    denominators: Denominators,
+    config: LossConfig,
+) -> LossFunction:
+    where = device()
+    is_response_F = _flat(batch, [torch.ones(len(e.sample.response), dtype=torch.bool) for e in batch])
+    flat: dict[str, Tensor | None] = {
+        "proximal_logprobs_T": _flat(batch, [e.proximal_R for e in batch]),
+        "behaviour_logprobs_T": _flat(batch, behaviour),
+        "reference_logprobs_T": _flat(batch, [e.reference_R for e in batch]),
+        "proximal_original_logprobs_T": _flat(batch, [e.proximal_original_R for e in batch]),
+        "proximal_purified_logprobs_T": _flat(batch, [e.proximal_purified_R for e in batch]),
+        "high_entropy_T": _flat(batch, list(masks)) if masks is not None else None,
+    }
+    advantages_S = torch.tensor([e.sample.advantage for e in batch], device=where)
+    weights_S = torch.tensor([e.sample.weight for e in batch], device=where)
+    purified_S = torch.tensor([e.sample.purified for e in batch], device=where)
+    lengths_S = torch.tensor([len(e.sample.response) for e in batch], device=where)
+    assert is_response_F is not None
+
+    def loss(logprobs_T: Tensor, entropy_T: Tensor, pack: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        place_T = pack.target_T.clamp(min=0)
+        here = {name: None if values_F is None else values_F[place_T] for name, values_F in flat.items()}
+        inputs = LossInputs(
+            current_logprobs_T=logprobs_T,
+            entropy_T=entropy_T,
+            response_mask_T=(pack.target_T >= 0) & is_response_F[place_T],
+            sample_T=pack.sequence_T,
+            advantages_S=advantages_S,
+            weights_S=weights_S,
+            purified_S=purified_S,
+            response_lengths_S=lengths_S,
+            sum_over_sample=lambda values_T: sum_over_sequences(values_T, pack.sequence_T, len(batch)),
+            **here,  # type: ignore[arg-type]
+        )
+        return policy_loss(inputs, config, denominators)
+
+    return loss
+
+
+def _flat(batch: Sequence[Evaluated], values: Sequence[Tensor | None]) -> Tensor | None:
+    """Response values in their places among all tokens of the batch; 0 (False) at prompt tokens."""
+    if any(value is None for value in values):
+        return None
+    parts: list[Tensor] = []
+    for evaluated, value in zip(batch, values, strict=True):
+        assert value is not None
+        parts += [value.new_zeros(len(evaluated.sample.prompt_tokens)), value]
+    return torch.cat(parts).to(device())
+
+
+def _response_part(evaluated: Evaluated, values: Tensor) -> Tensor:
+    return values[len(evaluated.sample.prompt_tokens) :]
+
+
+def _score_responses(
+    model: ShardedModel,
+    pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    update: UpdateConfig,
+    temperature: float,
+) -> dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor]:
+    """Log-probs of the response tokens of each (prompt, response); equal pairs are scored once."""
+    unique = list(dict.fromkeys(pairs))
+    if not unique:
+        return {}
+    sequences = [torch.tensor((*prompt, *response)) for prompt, response in unique]
+    scores: TokenScores = model.score(sequences, update.tokens_per_microbatch, temperature)
+    return {pair: logprobs[len(pair[0]) :] for pair, logprobs in zip(unique, scores.logprobs, strict=True)}
+
+
+def _mean_over_updates(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for metrics in history for name in metrics)
+    result = {}
+    for name in names:
+        values = [metrics[name] for metrics in history if name in metrics and metrics[name] == metrics[name]]
+        if values:
+            result[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+    return result

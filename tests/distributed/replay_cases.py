@@ -1,0 +1,88 @@
+"""Recording and replaying experts, on every rank. Each returns plain values to the test."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lens_megatron.mcore.layout import ParallelConfig
+from tests.distributed import cases, reference
+
+
+def record(
+    folder: Path, layout: ParallelConfig, sequences: Sequence[Tensor], budget: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Log-probs, and the experts that gave them."""
+    from lens_megatron.mcore.routing import record_routing
+    from lens_megatron.mcore.step import build_frozen
+
+    model = build_frozen(cases.start(folder, layout), layout, folder)
+    with record_routing(model.chunks, sequences) as seen:
+        logprobs = model.score(sequences, budget).logprobs
+    again = model.score(sequences, budget).logprobs  # nothing stays behind
+    assert all(torch.equal(a[1:], b[1:]) for a, b in zip(logprobs, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(seen.result(), seen.result(), strict=True))
+    return logprobs, seen.result()
+
+
+def replay(
+    folder: Path,
+    layout: ParallelConfig,
+    sequences: Sequence[Tensor],
+    data: reference.LossData,
+    budget: int,
+    routing: Sequence[Tensor] | None,
+    recompute: str = "none",
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Log-probs and HF-named gradients with these experts.
+
+    A second model is built in between: its routers must not take this one's experts.
+    """
+    from lens_megatron.mcore import step
+    from lens_megatron.mcore.routing import replay_routing
+    from lens_megatron.mcore.step import build_frozen
+
+    spec = cases.start(folder, layout)
+    model = build_frozen(spec, layout, folder)
+    other = build_frozen(spec, layout, folder)
+    untouched = other.score(sequences, budget).logprobs
+
+    def replaying(chunks: Any) -> Any:
+        return contextlib.nullcontext() if routing is None else replay_routing(chunks, sequences, routing)
+
+    with replaying(model.chunks):
+        logprobs = model.score(sequences, budget).logprobs
+        while_replaying = other.score(sequences, budget).logprobs
+    assert all(torch.equal(a[1:], b[1:]) for a, b in zip(untouched, while_replaying, strict=True))
+    plain = step.accumulate_gradients
+
+    def within(policy: Any, *rest: Any) -> dict[str, float]:
+        with replaying(policy.chunks):
+            return plain(policy, *rest)
+
+    step.accumulate_gradients = within
+    try:
+        _, gradients, _ = cases.gradients(folder, layout, sequences, data, budget, recompute=recompute)
+    finally:
+        step.accumulate_gradients = plain
+    return logprobs, gradients
+
+
+def refused(folder: Path, sequences: Sequence[Tensor], budget: int, routing: Sequence[Tensor]) -> str:
+    from lens_megatron.errors import RunError
+    from lens_megatron.mcore.routing import replay_routing
+    from lens_megatron.mcore.step import build_frozen
+
+    layout = ParallelConfig()
+    model = build_frozen(cases.start(folder, layout), layout, folder)
+    try:
+        with replay_routing(model.chunks, sequences, routing):
+            model.score(sequences, budget)
+    except RunError as error:
+        return str(error)
+    return "accepted"

@@ -1,0 +1,64 @@
+"""The whole loss of every preset, through the sharded model: the same gradient however samples are cut and spread."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lens_megatron.mcore.layout import ParallelConfig
+from lens_megatron.presets import preset_names
+from tests.distributed import update_cases
+from tests.distributed.pool import WorkerPool
+from tests.tiny_models import save_hf
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS = {
+    "small packs": (1, ParallelConfig(), 40),
+    "dp2": (2, ParallelConfig(), 64),
+    "cp2": (2, ParallelConfig(cp=2), 64),
+    "tp2 pp2": (4, ParallelConfig(tp=2, pp=2), 64),
+}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A policy and its reference, a small step apart."""
+    root = tmp_path_factory.mktemp("update")
+    return save_hf("qwen3", root / "policy", noise=0.01), save_hf("qwen3", root / "reference")
+
+
+@functools.cache
+def in_one_pack(pool: WorkerPool, folder: Path, reference: Path) -> Any:
+    return pool.run(update_cases.preset_gradients, folder, reference, ParallelConfig(), 10_000, preset_names())[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_does_not_depend_on_the_layout(layout: str, workers: Any, folders: tuple[Path, Path]) -> None:
+    world, parallel, budget = LAYOUTS[layout]
+    expected = in_one_pack(workers(1), *folders)
+    found = workers(world).run(update_cases.preset_gradients, *folders, parallel, budget, preset_names())[0]
+    assert set(found) == set(expected) and len(found) >= 20
+    for preset, (metrics, gradients) in expected.items():
+        largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+        assert largest > 1e-6, preset
+        for name, gradient in gradients.items():
+            error = float((found[preset][1][name] - gradient).abs().max()) / largest
+            assert error < 1e-5, (preset, name)
+        assert set(found[preset][0]) == set(metrics)
+        for name, value in metrics.items():
+            other = found[preset][0][name]
+            same = math.isnan(value) and math.isnan(other)
+            assert same or other == pytest.approx(value, rel=1e-4, abs=1e-5), (preset, name)
+
+
+def test_old_policy_is_scored_under_the_purified_prompt(workers: Any, folders: tuple[Path, Path]) -> None:
+    """Scored under x instead, every ratio of the first update would be 1 and Eq. 5 would vanish without a trace."""
+    metrics = workers(2).run(update_cases.trap_of_equation_5, folders[0], ParallelConfig(tp=2))[0]
+    assert metrics["ratio_original"] == pytest.approx(1.0, abs=1e-5)
+    assert abs(metrics["ratio_purified"] - 1.0) > 0.05
+    assert metrics["grad_norm"] > 0
