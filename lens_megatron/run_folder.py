@@ -1,0 +1,292 @@
+"""A run's folder: what the loop writes and the report reads. Only rank 0 writes.
+
+    config.yaml      as resolved          metrics.jsonl                  one JSON object a step
+    versions.json    software, machine    rollouts/step_000012.parquet   one row a rollout
+    logs/                                 checkpoints/step_000020/       written by the checkpoint code
+
+A file is complete or absent: written beside its place, then renamed. metrics.jsonl grows by whole lines; a failed write
+is undone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO, Any
+
+from lens_megatron.errors import RunError, UsageError
+from lens_megatron.rollout_table import ROLLOUT_COLUMNS, RolloutRow, rollout_table
+
+
+class RunFolder:
+    """Use `create` or `resume` to write, `open` to read."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def create(cls, path: str | Path) -> RunFolder:
+        """A folder without a run in it; what else lies there (a launcher's logs) stays."""
+        folder = cls(path)
+        folder._prepare()
+        if folder.holds_run():
+            folder.close()
+            raise UsageError(f"run_dir {folder.path} already holds a run: resume it, or choose another run_dir")
+        return folder
+
+    @classmethod
+    def resume(cls, path: str | Path) -> RunFolder:
+        """A folder with a run in it. Call `rewind` with the step of the checkpoint that was loaded."""
+        folder = cls(path)
+        if not folder.holds_run():
+            raise UsageError(f"run_dir {folder.path} holds no run to resume")
+        folder._prepare()
+        return folder
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """To read only. The run may be under way."""
+        folder = cls(path)
+        if not folder.path.is_dir():
+            raise UsageError(f"{folder.path}: no such run folder")
+        if not folder.metrics_path.exists():
+            raise UsageError(f"{folder.path} is not a run folder with a finished step: it has no metrics.jsonl")
+        return folder
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def holds_run(self) -> bool:
+        files = any((self.path / name).exists() for name in ("config.yaml", "metrics.jsonl"))
+        folders = (self.path / "rollouts", self.path / "checkpoints")
+        return files or any(folder.is_dir() and any(folder.iterdir()) for folder in folders)
+
+    # --- places
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.checkpoints / step_name(step)
+
+    def rollouts_path(self, step: int) -> Path:
+        return self.path / "rollouts" / f"{step_name(step)}.parquet"
+
+    # --- writing
+
+    def write_config(self, tree: Mapping[str, Any]) -> None:
+        """The resolved configuration. A resumed run's earlier one, if it differs, is kept beside it."""
+        import yaml
+
+        self._write_kept("config.yaml", yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True))
+
+    def write_versions(self, **more: Any) -> None:
+        """What runs, and where. `more`: what only the caller knows, such as the number of processes."""
+        tree = {**machine_and_versions(), **more}
+        self._write_kept("versions.json", json.dumps(tree, indent=1) + "\n")
+
+    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """One line, flushed. A number that is not finite becomes null: NaN is no JSON."""
+        if "step" not in metrics:
+            raise ValueError("metrics of a step name it: no 'step'")
+        line = json.dumps({name: _finite(value) for name, value in metrics.items()}, allow_nan=False) + "\n"
+        # unbuffered: a buffer's rest would be written once more on closing
+        with self._writing(self.metrics_path), self.metrics_path.open("ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            rest = line.encode()
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(size)  # half a line would spoil the next one
+                raise
+
+    def write_rollouts(self, step: int, rows: Sequence[RolloutRow]) -> None:
+        import pyarrow.parquet as pq
+
+        table = rollout_table(rows)
+
+        def write(file: IO[bytes]) -> None:
+            pq.write_table(table, file, compression="zstd")
+
+        self._write_whole(self.rollouts_path(step), write)
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after `step`, the checkpoint's: the steps from there on will be made again."""
+        kept = [line for line, tree in self._metric_lines() if tree["step"] <= step]
+        self._write_whole(self.metrics_path, lambda file: file.writelines(kept))
+        for later in self.rollout_steps():
+            if later > step:
+                self.rollouts_path(later).unlink()
+
+    # --- reading
+
+    def read_config(self) -> dict[str, Any]:
+        from lens_megatron import strict
+
+        path = self.path / "config.yaml"
+        return strict.read_yaml(path) if path.exists() else {}
+
+    def read_versions(self) -> dict[str, Any]:
+        path = self.path / "versions.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """By step. A last line that is still being written is left out."""
+        return [tree for _, tree in self._metric_lines()]
+
+    def rollout_steps(self) -> list[int]:
+        return sorted(int(path.stem.removeprefix("step_")) for path in self.path.glob("rollouts/step_*.parquet"))
+
+    def read_rollouts(self, step: int) -> list[RolloutRow]:
+        return [RolloutRow(**row) for row in self.read_rollout_columns(step)]
+
+    def read_rollout_columns(
+        self, step: int, columns: Sequence[str] = ROLLOUT_COLUMNS, prompt_ids: Sequence[str] | None = None
+    ) -> list[dict[str, Any]]:
+        """Some columns, of some prompts: a step of a large run holds a million tokens."""
+        import pyarrow
+        import pyarrow.parquet as pq
+
+        path = self.rollouts_path(step)
+        chosen = None if prompt_ids is None else [("prompt_id", "in", list(prompt_ids))]
+        try:
+            return pq.read_table(path, columns=list(columns), filters=chosen).to_pylist()
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise RunError(f"{path} cannot be read: {error}") from None
+
+    def _metric_lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        if not self.metrics_path.exists():
+            return
+        lines = self.metrics_path.read_bytes().splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                tree = json.loads(line)
+                int(tree["step"])
+            except (ValueError, KeyError, TypeError):
+                raise RunError(f"{self.metrics_path}:{number}: not a JSON object with a step") from None
+            yield line, tree
+
+    # --- the folder itself
+
+    def _prepare(self) -> None:
+        try:
+            for folder in (self.path, self.path / "rollouts", self.checkpoints, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / "run.lock").open("w")
+        except OSError as error:
+            raise UsageError(f"run_dir {self.path} cannot be written: {error.strerror}; choose another") from None
+        self._take_lock(self._lock)
+        for leftover in self.path.glob("**/.*.partial"):
+            leftover.unlink(missing_ok=True)
+
+    def _take_lock(self, lock: IO[str]) -> None:
+        """Two runs in one folder (a requeued job whose first life still breathes) would mix their files."""
+        import fcntl
+
+        try:
+            # a record lock: not inherited by forked children, so an orphan of a killed run does not hold it
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UsageError(
+                f"run_dir {self.path} is in use by another running process: stop it, or choose another run_dir"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+
+    def _write_kept(self, name: str, text: str) -> None:
+        path = self.path / name
+        if path.exists() and (earlier := path.read_text(encoding="utf-8")) != text:
+            stem, _, ending = name.partition(".")
+            used = {other.name for other in self.path.glob(f"{stem}.*.{ending}")}
+            number = next(n for n in range(1, len(used) + 2) if f"{stem}.{n}.{ending}" not in used)
+            self._write_whole(self.path / f"{stem}.{number}.{ending}", lambda file: file.write(earlier.encode()))
+        self._write_whole(path, lambda file: file.write(text.encode()))
+
+    def _write_whole(self, path: Path, write: Callable[[IO[bytes]], object]) -> None:
+        partial = path.with_name(f".{path.name}.partial")
+        with self._writing(path):
+            try:
+                with partial.open("wb") as file:
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(path)
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise RunError(
+                f"writing {path}: {reason}; what was written before is whole: make room, then resume"
+            ) from None
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def machine_and_versions() -> dict[str, Any]:
+    """Without touching CUDA: this may run before the processes that need it first."""
+    from lens_megatron import __version__
+    from lens_megatron.machine import installed_version, run_command
+
+    packages = ("torch", "megatron-core", "transformers", "transformer-engine", "sglang", "numpy", "pyarrow")
+    gpus = run_command(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
+    return {
+        "lens_megatron": __version__,
+        "python": platform.python_version(),
+        **{name: version for name in packages if (version := installed_version(name)) is not None},
+        "git": _git_commit(),
+        "machine": {
+            "host": platform.node(),
+            "platform": platform.platform(),
+            "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "gpus": gpus.text.splitlines() if gpus is not None and gpus.ok else [],
+        },
+        "command": sys.argv,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _git_commit() -> dict[str, Any] | None:
+    """Of this package's own checkout, not of a repository that an installed package happens to lie in."""
+    from lens_megatron.machine import run_command
+
+    here = str(Path(__file__).parent)
+    tracked = run_command(["git", "-C", here, "ls-files", "--error-unmatch", Path(__file__).name])
+    commit = run_command(["git", "-C", here, "rev-parse", "HEAD"])
+    if tracked is None or commit is None or not (tracked.ok and commit.ok):
+        return None
+    changes = run_command(["git", "-C", here, "status", "--porcelain", "--untracked-files=no"])
+    return {"commit": commit.text, "changed": bool(changes and changes.text)}
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
