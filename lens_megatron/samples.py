@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 
 from lens_megatron.algorithms.advantages import AdvantageConfig, group_advantages, overlong_penalty
 from lens_megatron.algorithms.rescue import RebuiltGroup
 from lens_megatron.types import Sample
+
+T = TypeVar("T")
 
 
 def samples_of_group(group: RebuiltGroup, config: AdvantageConfig, max_response_tokens: int) -> list[Sample]:
@@ -46,7 +49,7 @@ def samples_of_group(group: RebuiltGroup, config: AdvantageConfig, max_response_
     ]
 
 
-def split_groups(groups: Sequence[list[Sample]], parts: int) -> list[list[list[Sample]]]:
+def split_groups(groups: Sequence[list[T]], parts: int) -> list[list[list[T]]]:
     """Mini-batches of whole groups, as even as can be, in order."""
     parts = min(parts, len(groups))
     bounds = [round(part * len(groups) / parts) for part in range(parts + 1)]

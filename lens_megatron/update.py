@@ -62,15 +62,16 @@ class Evaluated:
 
 
 def evaluate_samples(
-    samples: Sequence[Sample],
+    groups: Sequence[list[Sample]],
     policy: ShardedModel,
     reference: ShardedModel | None,
     loss: LossConfig,
     update: UpdateConfig,
     temperature: float,
-) -> list[Evaluated]:
+) -> list[list[Evaluated]]:
     """The proximal and the reference policy's log-probs that this loss needs; each sequence is scored once."""
     needed = required_inputs(loss)
+    samples = [sample for group in groups for sample in group]
     under_roll = [] if update.old_logprobs == "engine" else [(s.roll_tokens, s.response) for s in samples]
     under_x = [(s.prompt_tokens, s.response) for s in samples] if "proximal_original_logprobs_T" in needed else []
     under_x_prime = (
@@ -85,8 +86,9 @@ def evaluate_samples(
             raise ValueError("this loss has a KL term, and no reference was built")
         pairs = [(s.prompt_tokens, s.response) for s in samples]
         of_reference = _score_responses(reference, pairs, update, temperature)
-    return [
-        Evaluated(
+
+    def evaluated(s: Sample) -> Evaluated:
+        return Evaluated(
             sample=s,
             proximal_R=(
                 torch.tensor(s.behaviour_logprobs)
@@ -97,25 +99,22 @@ def evaluate_samples(
             proximal_original_R=proximal[s.prompt_tokens, s.response] if under_x else None,
             proximal_purified_R=(proximal[s.purified_tokens or s.prompt_tokens, s.response] if under_x_prime else None),
         )
-        for s in samples
-    ]
+
+    return [[evaluated(sample) for sample in group] for group in groups]
 
 
 def update_policy(
     policy: Trainable,
-    reference: ShardedModel | None,
-    groups: Sequence[list[Sample]],
+    groups: Sequence[list[Evaluated]],
     loss: LossConfig,
     update: UpdateConfig,
     temperature: float,
 ) -> dict[str, float]:
     """Trains on the groups; metrics are means over the updates made (maxima: the largest)."""
-    samples = [sample for group in groups for sample in group]
-    evaluated = {id(e.sample): e for e in evaluate_samples(samples, policy, reference, loss, update, temperature)}
     history: list[dict[str, float]] = []
     for _ in range(update.epochs):
         for part in split_groups(groups, update.minibatches):
-            batch = [evaluated[id(sample)] for group in part for sample in group]
+            batch = [evaluated for group in part for evaluated in group]
             sequences = [torch.tensor((*e.sample.prompt_tokens, *e.sample.response)) for e in batch]
             loss_function = minibatch_loss(policy, batch, len(part), sequences, loss, update, temperature)
             result = train_step(

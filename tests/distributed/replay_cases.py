@@ -43,9 +43,9 @@ def replay(
 
     A second model is built in between: its routers must not take this one's experts.
     """
-    from lens_megatron.mcore import step
+    from lens_megatron.mcore.model import MemoryConfig
     from lens_megatron.mcore.routing import replay_routing
-    from lens_megatron.mcore.step import build_frozen
+    from lens_megatron.mcore.step import accumulate_gradients, build_frozen
 
     spec = cases.start(folder, layout)
     model = build_frozen(spec, layout, folder)
@@ -59,17 +59,13 @@ def replay(
         logprobs = model.score(sequences, budget).logprobs
         while_replaying = other.score(sequences, budget).logprobs
     assert all(torch.equal(a[1:], b[1:]) for a, b in zip(untouched, while_replaying, strict=True))
-    plain = step.accumulate_gradients
+    policy = cases._policy(folder, layout, MemoryConfig(recompute=recompute))  # type: ignore[arg-type]
 
-    def within(policy: Any, *rest: Any) -> dict[str, float]:
+    def accumulate() -> dict[str, float]:
         with replaying(policy.chunks):
-            return plain(policy, *rest)
+            return accumulate_gradients(policy, sequences, cases._loss(sequences, data), budget)
 
-    step.accumulate_gradients = within
-    try:
-        _, gradients, _ = cases.gradients(folder, layout, sequences, data, budget, recompute=recompute)
-    finally:
-        step.accumulate_gradients = plain
+    _, gradients, _ = cases.named_gradients(policy, accumulate)
     return logprobs, gradients
 
 

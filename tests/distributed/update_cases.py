@@ -71,8 +71,8 @@ def preset_gradients(
     for preset in presets:
         algorithm = load_algorithm(preset)
         groups = groups_for(algorithm)
-        samples = [sample for group in groups for sample in group]
-        batch = evaluate_samples(samples, policy, reference, algorithm.loss, update, 0.9)
+        evaluated = evaluate_samples(groups, policy, reference, algorithm.loss, update, 0.9)
+        batch = [e for group in evaluated for e in group]
         sequences = [torch.tensor((*e.sample.prompt_tokens, *e.sample.response)) for e in batch]
         loss = minibatch_loss(policy, batch, len(groups), sequences, algorithm.loss, update, 0.9)
         metrics, gradients, _ = named_gradients(
@@ -86,11 +86,11 @@ def trap_of_equation_5(folder: Path, layout: ParallelConfig) -> dict[str, float]
     """Metrics of the first update of LENS: pi_theta is pi_old, so only the prompt can move a ratio from 1."""
     from lens_megatron.mcore.optimizer import OptimizerConfig
     from lens_megatron.mcore.step import build_trainable
-    from lens_megatron.update import UpdateConfig, update_policy
+    from lens_megatron.update import UpdateConfig, evaluate_samples, update_policy
 
     spec = start(folder, layout)
     policy = build_trainable(spec, layout, folder, OptimizerConfig(), steps=1)
     algorithm = load_algorithm({"preset": "lens", "loss": {"kl_coef": 0.0}})
-    return update_policy(
-        policy, None, groups_for(algorithm), algorithm.loss, UpdateConfig(tokens_per_microbatch=64), 1.0
-    )
+    update = UpdateConfig(tokens_per_microbatch=64)
+    evaluated = evaluate_samples(groups_for(algorithm), policy, None, algorithm.loss, update, 1.0)
+    return update_policy(policy, evaluated, algorithm.loss, update, 1.0)

@@ -1,0 +1,113 @@
+"""RUN.yaml as one typed tree. Unknown keys raise; a preset's values stand under the run's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from lens_megatron import presets, strict
+from lens_megatron.algorithms.algorithm import AlgorithmConfig
+from lens_megatron.data.config import DataConfig
+from lens_megatron.errors import UsageError
+from lens_megatron.mcore.layout import ParallelConfig
+from lens_megatron.mcore.model import MemoryConfig
+from lens_megatron.mcore.optimizer import OptimizerConfig
+from lens_megatron.rewards.config import RewardConfig
+from lens_megatron.rollout.sampling import SamplingConfig
+from lens_megatron.update import UpdateConfig
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class RolloutConfig(SamplingConfig):
+    """`rollout:`; what is sampled is SamplingConfig's, what samples it is here."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    engine: Literal["embedded"] = "embedded"
+    slots: int = 128  # rollouts that the embedded engine runs at once
+    threads: int = 1  # of the embedded engine, on CPU
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """`checkpoint:`."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    every: int = 20  # steps; the last step is always saved
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 1:
+            raise ValueError("every and keep are at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    model: str  # a name in model_configs/, an HF folder or a hub id in the local cache
+    run_dir: str
+    data: DataConfig
+    algorithm: AlgorithmConfig
+    name: str = ""  # in reports; default: the preset's
+    steps: int = 300
+    seed: int = 0
+    reference: str | None = None  # default: the initial policy
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    precision: Precision = "auto"  # auto: bf16 on GPU, fp32 on CPU
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    timeout_s: float = 600.0  # of collectives, and of waiting for a rank that shows no sign of life
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is at least 1 (got {self.steps})")
+        if self.update.old_logprobs == "engine" and self.algorithm.loss.engine_correction.mode != "none":
+            raise ValueError(
+                "update.old_logprobs: engine leaves loss.engine_correction nothing to correct: set one of them off"
+            )
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised training: rows of prompt and response."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    model: str
+    run_dir: str
+    data: DataConfig
+    steps: int = 300
+    seed: int = 0
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    precision: Precision = "auto"
+    tokens_per_microbatch: int = 16384
+    prompt_loss_weight: float = 0.0  # of prompt tokens beside the response's 1
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    timeout_s: float = 600.0
+
+
+def load_run(path: Path, overrides: Sequence[str]) -> RunConfig:
+    tree = strict.apply_overrides(strict.read_yaml(path), overrides)
+    where = str(path)
+    choice = tree.get("algorithm")
+    if choice is None:
+        raise UsageError(f"{where}: algorithm is missing: a preset ({', '.join(presets.preset_names())}) or its values")
+    algorithm = presets.load_algorithm(choice, f"{where}: algorithm")
+    values = presets.preset_run_values(choice, f"{where}: algorithm")
+    tree = strict.merge(values, {**tree, "algorithm": strict.to_tree(AlgorithmConfig, algorithm)})
+    if not tree.get("name"):
+        tree["name"] = choice if isinstance(choice, str) else str(choice.get("preset", "custom"))
+    return strict.build(RunConfig, tree, where)
+
+
+def load_sft(path: Path, overrides: Sequence[str]) -> SftConfig:
+    return strict.build(SftConfig, strict.apply_overrides(strict.read_yaml(path), overrides), str(path))
