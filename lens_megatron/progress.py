@@ -1,0 +1,125 @@
+"""What a running training shows on stderr, and how long each phase of a step took.
+
+On a terminal: one bar with the phase, reward, zero-reward ratio, tokens/s and the time left.  Elsewhere (a job's log):
+one line a step.  Ranks other than 0 pass shown=False: times only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import IO
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as RichProgress
+
+_RECENT_STEPS = 20  # for the time left: early steps are slower than later ones
+
+
+@dataclass
+class Timer:
+    seconds: float = 0.0  # of this phase, once it has ended
+
+
+class Progress:
+    """with Progress(steps, start) as progress:
+    with progress.phase("score"): ...
+    metrics |= progress.times()     # time/score, ..., time/step
+    progress.finish_step(metrics)
+
+    `start`: steps done before, by the run that is resumed.
+    """
+
+    def __init__(self, total_steps: int, start: int = 0, shown: bool = True, file: IO[str] | None = None) -> None:
+        self.done, self.total = start, total_steps
+        self._shown = shown
+        self._console = Console(file=file, stderr=file is None, highlight=False, soft_wrap=True)
+        self._seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+        self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._bar: RichProgress | None = None
+        self._task = TaskID(0)
+        self._summary = ""
+
+    def __enter__(self) -> Progress:
+        if self._shown and self._console.is_terminal:
+            self._bar = RichProgress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=20),
+                TextColumn("[bold]{task.fields[phase]:<9}[/]"),
+                TextColumn("{task.fields[summary]}", markup=False),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("", total=self.total, completed=self.done, phase="", summary="")
+            self._bar.start()
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Timer]:
+        """Wall seconds, added to what the phase already took in this step. On a GPU, where kernels run on after the
+        call, the phase that waits for them gets their time."""
+        timer = Timer()
+        began = time.perf_counter()
+        if self._bar is not None:
+            self._bar.update(self._task, phase=name)
+        try:
+            yield timer
+        finally:
+            timer.seconds = time.perf_counter() - began
+            self._seconds[name] = self._seconds.get(name, 0.0) + timer.seconds
+
+    def times(self) -> dict[str, float]:
+        """time/NAME of the phases since the last finished step, and time/step since then."""
+        times = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
+        return times | {"time/step": time.perf_counter() - self._began}
+
+    def finish_step(self, metrics: Mapping[str, float]) -> None:
+        seconds = time.perf_counter() - self._began
+        self.done += 1
+        self._recent.append(seconds)
+        self._seconds.clear()
+        self._began = time.perf_counter()
+        self._summary = self._describe(metrics, metrics.get("time/step", seconds))
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, phase="", summary=self._summary)
+        elif self._shown:
+            self._console.print(f"step {self.done}/{self.total}  {self._summary}", markup=False)
+
+    def note(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._shown:
+            self._console.print(text, markup=False)
+
+    def _describe(self, metrics: Mapping[str, float], seconds: float) -> str:
+        parts = []
+        for name, label in (("reward", "reward"), ("success", "success"), ("zero_reward_ratio", "zero-reward")):
+            if metrics.get(name) is not None:
+                parts.append(f"{label} {metrics[name]:.3f}")
+        if metrics.get("tokens") and seconds > 0:
+            parts.append(f"{metrics['tokens'] / seconds:,.0f} tokens/s")
+        parts.append(f"{seconds:.1f} s")
+        left = (self.total - self.done) * sum(self._recent) / len(self._recent)
+        parts.append(f"{duration(left)} left" if self.done < self.total else "done")
+        return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """3 d 4 h, 2 h 05 m, 3 m 20 s, 12 s."""
+    whole = round(seconds)
+    if whole >= 86_400:
+        return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} m"
+    return f"{whole // 60} m {whole % 60:02} s" if whole >= 60 else f"{whole} s"

@@ -1,0 +1,99 @@
+"""Progress: the phases' seconds are right, a log gets a line a step, a terminal a bar, and other ranks nothing."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import pytest
+
+from lens_megatron.progress import Progress, duration
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_times_of_phases(clock: list[float]) -> None:
+    with Progress(2, shown=False) as progress:
+        with progress.phase("score") as timer:
+            clock[0] += 2
+        assert timer.seconds == 2
+        with progress.phase("train"):
+            clock[0] += 3
+        clock[0] += 1
+        with progress.phase("score"):
+            clock[0] += 4
+        assert progress.times() == {"time/score": 6, "time/train": 3, "time/step": 10}
+        progress.finish_step({})
+        clock[0] += 5
+        assert progress.times() == {"time/step": 5}
+
+
+def test_a_phase_that_fails_is_timed_too(clock: list[float]) -> None:
+    with Progress(1, shown=False) as progress:
+        with pytest.raises(KeyError), progress.phase("generate"):
+            clock[0] += 7
+            raise KeyError
+        assert progress.times()["time/generate"] == 7
+
+
+def test_a_log_gets_a_line_a_step(clock: list[float]) -> None:
+    log = io.StringIO()
+    with Progress(10, start=6, file=log) as progress:
+        for seconds in (10, 20):
+            with progress.phase("train"):
+                clock[0] += seconds
+            metrics = {"reward": 0.25, "success": 0.5, "zero_reward_ratio": 0.125, "tokens": 30_000}
+            progress.finish_step(metrics | progress.times())
+        progress.note("[bold]checkpoint[/]")
+    assert log.getvalue().splitlines() == [
+        "step 7/10  reward 0.250  success 0.500  zero-reward 0.125  3,000 tokens/s  10.0 s  30 s left",
+        "step 8/10  reward 0.250  success 0.500  zero-reward 0.125  1,500 tokens/s  20.0 s  30 s left",  # 2 x 15 s
+        "[bold]checkpoint[/]",
+    ]
+
+
+def test_the_last_step_and_missing_numbers(clock: list[float]) -> None:
+    log = io.StringIO()
+    with Progress(1, file=log) as progress:
+        clock[0] += 1
+        progress.finish_step({"reward": 1.0})
+    assert log.getvalue() == "step 1/1  reward 1.000  1.0 s  done\n"
+
+
+def test_a_terminal_gets_a_bar_and_other_ranks_nothing() -> None:
+    terminal, nothing = Terminal(), Terminal()
+    for file, shown in ((terminal, True), (nothing, False)):
+        with Progress(3, start=1, shown=shown, file=file) as progress:
+            with progress.phase("generate"):
+                pass
+            progress.finish_step({"reward": 0.5, "tokens": 10})
+            progress.note("saved")
+    assert nothing.getvalue() == ""
+    assert "step 2/3" in terminal.getvalue() and "reward 0.500" in terminal.getvalue()
+    assert "saved" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(12.4, "12 s"), (59.6, "1 m 00 s"), (200, "3 m 20 s"), (7500, "2 h 05 m"), (273_600, "3 d 4 h")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
