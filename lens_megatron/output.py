@@ -26,5 +26,9 @@ def wide_console(columns: int) -> Console:
     """For tables that would lose text if cut: at least `columns` wide, whatever the terminal or pipe says."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    return console if console.width >= columns else Console(width=columns, highlight=False)
+    class PipeAware(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would exit with 1; `... | head` is no failure, and cli.main knows it
+
+    console = PipeAware(highlight=False)
+    return console if console.width >= columns else PipeAware(width=columns, highlight=False)

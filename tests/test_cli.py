@@ -116,10 +116,11 @@ def test_a_broken_connection_of_ours_is_not_taken_for_a_closed_pipe() -> None:
     assert "BrokenPipeError" in done.stderr
 
 
+@pytest.mark.parametrize("command", ["--help", "models"])  # plain prints, and a rich table
 @pytest.mark.parametrize("buffering", [[], ["-u"]])
-def test_a_reader_that_goes_away_is_no_error(buffering: list[str]) -> None:
+def test_a_reader_that_goes_away_is_no_error(buffering: list[str], command: str) -> None:
     """As in `lens-megatron --help | true`: nobody reads any more when the output is written."""
-    code = "import time; time.sleep(0.3); from lens_megatron.cli import main; raise SystemExit(main(['--help']))"
+    code = f"import time; time.sleep(0.3); from lens_megatron.cli import main; raise SystemExit(main([{command!r}]))"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     process = subprocess.Popen(
         [sys.executable, *buffering, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
