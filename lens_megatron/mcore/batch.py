@@ -36,10 +36,26 @@ def flat_offsets(sequences: Sequence[Tensor]) -> list[int]:
     return [0, *accumulate(len(sequence) for sequence in sequences)]
 
 
+def own_places(pack: Pack, sequences: Sequence[Tensor]) -> Tensor:
+    """[T]: the flat place of the token that each of this rank's positions holds; -1 for padding."""
+    offsets = flat_offsets(sequences)
+    place = torch.full((pack.tokens,), -1, dtype=torch.long)
+    start = 0
+    for number, padded in enumerate(pack.padded_lengths):
+        if pack.sequences:
+            index = pack.sequences[number]
+            place[start : start + len(sequences[index])] = torch.arange(offsets[index], offsets[index + 1])
+        start += padded
+    return place[_held_here(pack)]
+
+
+def _held_here(pack: Pack) -> Tensor:
+    ranks = parallel_state.get_context_parallel_world_size()
+    return local_positions(pack.padded_lengths, ranks, parallel_state.get_context_parallel_rank())
+
+
 def pack_tensors(pack: Pack, sequences: Sequence[Tensor]) -> PackedBatch:
     """This rank's part of a pack. Labels are shifted before context parallelism cuts the sequences."""
-    cp_ranks = parallel_state.get_context_parallel_world_size()
-    cp_rank = parallel_state.get_context_parallel_rank()
     offsets = flat_offsets(sequences)
     total = pack.tokens
     tokens, labels, positions = (torch.zeros(total, dtype=torch.long) for _ in range(3))
@@ -56,7 +72,7 @@ def pack_tensors(pack: Pack, sequences: Sequence[Tensor]) -> PackedBatch:
             target[start : start + length - 1] = torch.arange(offsets[index] + 1, offsets[index] + length)
             owner[start : start + padded] = index
         start += padded
-    mine = local_positions(pack.padded_lengths, cp_ranks, cp_rank)
+    mine = _held_here(pack)
     where = device()
     cu = torch.tensor([0, *accumulate(pack.padded_lengths)], dtype=torch.int32, device=where)
     longest = max(pack.padded_lengths)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lens_megatron.mcore.batch import PackedBatch, flat_offsets
 from lens_megatron.mcore.pipeline import forward_only, plan_for_this_layout
+from lens_megatron.mcore.runtime import device
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,14 @@ def score_sequences(
 
 
 def share_from_last_stage(values: Tensor) -> Tensor:
-    """Sum over data- and context-parallel ranks of the last stage, then known to all ranks. CPU tensor in and out."""
-    from lens_megatron.mcore.runtime import device
+    return share_from_stage(values, parallel_state.get_pipeline_model_parallel_last_rank())
 
+
+def share_from_stage(values: Tensor, source: int) -> Tensor:
+    """Sum over data- and context-parallel ranks of the stage that `source` is in, then known to all ranks. On the CPU."""
     values = values.to(device())
     dist.all_reduce(values, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     group = parallel_state.get_pipeline_model_parallel_group()
     if group.size() > 1:
-        dist.broadcast(values, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+        dist.broadcast(values, src=source, group=group)
     return values.cpu()

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lens_megatron.mcore.layout import ParallelConfig
 from lens_megatron.presets import preset_names
-from tests.distributed import update_cases
+from tests.distributed import reference, update_cases
 from tests.distributed.pool import WorkerPool
-from tests.tiny_models import save_hf
+from tests.tiny_models import random_sequences, save_hf
 
 pytestmark = pytest.mark.distributed
 
@@ -62,3 +63,17 @@ def test_old_policy_is_scored_under_the_purified_prompt(workers: Any, folders: t
     assert metrics["ratio_original"] == pytest.approx(1.0, abs=1e-5)
     assert abs(metrics["ratio_purified"] - 1.0) > 0.05
     assert metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("layout", ["small packs", "cp2", "tp2", "tp2 pp2", "dp2"])
+def test_embedding_gradients_equal_hf(layout: str, workers: Any, folders: tuple[Path, Path]) -> None:
+    """What strategy `gradient` goes by: the norm of the gradient of each prompt token's embedding."""
+    world, parallel, budget = {**LAYOUTS, "tp2": (2, ParallelConfig(tp=2, sp=False), 64)}[layout]
+    sequences = random_sequences(7)
+    model = reference.load(folders[0])
+    for answer in workers(world).run(update_cases.embedding_norms, folders[0], parallel, sequences, budget):
+        for sequence, norms in zip(sequences, answer, strict=True):
+            embedded = model.get_input_embeddings()(sequence[None]).detach().requires_grad_()
+            logprobs = torch.log_softmax(model(inputs_embeds=embedded).logits[0, :-1], -1)
+            logprobs.gather(-1, sequence[1:, None]).sum().backward()
+            torch.testing.assert_close(norms, embedded.grad[0].norm(dim=-1), rtol=1e-4, atol=1e-5)

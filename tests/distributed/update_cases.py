@@ -94,3 +94,13 @@ def trap_of_equation_5(folder: Path, layout: ParallelConfig) -> dict[str, float]
     update = UpdateConfig(tokens_per_microbatch=64)
     evaluated = evaluate_samples(groups_for(algorithm), policy, None, algorithm.loss, update, 1.0)
     return update_policy(policy, evaluated, algorithm.loss, update, 1.0)
+
+
+def embedding_norms(folder: Path, layout: ParallelConfig, sequences: list[Tensor], budget: int) -> list[Tensor]:
+    from lens_megatron.mcore.embedding_gradients import embedding_gradient_norms
+    from lens_megatron.mcore.optimizer import OptimizerConfig
+    from lens_megatron.mcore.step import build_trainable
+
+    spec = start(folder, layout)
+    policy = build_trainable(spec, layout, folder, OptimizerConfig(), steps=1)
+    return embedding_gradient_norms(policy, sequences, budget)
