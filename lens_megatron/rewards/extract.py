@@ -1,0 +1,98 @@
+r"""Where the answer of a response is. Pure text work in time linear in the response; nothing is evaluated.
+
+The last \boxed{} counts, whatever came before it. A last box that is never closed is no answer: the response was cut
+off while giving it. Without any box, `anywhere` takes what follows the last "answer is" (or "answer:", "####"), else the
+last line, if that ends in an expression or is one.
+"""
+
+from __future__ import annotations
+
+import re
+
+MAX_ANSWER_CHARS = 1000
+
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BOX_WITHOUT_BRACES = re.compile(r"\\(?:boxed|fbox)\b(?!\s*\{)")
+# C0 controls but tab and newlines, DEL, C1, and the marks that reverse the order of what a reader sees
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_ANNOUNCED = re.compile(
+    r"(?:####|\banswer[ *]{0,4}(?:is|was|equals|:|=)[ :*]{0,4}\n?)(?P<rest>[^\n]{0,1000})", re.IGNORECASE
+)
+_CONCLUSION = re.compile(
+    r"(?<![<>!:=])=|:|\b(?:is|are|equals?|gets?|gives?|obtains?|yields?|has|have|total of|therefore|thus|hence|so)\b",
+    re.IGNORECASE,
+)
+_SEVERAL_EQUATIONS = re.compile(r"=[^=]*(?:\band\b|\bor\b|[,;])[^=]*=")
+_LINE_CHARS = 500  # how much of a last line may be an answer
+_PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?:[^A-Za-z\n]+[A-Za-z]{2,}){2,}")
+
+
+def has_control_characters(response: str) -> bool:
+    return _CONTROL.search(response) is not None
+
+
+def boxed(response: str) -> str | None:
+    """The content of the last box; "" when that is empty or was never closed; None when there is no box."""
+    boxes: list[tuple[int, int, int]] = []  # start, content's start, content's end: closed and outermost
+    open_braces: list[tuple[int, int] | None] = []  # (start, content's start) of a box; None for another brace
+    for match in _BRACES.finditer(response):
+        token = match.group()
+        if token == "}":
+            opened = open_braces.pop() if open_braces else None
+            if opened is not None:
+                start, content = opened
+                while boxes and boxes[-1][0] > start:
+                    boxes.pop()  # inside this one
+                boxes.append((start, content, match.start()))
+        elif token == "{":
+            open_braces.append(None)
+        elif token[-1] == "{" and len(token) > 2:
+            open_braces.append((match.start(), match.end()))
+    last_open = max((opened[0] for opened in open_braces if opened is not None), default=-1)
+    last_bare = max((match.start() for match in _BOX_WITHOUT_BRACES.finditer(response)), default=-1)
+    last_closed = boxes[-1][0] if boxes else -1
+    if max(last_open, last_bare, last_closed) < 0:
+        return None
+    if last_closed < max(last_open, last_bare):
+        return ""
+    _, start, end = boxes[-1]
+    return _without_inner_boxes(response[start:end].strip()) if end - start <= MAX_ANSWER_CHARS else response[start:end]
+
+
+def _without_inner_boxes(content: str) -> str:
+    return re.sub(r"\\(?:boxed|fbox)\s*\{", "{", content)
+
+
+def final_answer(response: str, answer_in: str = "anywhere") -> str:
+    """The text of the answer; "" when the response gives none."""
+    content = boxed(response)
+    if content is not None or answer_in == "boxed":
+        return (content or "").strip()
+    announced = None
+    for match in _ANNOUNCED.finditer(response):
+        announced = match.group("rest")
+    if announced is not None:
+        return _bare(announced)
+    last_line = response.rstrip()[-_LINE_CHARS:].rpartition("\n")[2]
+    whole = _bare(last_line)
+    if len(response.strip()) <= _LINE_CHARS and "\n" not in response.strip() and not _PROSE.search(whole):
+        return whole
+    conclusions = list(_CONCLUSION.finditer(last_line))
+    if not conclusions or _SEVERAL_EQUATIONS.search(last_line):
+        return ""
+    return _bare(last_line[conclusions[-1].end() :])
+
+
+def _bare(text: str) -> str:
+    """Without Markdown, dollar signs around it and the full stop of its sentence."""
+    text = text.strip().strip("*`").strip()
+    sentence = re.match(r"(.*?[^\s.])[.!]\s+[A-Z(]", text)
+    if sentence is not None and "$" not in sentence.group(1).replace("$", "", 2):
+        text = sentence.group(1)
+    while len(text) > 1 and text[-1] in ".!,;*` ":
+        text = text[:-1]
+    for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        inner = text[len(left) : -len(right)]
+        if len(text) > len(left) + len(right) and text.startswith(left) and text.endswith(right) and "$" not in inner:
+            text = inner.strip().rstrip(".,")
+    return text

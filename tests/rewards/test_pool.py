@@ -1,0 +1,264 @@
+"""The worker processes: limits, deaths, rewards of the user's own, and nothing that waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lens_megatron import strict
+from lens_megatron.errors import RunError, UsageError
+from lens_megatron.rewards.config import RewardConfig, RewardRule
+from lens_megatron.rewards.pool import Request, RewardPool
+from tests.rewards.hostile import GOLD, hostile_responses
+
+PATIENCE = 120
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RewardPool]:
+    with RewardPool(RewardConfig(workers=2)) as made:
+        yield made
+
+
+def test_results_come_back_for_what_was_asked(pool: RewardPool) -> None:
+    judged = pool.grade_all(Request(str(n), "any", str(n % 7), rf"\boxed{{{n}}}") for n in range(40))
+    assert [j.reward for j in judged] == [float(n % 7 == n) for n in range(40)]
+    assert judged[3].extracted == "3"
+
+
+def test_the_cache_is_by_answer_and_response(pool: RewardPool) -> None:
+    before = pool.health()
+    response = r"cached? \boxed{17}"
+    rewards = [pool.submit("a", "", gold, response).result(PATIENCE).reward for gold in ("17", "18", "17", "18", "17")]
+    assert rewards == [1, 0, 1, 0, 1]
+    after = pool.health()
+    assert after["cached"] - before["cached"] == 3
+    assert after["judged"] - before["judged"] == 2
+
+
+def test_works_from_asyncio(pool: RewardPool) -> None:
+    async def gather() -> list[float]:
+        futures = [asyncio.wrap_future(pool.submit(str(n), "", "2", rf"async \boxed{{{n}}}")) for n in range(4)]
+        return [judged.reward for judged in await asyncio.gather(*futures)]
+
+    assert asyncio.run(gather()) == [0, 0, 1, 0]
+
+
+def test_workers_load_nothing_of_a_trainer(pool: RewardPool) -> None:
+    pool.submit("a", "", "2", r"\boxed{\sqrt{4}}").result(PATIENCE)
+    for pid in pool.worker_pids():
+        mapped = Path(f"/proc/{pid}/maps").read_text()
+        assert "libtorch" not in mapped and "numpy" not in mapped
+
+
+def test_a_killed_worker_is_replaced_and_its_response_still_judged() -> None:
+    with RewardPool(RewardConfig(workers=1, cache=0)) as pool:
+        pool.submit("warm", "", "2", r"\boxed{2}").result(PATIENCE)
+        (first,) = pool.worker_pids()
+        os.kill(first, signal.SIGSTOP)  # it hangs with the response in hand
+        future = pool.submit("a", "", "2", r"\boxed{2}")
+        time.sleep(0.2)
+        os.kill(first, signal.SIGKILL)
+        assert future.result(PATIENCE).verdict == "correct"
+        assert pool.worker_pids() != [first]
+        assert pool.health()["restarts"] == 1
+
+
+def test_a_worker_that_never_answers_is_killed_at_the_wall_limit() -> None:
+    with RewardPool(RewardConfig(workers=1, seconds=0.5, wall_seconds=1.5)) as pool:
+        pool.submit("warm", "", "2", r"\boxed{2}").result(PATIENCE)
+        os.kill(pool.worker_pids()[0], signal.SIGSTOP)  # no CPU time passes
+        judged = pool.submit("a", "", "2", r"other \boxed{2}").result(PATIENCE)
+        assert (judged.reward, judged.verdict, judged.note) == (0.0, "unparsable", "timeout")
+        assert pool.submit("b", "", "2", r"another \boxed{2}").result(PATIENCE).verdict == "correct"
+        assert pool.health()["killed"] == 1
+
+
+def test_300_hostile_responses(tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+    responses = hostile_responses(str(marker))
+    assert len(responses) >= 300
+    config = RewardConfig(workers=8, seconds=1.0, wall_seconds=60, memory_mib=512)
+    peak = 0
+    with RewardPool(config) as pool:
+        futures = [pool.submit(str(i), "", GOLD[i % len(GOLD)], text) for i, text in enumerate(responses)]
+        deadline = time.monotonic() + 500
+        while not all(future.done() for future in futures) and time.monotonic() < deadline:
+            for pid in pool.worker_pids():
+                try:
+                    peak = max(peak, psutil.Process(pid).memory_info().rss)
+                except psutil.Error:
+                    continue
+            time.sleep(0.05)
+        judged = [future.result(0) for future in futures]
+        believed = [
+            (j, r[:80]) for j, r in zip(judged, responses, strict=True) if j.verdict not in ("wrong", "unparsable")
+        ]
+        assert not believed
+        assert all(j.reward == 0 for j in judged)
+        # the pool is alive, and judges as before
+        assert pool.submit("after", "", r"\frac{1}{2}", r"\boxed{0.5}").result(PATIENCE).verdict == "correct"
+        health = pool.health()
+    assert 0 < peak <= 512 << 20
+    assert not marker.exists()
+    assert health["timeouts"] < 60, health
+
+
+def test_a_response_longer_than_the_limit_is_not_read(pool: RewardPool) -> None:
+    judged = pool.submit("a", "", "5", "x" * 500_000 + r"\boxed{5}").result(0)
+    assert (judged.verdict, judged.note) == ("unparsable", "too long")
+
+
+REWARDS = """
+import asyncio, os, time
+
+def length(response, answer, source):
+    return min(1.0, len(response) / 10)
+
+async def slow(response, answer, source):
+    await asyncio.sleep(0.01)
+    return {"reward": float(response == answer), "verdict": "correct" if response == answer else "wrong"}
+
+def broken(response, answer, source):
+    raise KeyError("label")
+
+def too_much(response, answer, source):
+    return 2
+
+def hangs(response, answer, source):
+    time.sleep(600)
+
+def dies(response, answer, source):
+    os._exit(9)
+
+def eats(response, answer, source):
+    return len([0] * 10**10)
+"""
+
+
+@pytest.fixture
+def rewards_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "my_rewards"
+
+
+def _function(name: str) -> RewardRule:
+    return RewardRule(kind="function", function=f"my_rewards:{name}")
+
+
+def test_functions_of_the_users(rewards_module: str) -> None:
+    names = ("length", "slow", "broken", "too_much", "hangs", "dies", "eats")
+    config = RewardConfig(workers=2, seconds=1, wall_seconds=3, sources={f"my/{n}": _function(n) for n in names})
+    with RewardPool(config) as pool:
+        futures = {name: pool.submit(name, f"my/{name}", "abc", "abc") for name in names}
+        assert futures["length"].result(PATIENCE).reward == pytest.approx(0.3)
+        assert futures["length"].result(PATIENCE).verdict == "partial"
+        assert futures["slow"].result(PATIENCE).verdict == "correct"
+        with pytest.raises(RunError, match="broken.*KeyError"):
+            futures["broken"].result(PATIENCE)
+        with pytest.raises(RunError, match="number from 0 to 1"):
+            futures["too_much"].result(PATIENCE)
+        assert futures["hangs"].result(PATIENCE).note == "timeout"
+        assert futures["dies"].result(PATIENCE).note == "crashed"
+        assert futures["eats"].result(PATIENCE).note == "memory"
+        # sources without a rule of their own are judged as mathematics meanwhile
+        assert pool.submit("m", "math", "2", r"\boxed{2}").result(PATIENCE).verdict == "correct"
+
+
+def test_a_function_that_is_not_there_fails_everyone_who_waits(rewards_module: str) -> None:
+    config = RewardConfig(workers=1, default=_function("missing"))
+    with RewardPool(config) as pool:
+        futures = [pool.submit(str(i), "", "a", "b") for i in range(3)]
+        for future in futures:
+            with pytest.raises(RunError, match="no function missing"):
+                future.result(PATIENCE)
+        with pytest.raises(RunError, match="no function missing"):
+            pool.submit("later", "", "a", "b")
+
+
+def test_closing_fails_what_waits(rewards_module: str) -> None:
+    pool = RewardPool(RewardConfig(workers=1, sources={"s": _function("hangs")}))
+    future = pool.submit("a", "s", "a", "b")
+    pool.close()
+    with pytest.raises(RunError, match="closed"):
+        future.result(PATIENCE)
+    with pytest.raises(RunError, match="closed"):
+        pool.submit("b", "s", "a", "b")
+
+
+class _Server(http.server.BaseHTTPRequestHandler):
+    failures = 1
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if type(self).failures:
+            type(self).failures -= 1
+            self.send_error(503)
+            return
+        body = json.dumps({"reward": 1.0 if asked["response"] == asked["answer"] else 0.25}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_rewards_over_http_try_again() -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/grade"
+    try:
+        with RewardPool(RewardConfig(workers=1, default=RewardRule(kind="http", url=url))) as pool:
+            assert pool.submit("a", "", "x", "x").result(PATIENCE).verdict == "correct"
+            partly = pool.submit("b", "", "x", "y").result(PATIENCE)
+            assert (partly.reward, partly.verdict) == (0.25, "partial")
+    finally:
+        server.shutdown()
+        server.server_close()
+    with (
+        RewardPool(RewardConfig(workers=1, wall_seconds=5, default=RewardRule(kind="http", url=url))) as pool,
+        pytest.raises(RunError, match="reward server"),
+    ):
+        pool.submit("a", "", "x", "x").result(PATIENCE)
+
+
+def test_rules_are_found_by_source() -> None:
+    exact, numeric = RewardRule(kind="exact"), RewardRule(kind="numeric")
+    config = RewardConfig(sources={"openai/gsm8k": numeric, "openai/*": exact})
+    assert config.rule("openai/gsm8k") is numeric
+    assert config.rule("openai/other") is exact
+    assert config.rule("math") == RewardRule()
+    with (
+        RewardPool(RewardConfig(sources={"a": exact}, default=None)) as pool,
+        pytest.raises(RunError, match="no reward for"),
+    ):
+        pool.submit("x", "b", "1", "1")
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"default": {"kind": "function"}}, "module:name"),
+        ({"default": {"kind": "function", "function": "no_colon"}}, "module:name"),
+        ({"default": {"kind": "http", "url": "ftp://x"}}, "http"),
+        ({"default": {"tolerance": 2}}, "tolerance"),
+        ({"default": {"format": {"pattern": "("}}}, "regular expression"),
+        ({"sources": {"a": {"knd": "math"}}}, "did you mean 'kind'"),
+        ({"seconds": 5, "wall_seconds": 1}, "wall_seconds"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tree: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        strict.build(RewardConfig, tree, "rewards")
