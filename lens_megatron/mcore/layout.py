@@ -71,11 +71,15 @@ def check_layout(spec: ModelSpec, layout: ParallelConfig, world_size: int) -> No
     """Raise UsageError, with what would be right, unless `layout` can hold `spec` on `world_size` processes."""
     if layout.sp and layout.tp == 1:
         _refuse("sp", "sequence parallelism splits what tensor parallelism repeats: it needs tp > 1, or leave sp out")
-    _divides("tp", layout.tp, "attention heads", spec.heads)
-    if spec.kv_heads % layout.tp:
-        _refuse("tp", f"tp={layout.tp} does not divide the {spec.kv_heads} key/value heads; {_choices(spec.kv_heads)}")
+    # what tp cuts; a value offered to the user must divide all of it (kv_heads divides heads)
+    cut = {"attention heads": spec.heads, "key/value heads": spec.kv_heads}
     if spec.moe is None:
-        _divides("tp", layout.tp, "MLP columns", spec.ffn_size)
+        cut["MLP columns"] = spec.ffn_size
+    elif layout.ep == 1 and layout.etp is None:
+        cut["columns of an expert"] = spec.moe.expert_ffn_size
+    for what, count in cut.items():
+        _divides("tp", layout.tp, what, count, math.gcd(*cut.values()))
+    if spec.moe is None:
         if layout.ep > 1 or layout.etp not in (None, 1):
             _refuse("ep", "this model has no experts: leave ep and etp out")
     else:
@@ -113,9 +117,10 @@ def check_layout(spec: ModelSpec, layout: ParallelConfig, world_size: int) -> No
         _refuse("ep", f"ep x etp x pp = {expert_ranks} does not divide the {world_size} processes")
 
 
-def _divides(key: str, value: int, what: str, count: int) -> None:
+def _divides(key: str, value: int, what: str, count: int, fits: int | None = None) -> None:
+    """`fits`: whose divisors are offered instead, when `value` must divide more than `count`."""
     if count % value:
-        _refuse(key, f"{key}={value} does not divide the {count} {what}; {key} may be {_choices(count)}")
+        _refuse(key, f"{key}={value} does not divide the {count} {what}; {key} may be {_choices(fits or count)}")
 
 
 def _choices(count: int, most: int = 64) -> str:
