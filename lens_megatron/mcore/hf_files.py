@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,10 @@ class HfFolder:
         if index.is_file():
             try:
                 weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError):
-                raise UsageError(f"{index}: not a safetensors index") from None
-            for shard in sorted(set(weight_map.values())):
+                shards = sorted(set(weight_map.values()))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UsageError(f"{index}: not a safetensors index; download it again") from None
+            for shard in shards:
                 if not (self.folder / shard).is_file():
                     raise UsageError(f"{self.folder / shard}: missing, though {_INDEX} names it; download it again")
                 self._headers[self.folder / shard] = _read_header(self.folder / shard)
@@ -114,14 +115,31 @@ def _read_header(path: Path) -> dict[str, Any]:
             raise UsageError(f"{path}: not a safetensors file, or cut off inside its header; download it again")
         try:
             header: dict[str, Any] = json.loads(file.read(length))
-        except ValueError:
+            entries = [
+                (entry["data_offsets"][1], entry["shape"], entry["dtype"])
+                for name, entry in header.items()
+                if name != "__metadata__"
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UsageError(f"{path}: its safetensors header is not readable; download it again") from None
-    data = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    data = max((stop for stop, _, _ in entries), default=0)
     if 8 + length + data != size:
         raise UsageError(
             f"{path}: truncated: {size:,} bytes, its header promises {8 + length + data:,}; download it again"
         )
     return header
+
+
+def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int, std: float = 0.02) -> Iterator[tuple[str, Tensor]]:
+    """Weights to start from when there are none: norms 1, biases 0, the rest normal."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in shapes.items():
+        if name.endswith("norm.weight"):
+            yield name, torch.ones(shape)
+        elif name.endswith("bias"):
+            yield name, torch.zeros(shape)
+        else:
+            yield name, torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
 def write_hf_folder(
