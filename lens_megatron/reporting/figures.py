@@ -1,0 +1,179 @@
+"""The numbers behind the paper's figures, from a run's own metrics and rollouts. Pure; the drawing is elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from statistics import mean, median
+
+from lens_megatron.reporting.charts import smooth
+from lens_megatron.reporting.runs import Point, Run, is_number
+
+PHASES = ("score", "generate", "reward", "logprobs", "train", "sync", "save")
+BUCKETS = ("failure", "low", "mid", "high", "solved")  # group_metrics.bucket
+WINDOWS = ("early", "middle", "late")
+BINS_A_DECADE = 4
+
+
+def first_and_last(values: Sequence[float]) -> tuple[float, float] | None:
+    """Means of the first and the last tenth of the steps (at least one): a single batch says little."""
+    if not values:
+        return None
+    size = max(1, len(values) // 10)
+    return mean(values[:size]), mean(values[-size:])
+
+
+def thirds(length: int) -> list[slice]:
+    """Early, middle and late steps: a third of the run each, the middle one taking what does not divide."""
+    if length < 3:
+        return [slice(0, 0)] * 3
+    size = length // 3
+    return [slice(0, size), slice(size, length - size), slice(length - size, length)]
+
+
+def success_distribution(run: Run, group: str) -> dict[str, list[float]] | None:
+    """Figure 5: shares of prompts by bucket, means over each third of the run. group: original (Y) or trained (G)."""
+    by_bucket = {name: run.values(f"success_distribution/{group}/{name}") for name in BUCKETS}
+    steps = {len(values) for values in by_bucket.values()}
+    if len(steps) != 1 or min(steps) < 3:
+        return None
+    return {
+        window: [mean(by_bucket[name][part]) for name in BUCKETS]
+        for window, part in zip(WINDOWS, thirds(steps.pop()), strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class ScoreHistogram:
+    """Figure 2b: shares of all scored tokens, by logarithmic bin for those above 0: bin k starts at 10^(k / 4)."""
+
+    tokens: int
+    zero_share: float
+    shares: dict[int, float]
+
+
+def score_histogram(scores: Iterable[float]) -> ScoreHistogram | None:
+    counts: dict[int, int] = {}
+    tokens = zeros = 0
+    for score in scores:
+        tokens += 1
+        if score <= 0:
+            zeros += 1
+        else:
+            place = math.floor(math.log10(score) * BINS_A_DECADE + 1e-6)
+            counts[place] = counts.get(place, 0) + 1
+    if tokens == 0:
+        return None
+    return ScoreHistogram(tokens, zeros / tokens, {place: count / tokens for place, count in sorted(counts.items())})
+
+
+def bin_range(histograms: Sequence[ScoreHistogram]) -> tuple[int, list[float]]:
+    """The first bin in use, and the edges from there to the end of the last one."""
+    places = [place for one in histograms for place in one.shares]
+    if not places:
+        return 0, []
+    return min(places), [10.0 ** (place / BINS_A_DECADE) for place in range(min(places), max(places) + 2)]
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Figure 6: when another run first reaches the baseline's peak. None: it never does."""
+
+    peak: float
+    baseline_steps: float
+    baseline_seconds: float | None
+    steps: float | None
+    seconds: float | None
+
+    @property
+    def in_steps(self) -> float | None:
+        return self.baseline_steps / self.steps if self.steps else None
+
+    @property
+    def in_time(self) -> float | None:
+        return self.baseline_seconds / self.seconds if self.baseline_seconds and self.seconds else None
+
+
+def speedup(base: Run, other: Run, metric: str) -> Speedup | None:
+    window = speedup_window(metric, len(base.points(metric)))
+    base_curve, curve = smooth(base.points(metric), window), smooth(other.points(metric), window)
+    # the first mean over a whole window is the first that can count: before, one lucky batch would
+    base_curve, curve = base_curve[window - 1 :], curve[window - 1 :]
+    if not base_curve or not curve:
+        return None
+    peak = max(value for _, value in base_curve)
+    base_step = next(step for step, value in base_curve if value == peak)
+    step = next((step for step, value in curve if value >= peak - 1e-12), None)
+    return Speedup(
+        peak, base_step, seconds_until(base, base_step), step, None if step is None else seconds_until(other, step)
+    )
+
+
+def speedup_window(metric: str, points: int) -> int:
+    """Steps averaged before a peak is looked for; evaluations, few and large, are taken as they are."""
+    return 1 if metric.startswith("eval/") else max(1, min(10, points // 5))
+
+
+def speedup_metric(runs: Sequence[Run]) -> str:
+    """Evaluation if every run has it often enough, else success on the training prompts."""
+    for name in ("eval/average", *evaluation_names(runs)):
+        if all(len(run.points(name)) >= 3 for run in runs):
+            return name
+    return "success"
+
+
+def evaluation_names(runs: Sequence[Run]) -> list[str]:
+    """eval/NAME, one a benchmark; deeper names are details of one."""
+    names = dict.fromkeys(name for run in runs for name in run.metric_names())
+    return [name for name in names if name.startswith("eval/") and name.count("/") == 1]
+
+
+def seconds_until(run: Run, step: float) -> float | None:
+    """Of training, up to the end of this step; None when a step's time is missing."""
+    lines = [line for line in run.metrics if line["step"] <= step]
+    times = [float(line["time/step"]) for line in lines if is_number(line.get("time/step"))]
+    return sum(times) if times and len(times) == len(lines) else None
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Table 5, without the first step (which loads, compiles and warms up) where there are others."""
+
+    mean: float
+    median: float
+    phases: dict[str, float]  # mean seconds; with `other`: of the step, in no phase
+
+
+def step_time(run: Run) -> StepTime | None:
+    lines = [line for line in run.metrics if is_number(line.get("time/step"))]
+    lines = lines[1:] if len(lines) > 1 else lines
+    if not lines:
+        return None
+    times = [float(line["time/step"]) for line in lines]
+    names = [name for line in lines for name in line if name.startswith("time/") and name.count("/") == 1]
+    known = [phase for phase in PHASES if f"time/{phase}" in names]
+    more = [name[5:] for name in dict.fromkeys(names) if name[5:] not in (*PHASES, "step")]
+    phases = {phase: mean(float(line.get(f"time/{phase}") or 0.0) for line in lines) for phase in [*known, *more]}
+    rest = mean(times) - sum(phases.values())
+    if rest > 0:
+        phases["other"] = rest
+    return StepTime(mean(times), median(times), phases)
+
+
+def tokens_a_second(run: Run) -> list[Point]:
+    return [
+        (float(line["step"]), line["tokens"] / line["time/step"])
+        for line in run.metrics
+        if line.get("tokens") and line.get("time/step")
+    ]
+
+
+def over_time(run: Run, metric: str) -> list[Point]:
+    """The metric over hours of training instead of steps."""
+    if any(not is_number(line.get("time/step")) for line in run.metrics):
+        return []
+    hours = accumulate(float(line["time/step"]) / 3600 for line in run.metrics)
+    at_step = {float(line["step"]): hour for line, hour in zip(run.metrics, hours, strict=True)}
+    return [(at_step[step], value) for step, value in run.points(metric)]

@@ -1,0 +1,188 @@
+"""`lens-megatron report`: one HTML page from run folders, complete in itself.
+
+Responses are hostile text. On the page they are data: JSON in a script element that is never run, with every `<` escaped,
+put into the page as text. The content policy allows no other script than the page's own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from lens_megatron import __version__
+from lens_megatron.reporting import figures, panels
+from lens_megatron.reporting.browser import browser_data
+from lens_megatron.reporting.panels import curves
+from lens_megatron.reporting.runs import Run
+
+_HERE = Path(__file__).parent
+_NO_RESCUE = "prompts were not purified"
+
+
+def report_page(runs: Sequence[Run]) -> str:
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    style = (_HERE / "page.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    names = ", ".join(run.name for run in runs)
+    made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    sections = [
+        ("summary", "Summary", panels.key_numbers(runs) + _about_numbers() + panels.differences(runs)),
+        ("learning", "Learning", _grid(learning(runs))),
+        ("purification", "Prompts and purification", _grid(purification(runs))),
+        ("update", "The update", _grid(update(runs))),
+        ("time", "Time", _grid(time(runs))),
+        ("browse", "Rollouts", _browser()),
+    ]
+    links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)
+    body = "".join(f'<section id="{name}"><h2>{title}</h2>{content}</section>' for name, title, content in sections)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
+script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'">
+<title>{escape(names)}: training report</title>
+<style>{style}</style></head><body>
+<header><div><h1>{escape(names)}</h1>
+<p class="soft">Training report by lens-megatron {__version__}, {made}. Every number comes from the runs' own files.</p>
+{panels.legend(panels.run_legend(runs))}</div></header>
+<nav><div>{links}</div></nav>
+<main>{body}</main>
+<footer>Lines of more than 30 steps: faint as measured, strong as the mean of the last twentieth of the steps. Figure and \
+table numbers are those of arXiv 2601.21244.</footer>
+<script type="application/json" id="rollouts">{embedded_json(browser_data(runs))}</script>
+<script>{script}</script>
+</body></html>
+"""
+
+
+def embedded_json(tree: Any) -> str:
+    """JSON that cannot end its script element, open a comment, or be anything else but JSON."""
+    return json.dumps(tree, allow_nan=False).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def learning(runs: Sequence[Run]) -> list[str]:
+    return [
+        curves(
+            runs,
+            "Figure 4: success",
+            [("success", "")],
+            "share of rollouts correct",
+            "On the training prompts of each step.",
+        ),
+        *panels.evaluation_figures(runs),
+        curves(runs, "Figure 8: reward", [("reward", "")], "mean reward", "Rollouts of the original prompts."),
+        curves(runs, "Figure 8: entropy", [("entropy", "")], "nats a token"),
+        curves(runs, "Figure 8: response length", [("response_tokens", "")], "tokens a response"),
+        curves(
+            runs,
+            "Figure 2a: zero-reward prompts",
+            [("zero_reward_ratio", "")],
+            "share of prompts",
+            "Prompts none of whose rollouts (under the original prompt) is correct.",
+        ),
+        panels.zero_reward_bars(runs),
+    ]
+
+
+def purification(runs: Sequence[Run]) -> list[str]:
+    return [
+        panels.distribution_figure(runs),
+        panels.score_figure(runs),
+        curves(
+            runs,
+            "Purified and improved prompts",
+            [("purified_ratio", "purified, of all prompts"), ("improved_ratio", "improved, of the purified")],
+            "share",
+            "Improved: more successes under the purified prompt than under the original.",
+            _NO_RESCUE,
+            source=_if_purified,
+        ),
+        curves(
+            runs,
+            "Deleted tokens",
+            [("deleted_tokens", "")],
+            "tokens a step",
+            "Of all prompts that were rolled out again.",
+            _NO_RESCUE,
+            source=_if_purified,
+        ),
+        curves(
+            runs,
+            "Groups without signal",
+            [("zero_signal_ratio", "")],
+            "share of groups that train",
+            "All rewards of the group are equal: nothing to learn from.",
+        ),
+    ]
+
+
+def update(runs: Sequence[Run]) -> list[str]:
+    return [
+        curves(
+            runs,
+            "Importance ratio",
+            [("ratio_original", "original rollouts"), ("ratio_purified", "purified rollouts")],
+            "π(y|x) / π_old(y|x_roll)",
+            "Purified rollouts far below 1: they teach little.",
+        ),
+        curves(runs, "Clip fraction", [("clip_fraction", "")], "share of tokens"),
+        curves(runs, "KL to the reference", [("kl", "")], "nats a token", "", "no KL term in the loss"),
+        curves(
+            runs,
+            "Trainer and engine",
+            [("logprob_diff", "")],
+            "mean |Δ log-prob| a token",
+            "The same weights and tokens in both: what differs is arithmetic, or a bug.",
+        ),
+        curves(runs, "Loss", [("loss", "")], "loss"),
+        curves(runs, "Gradient norm", [("grad_norm", "")], "norm before clipping"),
+    ]
+
+
+def time(runs: Sequence[Run]) -> list[str]:
+    return [
+        panels.speedup_figure(runs),
+        panels.step_time_table(runs),
+        panels.step_time_figure(runs),
+        curves(runs, "Time of each step", [("time/step", "")], "seconds"),
+        curves(runs, "Throughput", [("tokens", "")], "tokens/s", source=lambda run, _: figures.tokens_a_second(run)),
+        curves(
+            runs,
+            "Success over time",
+            [("success", "")],
+            "share of rollouts correct",
+            "What a step costs is part of the comparison.",
+            source=figures.over_time,
+            x_label="hours of training",
+        ),
+    ]
+
+
+def _if_purified(run: Run, metric: str) -> list[tuple[float, float]]:
+    """Ratios of 0 at every step say that the run does not purify, not that it purified badly."""
+    return run.points(metric) if any(run.values("purified_ratio")) else []
+
+
+def _grid(parts: Sequence[str]) -> str:
+    return f'<div class="figures">{"".join(parts)}</div>'
+
+
+def _about_numbers() -> str:
+    return '<p class="soft">a → b: means of the first and of the last tenth of the steps. A step: mean without the first.</p>'
+
+
+def _browser() -> str:
+    return """<div class="browser" id="browser">
+<p class="soft">The first, middle and last saved step of each run. Prompts that were rescued come first, then those purified
+in vain, those with successes and failures, all failed, all solved.</p>
+<div class="choose"><label>run<select name="run"></select></label><label>step<select name="step"></select></label>
+<label>prompt (successes of originals → of purified)<select name="prompt"></select></label></div>
+<p class="soft"><span class="count"></span>
+<span class="heatscale">interference score: 0 <i></i> the prompt's highest · <del>struck out</del>: deleted</span></p>
+<div class="shown"></div></div>"""
