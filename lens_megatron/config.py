@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from lens_megatron import presets, strict
 from lens_megatron.algorithms.algorithm import AlgorithmConfig
+from lens_megatron.checkpoints import CheckpointConfig
 from lens_megatron.data.config import DataConfig
 from lens_megatron.errors import UsageError
 from lens_megatron.mcore.layout import ParallelConfig
@@ -29,19 +30,6 @@ class RolloutConfig(SamplingConfig):
     engine: Literal["embedded"] = "embedded"
     slots: int = 128  # rollouts that the embedded engine runs at once
     threads: int = 1  # of the embedded engine, on CPU
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """`checkpoint:`."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-    every: int = 20  # steps; the last step is always saved
-    keep: int = 3
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.keep < 1:
-            raise ValueError("every and keep are at least 1")
 
 
 @dataclass(frozen=True)

@@ -14,3 +14,5 @@ import warnings
 # Said at every import by Megatron-Core without Transformer Engine; `lens-megatron doctor` says it once, with what to do.
 warnings.filterwarnings("ignore", module=r"megatron\.")
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*deprecated", category=FutureWarning)
+# The CPU mode looks at every attribute through torch's dispatch, which warns where Megatron-Core asks a view for .grad.
+warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")

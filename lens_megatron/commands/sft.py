@@ -1,0 +1,40 @@
+"""`lens-megatron sft`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "supervised training on rows of prompt and response"
+EXAMPLE = "lens-megatron sft SFT.yaml optimizer.lr=1e-5 parallel.tp=2"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="SFT.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def run(args: argparse.Namespace) -> int:
+    from lens_megatron import strict, workers
+    from lens_megatron.config import SftConfig, load_sft
+    from lens_megatron.mcore import runtime
+    from lens_megatron.mcore.layout import check_layout
+    from lens_megatron.model_spec import load_model_spec
+    from lens_megatron.run_folder import RunFolder
+    from lens_megatron.sft import train_supervised
+
+    config = load_sft(Path(args.run), args.overrides)
+    if not workers.is_worker():
+        check_layout(load_model_spec(config.model), config.parallel, config.parallel.processes)
+        if config.parallel.processes > 1:
+            return workers.run_workers(config.parallel.processes, ["sft", args.run, *args.overrides])
+    folder = RunFolder.create(config.run_dir) if workers.rank() == 0 else None
+    if folder is not None:
+        folder.write_config(strict.to_tree(SftConfig, config))
+        folder.write_versions()
+    target = train_supervised(config, folder)
+    if folder is not None:
+        folder.close()
+        print(f"weights in {target}")
+    runtime.shutdown()
+    return 0

@@ -1,0 +1,215 @@
+"""What rank 0 alone holds: data, prompt filter, rollout driver, run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lens_megatron.algorithms.filters import NotEnoughGroups, PromptFilter
+from lens_megatron.algorithms.group_metrics import group_metrics
+from lens_megatron.algorithms.rescue import RebuiltGroup, rebuild_group
+from lens_megatron.config import RunConfig
+from lens_megatron.data.prompts import PromptStream, load_prompts
+from lens_megatron.data.tokenizer import check_tokenizer, load_tokenizer
+from lens_megatron.errors import RunError
+from lens_megatron.model_spec import ModelConfig
+from lens_megatron.purification.strategies import Outcome, Signals, purify
+from lens_megatron.rollout.driver import RolloutDriver
+from lens_megatron.rollout.factory import embedded_sampler
+from lens_megatron.rollout.sampling import SampleCounts, SamplingConfig
+from lens_megatron.rollout_table import RolloutRow
+from lens_megatron.run_folder import RunFolder
+from lens_megatron.samples import samples_of_group
+from lens_megatron.types import Prompt, Sample
+
+_BATCHES_A_STEP = 1000  # room in the sampler's step number for the batches that a filter may ask for
+
+
+class Host:
+    """Built before CUDA is touched: the rollout driver is a process of its own."""
+
+    def __init__(self, config: RunConfig, model: ModelConfig, weights: Path, folder: RunFolder) -> None:
+        self.config, self.folder = config, folder
+        self.tokenizer = load_tokenizer(str(weights))
+        check_tokenizer(self.tokenizer, model.spec.vocab_size)
+        loaded = load_prompts(config.data, self.tokenizer, model.template)
+        self.too_long = loaded.too_long
+        self.stream = PromptStream(loaded.prompts, config.seed, config.data.shuffle)
+        self.prompt_filter = PromptFilter(config.algorithm.filter, config.data.prompts_per_step, config.seed)
+        self.special_ids = frozenset(self.tokenizer.all_special_ids)
+        on_gpu = torch.cuda.is_available()
+        sampling = SamplingConfig(
+            **{field.name: getattr(config.rollout, field.name) for field in fields(SamplingConfig)}
+        )
+        self.driver = RolloutDriver(
+            partial(
+                embedded_sampler,
+                weights,
+                config.rollout.slots,
+                "cuda" if on_gpu else "cpu",
+                "bfloat16" if config.precision == "bf16" or (config.precision == "auto" and on_gpu) else "float32",
+                sampling,
+                config.algorithm.rescue,
+                config.rewards,
+                config.seed,
+            ),
+            threads=config.rollout.threads,
+            silence_seconds=config.timeout_s,
+            command_seconds=config.timeout_s,
+        )
+        self.begin_step(0)
+
+    # one step
+
+    def begin_step(self, step: int) -> None:
+        self.step, self._batch = step, 0
+        self._groups: list[RebuiltGroup] = []
+        self._outcomes: list[Outcome] = []
+        self._signals: dict[str, Signals] = {}
+        self._counts: list[SampleCounts] = []
+        self.prompt_filter.begin_step(step, self.stream.epoch)
+
+    def next_prompts(self) -> list[Prompt]:
+        """The next batch to roll out; empty when the step has its groups."""
+        try:
+            size = self.prompt_filter.next_batch_size()
+        except NotEnoughGroups as error:
+            raise RunError(str(error)) from None
+        chosen: list[Prompt] = []
+        while size is not None and len(chosen) < size:
+            candidates = self.stream.take(size - len(chosen))
+            wanted = self.prompt_filter.propose([prompt.id for prompt in candidates])
+            chosen += [prompt for prompt, roll_out in zip(candidates, wanted, strict=True) if roll_out]
+        return chosen
+
+    def roll_out(self, prompts: Sequence[Prompt], signals: Sequence[Signals]) -> None:
+        """Original and rescue rollouts of these prompts, judged, rebuilt into training groups and filtered."""
+        algorithm, config = self.config.algorithm, self.config
+        if algorithm.rescue.mode == "none":
+            outcomes: list[Outcome] = []
+            purified = [None] * len(prompts)
+        else:
+            outcomes = [
+                purify(prompt, algorithm.rescue, self.special_ids, signal, config.seed, self.step)
+                for prompt, signal in zip(prompts, signals, strict=True)
+            ]
+            purified = [outcome.rescue_prompt for outcome in outcomes]
+            self._signals.update({p.id: signal for p, signal in zip(prompts, signals, strict=True)})
+        result = self.driver.sample(prompts, purified, self.step * _BATCHES_A_STEP + self._batch)
+        self._batch += 1
+        rebuilt = [rebuild_group(group, algorithm.rescue, config.seed, self.step) for group in result.groups]
+        self.prompt_filter.accept(rebuilt)
+        self._groups += rebuilt
+        self._outcomes += outcomes
+        self._counts.append(result.counts)
+
+    def training_groups(self) -> list[list[Sample]]:
+        self._trained = self.prompt_filter.finish()
+        return [
+            samples_of_group(group, self.config.algorithm.advantage, self.config.rollout.max_response_tokens)
+            for group in self._trained
+        ]
+
+    def step_metrics(self) -> dict[str, float]:
+        """Of everything rolled out in this step."""
+        rollouts = [rollout for group in self._groups for rollout in group.group.originals]
+        metrics = group_metrics(self._groups, self._outcomes)
+        metrics["response_tokens"] = sum(len(rollout.response) for rollout in rollouts) / len(rollouts)
+        metrics["truncated_ratio"] = sum(rollout.finish == "length" for rollout in rollouts) / len(rollouts)
+        metrics.update(self.prompt_filter.metrics())
+        totals: dict[str, float] = {}
+        for counts in self._counts:
+            for name, value in asdict(counts).items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        metrics.update({f"sampling/{name}": value for name, value in totals.items()})
+        metrics["tokens"] = totals["original_tokens"] + totals["purified_tokens"]
+        return metrics
+
+    def rollout_rows(self, groups: Sequence[list[Sample]]) -> Iterator[RolloutRow]:
+        """Every rollout of the step, with what became of it."""
+        pieces: dict[str, list[str]] = {}
+        trained = {id(group): samples for group, samples in zip(self._trained, groups, strict=True)}
+        for group in self._groups:
+            prompt = group.group.prompt
+            if prompt.id not in pieces:
+                pieces[prompt.id] = [self.tokenizer.decode([token]) for token in prompt.tokens]
+            samples = trained.get(id(group))
+            members = {(m.rollout.purified, m.rollout.index): place for place, m in enumerate(group.members)}
+            scores_T = self._signals[prompt.id].scores_T if prompt.id in self._signals else None
+            scores = [None if score != score else score for score in scores_T.tolist()] if scores_T is not None else []
+            purified = group.group.purified_prompt
+            for rollout in (*group.group.originals, *group.group.purified):
+                place = members.get((rollout.purified, rollout.index))
+                sample = samples[place] if samples is not None and place is not None else None
+                origin = (
+                    group.members[place].origin if place is not None else "unused" if rollout.purified else "removed"
+                )
+                yield RolloutRow(
+                    step=self.step,
+                    prompt_id=prompt.id,
+                    source=prompt.source,
+                    answer=prompt.answer,
+                    question=prompt.text,
+                    index=rollout.index,
+                    purified=rollout.purified,
+                    origin=origin,
+                    trained=sample is not None,
+                    prompt_tokens=prompt.tokens,
+                    prompt_pieces=pieces[prompt.id],
+                    scores=scores,
+                    deleted=purified.deleted if purified else (),
+                    roll_tokens=rollout.roll_tokens,
+                    response=rollout.response,
+                    response_text=self.tokenizer.decode(rollout.response),
+                    reward=rollout.reward,
+                    success=rollout.reward >= self.config.algorithm.rescue.success_threshold,
+                    finish=rollout.finish,
+                    advantage=sample.advantage if sample else None,
+                    weight=sample.weight if sample else None,
+                    behaviour_logprobs=rollout.behaviour_logprobs,
+                    proximal_logprobs=None,
+                    weight_version=rollout.weight_version,
+                )
+
+    # the run
+
+    def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        self.driver.load_weights(buckets(tensors), version)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "data": self.stream.state_dict(),
+            "filter": self.prompt_filter.state_dict(),
+            "sampler": self.driver.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.stream.load_state_dict(state["data"])
+        self.prompt_filter.load_state_dict(state["filter"])
+        self.driver.load_state_dict(state["sampler"])
+
+    def close(self) -> None:
+        self.driver.close()
+        self.folder.close()
+
+
+def buckets(
+    tensors: Iterable[tuple[str, torch.Tensor]], most_bytes: int = 256 * 2**20
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors in order, up to `most_bytes` at a time; a larger one travels alone."""
+    bucket: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        bytes_ = tensor.numel() * tensor.element_size()
+        if bucket and size + bytes_ > most_bytes:
+            yield bucket
+            bucket, size = {}, 0
+        bucket[name] = tensor
+        size += bytes_
+    if bucket:
+        yield bucket

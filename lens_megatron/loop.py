@@ -1,0 +1,32 @@
+"""The training loop: one step of any algorithm, one verb a phase. Every rank runs it."""
+
+from __future__ import annotations
+
+from lens_megatron.config import RunConfig
+from lens_megatron.trainer import Trainer
+
+
+def train(config: RunConfig, trainer: Trainer) -> None:
+    with trainer.progress:
+        trainer.sync_weights(version=trainer.first_step)
+        for step in range(trainer.first_step, config.steps):
+            trainer.begin_step(step)
+
+            while prompts := trainer.next_prompts():
+                with trainer.phase("score"):  # before generation, of every prompt: x' is known when a rollout fails
+                    signals = trainer.score_prompts(prompts)
+                with trainer.phase("generate"):  # originals, rescues and rewards, overlapped
+                    trainer.roll_out(prompts, signals)
+            groups = trainer.training_groups()
+
+            with trainer.phase("logprobs"):  # pi_old under x_roll, the reference under x
+                evaluated = trainer.evaluate(groups)
+            with trainer.phase("train"):
+                metrics = trainer.update(evaluated)
+            with trainer.phase("sync"):
+                trainer.sync_weights(version=step + 1)
+            # the step's files before its checkpoint: a resumed run rewinds what it cannot vouch for, and misses nothing
+            trainer.finish_step(groups, metrics)
+            with trainer.phase("save"):
+                trainer.save(step + 1)
+        trainer.finish()

@@ -1,0 +1,81 @@
+"""Samplers, made in the rollout driver's own process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lens_megatron.algorithms.rescue import RescueConfig, rescue_is_certain, rescue_is_moot
+from lens_megatron.rewards.config import RewardConfig
+from lens_megatron.rewards.judgement import Judgement
+from lens_megatron.rollout.sampler import Sampler
+from lens_megatron.rollout.sampling import RescueRules, SamplingConfig
+from lens_megatron.types import Prompt, Rollout
+
+
+class TextReward:
+    """Decodes a response and has it judged by the pool."""
+
+    def __init__(self, tokenizer: Any, config: RewardConfig) -> None:
+        from lens_megatron.rewards.pool import RewardPool
+
+        self._tokenizer = tokenizer
+        self._pool = RewardPool(config)
+
+    def __call__(self, prompt: Prompt, rollout: Rollout) -> Future[float]:
+        text = self._tokenizer.decode(rollout.response, skip_special_tokens=True)
+        reward: Future[float] = Future()
+
+        def judged(judgement: Future[Judgement]) -> None:
+            if (error := judgement.exception()) is not None:
+                reward.set_exception(error)
+            elif reward.set_running_or_notify_cancel():
+                reward.set_result(judgement.result().reward)
+
+        self._pool.submit(rollout.prompt_id, prompt.source, prompt.answer, text).add_done_callback(judged)
+        return reward
+
+    def health(self) -> Mapping[str, float]:
+        return self._pool.health()
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+def rescue_rules(config: RescueConfig) -> RescueRules:
+    return RescueRules(
+        certain=partial(_certain, config=config),
+        moot=partial(_moot, config=config),
+    )
+
+
+def _certain(rewards: Any, n: int, config: RescueConfig) -> bool:
+    return rescue_is_certain(rewards, n, config)
+
+
+def _moot(rewards: Any, n: int, config: RescueConfig) -> bool:
+    return rescue_is_moot(rewards, n, config)
+
+
+def embedded_sampler(
+    folder: Path,
+    slots: int,
+    device: str,
+    dtype: str,
+    sampling: SamplingConfig,
+    rescue: RescueConfig,
+    rewards: RewardConfig,
+    seed: int,
+) -> Sampler:
+    """The HF model in this process, without weights until the first sync."""
+    from transformers import AutoConfig
+
+    from lens_megatron.data.tokenizer import load_tokenizer, stop_tokens
+    from lens_megatron.rollout.embedded import EmbeddedEngine
+
+    tokenizer = load_tokenizer(str(folder))
+    engine = EmbeddedEngine.from_config(AutoConfig.from_pretrained(str(folder)), slots, device, dtype)
+    return Sampler(engine, TextReward(tokenizer, rewards), rescue_rules(rescue), sampling, stop_tokens(tokenizer), seed)

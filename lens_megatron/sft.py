@@ -1,0 +1,94 @@
+"""Supervised training through the same sharded step: rows of prompt and response, mean loss over response tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lens_megatron.config import SftConfig
+from lens_megatron.data.order import PromptOrder
+from lens_megatron.data.supervised import SupervisedExample, load_supervised
+from lens_megatron.data.tokenizer import check_tokenizer, load_tokenizer
+from lens_megatron.errors import UsageError
+from lens_megatron.mcore import runtime
+from lens_megatron.mcore.batch import PackedBatch
+from lens_megatron.mcore.hf_files import write_hf_folder
+from lens_megatron.mcore.step import LossFunction, build_trainable, train_step
+from lens_megatron.model_spec import find_weights, load_model_config
+from lens_megatron.progress import Progress
+from lens_megatron.run_folder import RunFolder
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def train_supervised(config: SftConfig, folder: RunFolder | None) -> Path:
+    """Every rank runs it; rank 0 has the run folder. Returns the HF folder with the trained weights."""
+    model = load_model_config(config.model)
+    weights = find_weights(config.model)
+    tokenizer = load_tokenizer(str(weights))
+    check_tokenizer(tokenizer, model.spec.vocab_size)
+    template = config.data.template or model.template
+    examples = load_supervised(config.data.train, tokenizer, template, config.data.split)
+    order = PromptOrder([example.id for example in examples], config.seed, config.data.shuffle)
+    runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s)
+    policy = build_trainable(
+        model.spec,
+        config.parallel,
+        weights,
+        config.optimizer,
+        steps=config.steps,
+        memory=config.memory,
+        dtype=_DTYPES.get(config.precision),
+    )
+    with Progress(config.steps, shown=folder is not None) as progress:
+        for step in range(config.steps):
+            batch = [examples[index] for index in order.take(config.data.prompts_per_step)]
+            sequences = [torch.tensor((*example.prompt, *example.response)) for example in batch]
+            with progress.phase("train"):
+                result = train_step(
+                    policy,
+                    sequences,
+                    supervised_loss(batch, config.prompt_loss_weight),
+                    tokens_per_microbatch=config.tokens_per_microbatch,
+                )
+            tokens = sum(len(sequence) for sequence in sequences)
+            metrics = {
+                "step": step + 1,
+                **result.metrics,
+                "grad_norm": result.grad_norm,
+                "lr": result.learning_rate,
+                "tokens": tokens,
+                **progress.times(),
+            }
+            if folder is not None:
+                folder.append_metrics(metrics)
+            progress.finish_step(metrics)
+    tensors = policy.export_hf()
+    target = Path(config.run_dir) / "hf"
+    if folder is not None:
+        write_hf_folder(target, tensors, companions_from=weights)
+    for _ in tensors:  # the other ranks send their parts by iterating
+        pass
+    return target
+
+
+def supervised_loss(batch: Sequence[SupervisedExample], prompt_weight: float) -> LossFunction:
+    """Mean of -log p over response tokens, prompt tokens weighing `prompt_weight`."""
+    weights: list[Tensor] = []
+    for example in batch:
+        weights += [torch.full((len(example.prompt),), prompt_weight), torch.ones(len(example.response))]
+        weights[-2][0] = 0.0  # nothing predicts the first token
+    weight_F = torch.cat(weights).to(runtime.device())
+    total = float(weight_F.sum())
+    if total == 0:
+        raise UsageError("no token to learn from: every response of the batch is empty")
+
+    def loss(logprobs_T: Tensor, entropy_T: Tensor, pack: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        weight_T = torch.where(pack.target_T >= 0, weight_F[pack.target_T.clamp(min=0)], 0.0)
+        value = -(logprobs_T * weight_T).sum() / total
+        return value, {"entropy": (entropy_T.detach() * weight_T).sum() / total}
+
+    return loss

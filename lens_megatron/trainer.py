@@ -1,0 +1,178 @@
+"""What every rank of a run holds, and the verbs that the loop is made of. Rank 0's part is the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lens_megatron.config import RunConfig
+from lens_megatron.errors import UsageError
+from lens_megatron.host import Host
+from lens_megatron.mcore import runtime
+from lens_megatron.mcore.checkpoint_run import Saver, resume
+from lens_megatron.mcore.noise import evaluations_in_other_packings
+from lens_megatron.mcore.rendezvous import from_rank_zero
+from lens_megatron.mcore.step import build_frozen, build_trainable
+from lens_megatron.model_spec import ModelConfig, find_weights, load_model_config
+from lens_megatron.progress import Progress
+from lens_megatron.purification.noise_floor import measured_noise_floor
+from lens_megatron.purification.scores import interference_scores
+from lens_megatron.purification.strategies import Signals
+from lens_megatron.run_folder import RunFolder
+from lens_megatron.types import Prompt, Sample
+from lens_megatron.update import Evaluated, evaluate_samples, update_policy
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_NOISE_PROMPTS = 16
+
+
+class Trainer:
+    def __init__(self, config: RunConfig, model: ModelConfig, folder: RunFolder | None) -> None:
+        """`folder`: rank 0's. Processes, then models, then the engine's first weights."""
+        self.config = config
+        weights = find_weights(config.model)
+        self.host = Host(config, model, weights, folder) if folder is not None else None
+        runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s)
+        dtype = _DTYPES.get(config.precision)
+        self.policy = build_trainable(
+            model.spec,
+            config.parallel,
+            weights,
+            config.optimizer,
+            steps=config.steps,
+            memory=config.memory,
+            dtype=dtype,
+        )
+        self.reference = None
+        if config.algorithm.needs_reference:
+            source = _reference_weights(config, model, weights)
+            self.reference = build_frozen(model.spec, config.parallel, source, config.memory, dtype)
+        self.noise_floor: float | None = None
+        self.first_step = 0
+        self.progress = Progress(config.steps, shown=self.host is not None)
+        self._checkpoints = Path(config.run_dir) / "checkpoints"
+        self._saver = Saver(self.policy, self._checkpoints, config.checkpoint, companions_from=weights)
+
+    def on_rank_zero(self, work: Any, what: str) -> Any:
+        """`work(host)` on rank 0; its result on every rank."""
+        host = self.host
+        return from_rank_zero(lambda: work(host), what, self.config.timeout_s)
+
+    def phase(self, name: str) -> AbstractContextManager[Any]:
+        """Seconds spent go to time/NAME of this step."""
+        return self.progress.phase(name)
+
+    # the verbs
+
+    def begin_step(self, step: int) -> None:
+        self.step = step
+        if self.host is not None:
+            self.host.begin_step(step)
+
+    def next_prompts(self) -> list[Prompt]:
+        return self.on_rank_zero(lambda host: host.next_prompts(), "choose prompts")
+
+    def score_prompts(self, prompts: Sequence[Prompt]) -> list[Signals]:
+        """What the purification strategy goes by, of every prompt of the batch, before anything is generated."""
+        rescue = self.config.algorithm.rescue
+        if rescue.mode == "none" or rescue.strategy in ("random", "resample"):
+            return [Signals()] * len(prompts)
+        sequences = [torch.tensor(prompt.tokens) for prompt in prompts]
+        budget = self.config.update.tokens_per_microbatch
+        if rescue.strategy == "gradient":
+            from lens_megatron.mcore.embedding_gradients import embedding_gradient_norms
+
+            return [
+                Signals(gradient_norms_T=norms) for norms in embedding_gradient_norms(self.policy, sequences, budget)
+            ]
+        assert self.reference is not None
+        if self.noise_floor is None and rescue.noise_floor == "measured":
+            evaluations = evaluations_in_other_packings(self.policy, sequences[:_NOISE_PROMPTS], budget)
+            self.noise_floor = measured_noise_floor(evaluations, rescue.noise_quantile)
+        policy = self.policy.score(sequences, budget).logprobs
+        reference = self.reference.score(sequences, budget).logprobs
+        return [
+            Signals(scores_T=interference_scores(p, r), measured_floor=self.noise_floor)
+            for p, r in zip(policy, reference, strict=True)
+        ]
+
+    def roll_out(self, prompts: Sequence[Prompt], signals: Sequence[Signals]) -> None:
+        self.on_rank_zero(lambda host: host.roll_out(prompts, signals), "generate")
+
+    def training_groups(self) -> list[list[Sample]]:
+        return self.on_rank_zero(lambda host: host.training_groups(), "rebuild groups")
+
+    def evaluate(self, groups: Sequence[list[Sample]]) -> list[list[Evaluated]]:
+        return evaluate_samples(
+            groups,
+            self.policy,
+            self.reference,
+            self.config.algorithm.loss,
+            self.config.update,
+            self.config.rollout.temperature,
+        )
+
+    def update(self, groups: Sequence[list[Evaluated]]) -> dict[str, float]:
+        return update_policy(
+            self.policy, groups, self.config.algorithm.loss, self.config.update, self.config.rollout.temperature
+        )
+
+    def sync_weights(self, version: int) -> None:
+        """Every rank exports what it holds; the engine has the whole model, or the run ends."""
+        tensors = self.policy.export_hf()
+        if self.host is not None:
+            self.host.load_weights(tensors, version)
+        for _ in tensors:  # the other ranks' part is done by iterating
+            pass
+
+    def save(self, step: int) -> None:
+        """When one is due; written in the background. The engine's weights are not in it: they are synced at resume."""
+        if self._saver.due(step, last=step == self.config.steps):
+            state = {} if self.host is None else self.host.state_dict()
+            self._saver.save(step, {**state, "noise_floor": self.noise_floor})
+        self._saver.poll()
+
+    def resume(self) -> None:
+        """From the newest whole checkpoint; from the start when there is none yet."""
+        found = resume(self.policy, self._checkpoints)
+        if found is not None:
+            self.first_step, self.noise_floor = found.step, found.extra["noise_floor"]
+        self.progress = Progress(self.config.steps, self.first_step, shown=self.host is not None)
+        if self.host is not None:
+            self.host.folder.rewind(self.first_step)
+            if found is not None:
+                self.host.load_state_dict(found.extra)
+                for reason in found.passed_over:
+                    self.progress.note(f"passed over a damaged checkpoint: {reason}")
+            self.progress.note(f"resuming after step {self.first_step}")
+
+    def finish(self) -> None:
+        """The last checkpoint is whole before the run ends."""
+        self._saver.finish()
+
+    def finish_step(self, groups: Sequence[list[Sample]], metrics: dict[str, float]) -> None:
+        if self.host is not None:
+            tree = {"step": self.step + 1, **self.host.step_metrics(), **metrics}
+            if self.noise_floor is not None:
+                tree["noise_floor"] = self.noise_floor
+            self.host.folder.write_rollouts(self.step + 1, list(self.host.rollout_rows(groups)))
+            tree.update(self.progress.times())
+            self.host.folder.append_metrics(tree)
+            self.progress.finish_step(tree)
+
+    def close(self) -> None:
+        if self.host is not None:
+            self.host.close()
+        runtime.shutdown()
+
+
+def _reference_weights(config: RunConfig, model: ModelConfig, policy: Path) -> Path:
+    if config.reference is None:
+        return policy
+    if load_model_config(config.reference).spec != model.spec:
+        raise UsageError(f"reference {config.reference}: not of the same shape as {config.model}")
+    return find_weights(config.reference)
