@@ -170,14 +170,15 @@ class RolloutDriver:
     def _reply(self, limit: float | None, command: str, patience: float | None = None) -> Any:
         """The next answer. `limit` seconds end in an error, `patience` seconds in _NOT_YET."""
         start = last_sign = time.monotonic()
+        silence = float("inf") if command == "start" else self._silence_seconds  # importing, it cannot beat yet
         while True:
             now = time.monotonic()
             if patience is not None and now - start >= patience and not self._pipe.poll():
                 return _NOT_YET
             if limit is not None and now - start > limit:
                 self._give_up(f"did not finish {command!r} within {limit:g} s")
-            if now - last_sign > self._silence_seconds:
-                self._give_up(f"gave no sign of life for {self._silence_seconds:g} s during {command!r}")
+            if now - last_sign > silence:
+                self._give_up(f"gave no sign of life for {silence:g} s during {command!r}")
             left = BEAT_SECONDS if patience is None else max(0.0, min(BEAT_SECONDS, start + patience - now))
             if self._pipe not in wait([self._pipe, self._process.sentinel], left):
                 if not self._process.is_alive() and not self._pipe.poll():

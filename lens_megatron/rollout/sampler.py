@@ -18,14 +18,15 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from lens_megatron.errors import RunError
 from lens_megatron.rollout.engine import Engine, Finished, Request, derive_seed
+from lens_megatron.rollout.group_state import GroupState, Job
 from lens_megatron.rollout.history import SuccessHistory, chance_below
 from lens_megatron.rollout.sampling import RescueRules, SampleCounts, SampleResult, SamplingConfig
-from lens_megatron.types import Group, Prompt, PurifiedPrompt, Rollout
+from lens_megatron.types import Prompt, PurifiedPrompt, Rollout
 
 Reward = Callable[[Prompt, Rollout], "float | Future[float]"]
 POLL_SECONDS = 1.0
@@ -36,38 +37,6 @@ MAX_ABORTS = 3  # of one rollout, by the engine
 
 class SamplingAborted(RunError):
     """`Sampler.stop` was called."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    group: int
-    index: int
-    purified: bool
-    speculative: bool = False  # when it was submitted
-
-
-class _GroupState:
-    """A group while it fills."""
-
-    def __init__(self, prompt: Prompt, purified_prompt: PurifiedPrompt | None, n: int) -> None:
-        self.prompt = prompt
-        self.purified_prompt = purified_prompt
-        self.originals: list[Rollout | None] = [None] * n
-        self.rescues: list[Rollout | None] = [None] * n
-        self.scored: list[float] = []  # rewards of originals, as they came
-        self.rescues_scored = 0
-        self.rescue: Literal["open", "certain", "moot"] = "open" if purified_prompt else "moot"
-        self.unsubmitted = list(range(n)) if purified_prompt else []  # rescue rollouts, by index
-        self.rescue_ids: list[str] = []  # of requests made for them
-
-    def settled(self) -> bool:
-        n = len(self.originals)
-        return len(self.scored) == n and (self.rescue == "moot" or self.rescues_scored == n)
-
-    def group(self) -> Group:
-        purified = tuple(r for r in self.rescues if r is not None) if self.rescue == "certain" else ()
-        purified_prompt = self.purified_prompt if purified else None
-        return Group(self.prompt, tuple(r for r in self.originals if r is not None), purified_prompt, purified)
 
 
 class Sampler:
@@ -141,16 +110,16 @@ class _Batch:
         config: SamplingConfig,
     ) -> None:
         self.sampler, self.engine, self.step, self.config = sampler, sampler.engine, step, config
-        self.groups = [_GroupState(x, x_, config.n) for x, x_ in zip(prompts, purified, strict=True)]
+        self.groups = [GroupState(x, x_, config.n) for x, x_ in zip(prompts, purified, strict=True)]
         self.counts = SampleCounts()
-        self.wanted = deque(_Job(g, i, False) for g in range(len(prompts)) for i in range(config.n))
-        self.in_flight: dict[str, _Job] = {}
+        self.wanted = deque(Job(g, i, False) for g in range(len(prompts)) for i in range(config.n))
+        self.in_flight: dict[str, Job] = {}
         self.inbox: deque[Finished] = deque()
         self.speculating: set[str] = set()  # in flight, not cancelled, rescue still open
         self.aborts: Counter[tuple[int, int, bool]] = Counter()
         self.submissions = 0
         self.cancelled: set[str] = set()
-        self.scoring: dict[Future[float], tuple[_Job, Rollout]] = {}
+        self.scoring: dict[Future[float], tuple[Job, Rollout]] = {}
         self.likely: list[tuple[float, int, int]] = []  # heap of (-chance of rescue, group, rewards it rests on)
         self.settled = 0
         self.start = self.last_progress = self.engine.clock()
@@ -205,7 +174,7 @@ class _Batch:
         if requests:
             self.engine.submit(requests)
 
-    def _next_speculation(self) -> _Job | None:
+    def _next_speculation(self) -> Job | None:
         while self.likely:
             chance, g, evidence = self.likely[0]
             state = self.groups[g]
@@ -215,7 +184,7 @@ class _Batch:
             elif -chance < self.config.speculate_from:
                 return None
             else:
-                return _Job(g, state.unsubmitted.pop(0), True, speculative=True)
+                return Job(g, state.unsubmitted.pop(0), True, speculative=True)
         return None
 
     def _make_room(self, short: int) -> None:
@@ -226,15 +195,15 @@ class _Batch:
             self._cancel([request_id])
             self._speculate_again(job)
 
-    def _speculative_jobs(self) -> list[tuple[str, _Job]]:
+    def _speculative_jobs(self) -> list[tuple[str, Job]]:
         return [(request_id, self.in_flight[request_id]) for request_id in sorted(self.speculating)]
 
-    def _speculate_again(self, job: _Job) -> None:
+    def _speculate_again(self, job: Job) -> None:
         state = self.groups[job.group]
         state.unsubmitted = sorted([*state.unsubmitted, job.index])
         self._review(job.group)
 
-    def _request(self, job: _Job) -> Request:
+    def _request(self, job: Job) -> Request:
         state, config = self.groups[job.group], self.config
         # numbered, so that a rollout that starts again is not taken for its aborted first half
         request_id = f"{self.step}/{job.group}/{'xp'[job.purified]}{job.index}/{self.submissions}"
@@ -289,7 +258,7 @@ class _Batch:
         else:
             self._scored(job, replace(rollout, reward=float(reward)))
 
-    def _aborted_by_the_engine(self, job: _Job, tokens: int) -> None:
+    def _aborted_by_the_engine(self, job: Job, tokens: int) -> None:
         key = (job.group, job.index, job.purified)
         self.aborts[key] += 1
         if self.aborts[key] > MAX_ABORTS:
@@ -314,7 +283,7 @@ class _Batch:
             self._scored(job, replace(rollout, reward=float(future.result())))
         return bool(done)
 
-    def _scored(self, job: _Job, rollout: Rollout) -> None:
+    def _scored(self, job: Job, rollout: Rollout) -> None:
         state = self.groups[job.group]
         if job.purified:
             if state.rescue == "moot":
@@ -344,7 +313,7 @@ class _Batch:
         if state.rescue == "open" and (complete or schedule != "after_group"):
             if self.sampler.rules.certain(state.scored, n):
                 state.rescue = "certain"
-                self.wanted.extend(_Job(g, i, True) for i in state.unsubmitted)
+                self.wanted.extend(Job(g, i, True) for i in state.unsubmitted)
                 state.unsubmitted = []
                 self.speculating.difference_update(self._rescues_in_flight(g))
             elif self.sampler.rules.moot(state.scored, n):
@@ -372,7 +341,7 @@ class _Batch:
         state.rescue, state.unsubmitted = "moot", []
         for i, rescue in enumerate(state.rescues):
             if rescue is not None:
-                self._wasted(_Job(g, i, True), len(rescue.response), counted=True)
+                self._wasted(Job(g, i, True), len(rescue.response), counted=True)
         self._cancel(self._rescues_in_flight(g))
 
     def _rescues_in_flight(self, g: int) -> list[str]:
@@ -384,7 +353,7 @@ class _Batch:
         self.speculating.difference_update(fresh)
         self.engine.abort(fresh)
 
-    def _wasted(self, job: _Job, tokens: int, counted: bool = False) -> None:
+    def _wasted(self, job: Job, tokens: int, counted: bool = False) -> None:
         self.counts.wasted_rollouts += 1
         self.counts.wasted_tokens += tokens
         if not counted:
