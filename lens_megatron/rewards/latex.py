@@ -49,6 +49,7 @@ def clean(answer: str) -> str:
     text = re.sub(r"\\(?:hspace|vspace|phantom)\*?\s*\{[^{}]*\}", " ", text)
     text = _WORD.sub(r"\\text{", text)
     text = _COMMAND.sub(lambda match: _renamed(match.group()), text)
+    text = re.sub(r"\bC_\{?\s*(\d{1,4})\s*\}?\s*\^\s*\{?\s*(\d{1,4})\s*\}?", r"\\binom{\1}{\2}", text)  # C_n^k, as in China
     text = _DEGREES.sub("°", text)
     text = re.sub(r"\s*\\text\{\s*(?:percent|%)\s*\}|\s*\bpercent\b", "%", text)
     text = _PLAIN_SQRT.sub(r"\\sqrt{\1}", text)
