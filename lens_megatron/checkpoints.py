@@ -1,0 +1,274 @@
+"""Checkpoint folders of a run: names, what makes one whole, which to resume from, which to keep. No model code.
+
+A checkpoint is written as `step_000020.partial` and renamed to `step_000020` when everything is in it, the manifest last.
+Whoever finds `step_000020` with a manifest whose files have their sizes finds a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lens_megatron.errors import RunError, UsageError
+
+MANIFEST = "manifest.json"
+FORMAT = "lens-megatron/1"  # changes when an older version can no longer read what is written
+_STEP = re.compile(r"step_(\d{6,})")
+# Names that nobody mistakes for a checkpoint: being written; replaced by a newer one of the same step; being removed.
+_PARTIAL, _REPLACED, _REMOVED = ".partial", ".replaced", ".removed"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """`checkpoint:` of RUN.yaml."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    every: int = 20  # steps; 0: only after the last step
+    keep: int = 3  # newest ones kept
+    keep_best: str | None = None  # also keep the one with the highest value of this metric
+    asynchronous: bool = True  # written in the background while training goes on; costs a copy in host memory
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"every must be 0 or more (got {self.every})")
+        if self.keep < 1:
+            raise ValueError(f"keep must be at least 1 (got {self.keep})")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds; written last, so that its presence says that the rest is there."""
+
+    step: int
+    model: dict[str, Any]  # ModelSpec
+    layout: dict[str, Any]  # of the run that wrote it: tp, pp, ...
+    world_size: int
+    dtype: str
+    optimizer: bool  # optimizer, schedule and random states are in it too
+    files: dict[str, int]  # name -> bytes
+    metrics: dict[str, float] = field(default_factory=dict)
+    version: str = ""  # of lens-megatron
+    format: str = FORMAT
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that looks whole."""
+
+    folder: Path
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A folder with a checkpoint's name that cannot be one."""
+
+    folder: Path
+    reason: str
+
+    @property
+    def step(self) -> int:
+        return _step_of(self.folder)
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step_{step:06d}"
+
+
+def begin(folder: Path) -> Path:
+    """An empty folder to write into, invisible as a checkpoint."""
+    partial = folder.with_name(folder.name + _PARTIAL)
+    with _disk_errors(folder):
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    return partial
+
+
+def abandon(folder: Path) -> None:
+    """Remove what `begin` and the writers left; frees the disk that ran full."""
+    shutil.rmtree(folder.with_name(folder.name + _PARTIAL), ignore_errors=True)
+
+
+def complete(folder: Path, manifest: Manifest) -> None:
+    """Make the partial folder of `folder` a checkpoint. All its files are on disk already."""
+    partial = folder.with_name(folder.name + _PARTIAL)
+    with _disk_errors(folder):
+        write_file(partial / MANIFEST, (json.dumps(asdict(manifest), indent=1, allow_nan=False) + "\n").encode())
+        for directory in {path.parent for path in partial.rglob("*")} | {partial}:
+            sync_folder(directory)
+        old = folder.with_name(folder.name + _REPLACED)
+        if folder.exists():  # a run that went back to an earlier checkpoint arrives here again
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        partial.rename(folder)
+        sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_file(path: Path, content: bytes) -> int:
+    """Written and on disk; its size."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return len(content)
+
+
+def sync_folder(folder: Path) -> None:
+    """Names in a folder survive a power cut only after this."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raise UsageError unless `folder` is a checkpoint of ours, of a format that this version reads."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder")
+    try:
+        tree = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{folder}: not a checkpoint of lens-megatron: it has no {MANIFEST}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder / MANIFEST}: not readable ({error})") from None
+    found = tree.get("format") if isinstance(tree, dict) else None
+    if found != FORMAT:
+        raise UsageError(f"{folder}: format {found!r}, this version reads {FORMAT!r}; use the version that wrote it")
+    try:
+        return Manifest(**tree)
+    except TypeError as error:
+        raise UsageError(f"{folder / MANIFEST}: {error}") from None
+
+
+def damage(folder: Path, manifest: Manifest) -> str | None:
+    """The first file that is missing or has another size than when it was written; None when whole."""
+    for name, size in manifest.files.items():
+        try:
+            actual = (folder / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if actual != size:
+            return f"{name} has {actual:,} bytes, {size:,} were written"
+    return None
+
+
+def newest_first(root: Path) -> tuple[list[Found], list[Broken]]:
+    """Checkpoints that look whole; and, of those that do not, what is wrong."""
+    whole: list[Found] = []
+    broken: list[Broken] = []
+    for folder in sorted(_folders(root), key=_step_of, reverse=True):
+        try:
+            manifest = read_manifest(folder)
+        except UsageError as error:
+            broken.append(Broken(folder, str(error)))
+            continue
+        reason = damage(folder, manifest)
+        if reason is None:
+            whole.append(Found(folder, manifest))
+        else:
+            broken.append(Broken(folder, f"{folder}: damaged: {reason}"))
+    return whole, broken
+
+
+def latest(root: Path) -> Found | None:
+    """The newest whole checkpoint; None when there is nothing to resume. Broken ones alone are an error, not a new start."""
+    whole, broken = newest_first(root)
+    if not whole and broken:
+        raise no_whole_checkpoint(root, broken)
+    return whole[0] if whole else None
+
+
+def no_whole_checkpoint(root: Path, broken: Sequence[Broken]) -> RunError:
+    reasons = "; ".join(one.reason for one in broken)
+    return RunError(f"{root}: no checkpoint can be loaded ({reasons}); restore one, or move them away to start over")
+
+
+def clean_leftovers(root: Path) -> list[str]:
+    """Remove what a killed run left half done. Only before any writer has started."""
+    removed = []
+    for folder in sorted(root.glob("step_*")) if root.is_dir() else []:
+        base, suffix = folder.with_suffix(""), folder.suffix
+        if not _STEP.fullmatch(base.name) or suffix not in (_PARTIAL, _REPLACED, _REMOVED):
+            continue
+        if suffix == _REPLACED and not base.exists():
+            folder.rename(base)  # killed between the two renames: the old one is still the checkpoint of its step
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        removed.append(folder.name)
+    return removed
+
+
+def best(found: Sequence[Found], metric: str) -> Found | None:
+    """The highest finite value of `metric`; of equal ones the newest."""
+    scored = [f for f in found if math.isfinite(f.manifest.metrics.get(metric, math.nan))]
+    return max(scored, key=lambda f: (f.manifest.metrics[metric], f.manifest.step), default=None)
+
+
+def prune(root: Path, keep: int, keep_best: str | None = None) -> list[str]:
+    """Remove all but the newest `keep` and the best. Broken ones go once a newer whole one stands; they never count."""
+    whole, _ = newest_first(root)
+    if not whole:
+        return []
+    spared = {found.folder for found in whole[: max(1, keep)]}
+    if keep_best is not None and (top := best(whole, keep_best)) is not None:
+        spared.add(top.folder)
+    removed = []
+    for folder in sorted(_folders(root), key=_step_of):
+        ours = (folder / MANIFEST).is_file()
+        if folder in spared or not ours or _step_of(folder) > whole[0].manifest.step:
+            continue
+        doomed = folder.with_name(folder.name + _REMOVED)
+        folder.rename(doomed)  # so that a kill in the middle of removing leaves no half checkpoint
+        shutil.rmtree(doomed, ignore_errors=True)
+        removed.append(folder.name)
+    return removed
+
+
+def check_same_model(folder: Path, manifest: Manifest, model: Mapping[str, Any]) -> None:
+    different = [name for name in model if manifest.model.get(name) != _as_json(model[name])]
+    if different:
+        name = different[0]
+        more = f" (and {len(different) - 1} more differences)" if len(different) > 1 else ""
+        raise UsageError(
+            f"{folder}: holds another model: {name} is {manifest.model.get(name)!r} there, {model[name]!r} here{more}"
+        )
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _folders(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    return [path for path in root.iterdir() if path.is_dir() and _STEP.fullmatch(path.name)]
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise failed_to_write(folder, error.strerror or str(error)) from None
+
+
+def failed_to_write(folder: Path, reason: str) -> RunError:
+    return RunError(
+        f"{folder}: the checkpoint was not written ({reason}); free space or change run_dir, then resume: "
+        "earlier checkpoints are untouched"
+    )

@@ -1,0 +1,56 @@
+"""Ranks that succeed or fail together: an error of one is raised by all, so that nobody waits for a rank that has left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from lens_megatron.errors import RunError, UsageError
+
+_T = TypeVar("_T")
+
+
+def on_rank_0(action: Callable[[], _T]) -> _T:
+    """Rank 0's result, or its error, on every rank. Collective."""
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [("done", action())]
+        except (UsageError, RunError) as error:
+            answer = [(type(error).__name__, str(error))]
+        except Exception as error:
+            answer = [("RunError", one_line(error))]
+    dist.broadcast_object_list(answer, src=0)
+    kind, value = answer[0]
+    if kind == "done":
+        return value
+    raise UsageError(value) if kind == "UsageError" else RunError(value)
+
+
+def everywhere(action: Callable[[], _T]) -> _T:
+    """Each rank's own result, unless one failed: then the first one's error on every rank. Collective.
+
+    An action that is collective itself must not fail on one rank while others wait inside it.
+    """
+    result: Any = None
+    error: str | None = None
+    try:
+        result = action()
+    except Exception as failure:
+        error = one_line(failure)
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for rank, reason in enumerate(errors):
+        if reason is not None:
+            raise RunError(f"rank {rank}: {reason}")
+    return result
+
+
+def one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, (UsageError, RunError)):
+        return str(error)
+    return f"{type(error).__name__}: {error}".splitlines()[0]

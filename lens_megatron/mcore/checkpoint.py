@@ -1,0 +1,283 @@
+"""Saving and resuming a run: model, optimizer, schedule, random states and the loop's own state, in any layout.
+
+Every function is collective: all ranks call it, in the same order, and all succeed or raise the same error. The stored
+form is Megatron-Core's torch_dist; what a folder must have to count as a checkpoint is in lens_megatron/checkpoints.py.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
+
+import lens_megatron
+from lens_megatron import checkpoints
+from lens_megatron.checkpoints import Manifest
+from lens_megatron.errors import RunError
+from lens_megatron.mcore import checkpoint_optimizer
+from lens_megatron.mcore.agreement import on_rank_0, one_line
+from lens_megatron.mcore.checkpoint_writer import Staged, Written, stage
+from lens_megatron.mcore.hf_files import _COMPANIONS
+from lens_megatron.mcore.model import innermost
+from lens_megatron.mcore.runtime import cuda_literals
+from lens_megatron.mcore.step import ShardedModel, Trainable
+from lens_megatron.model_spec import to_hf_config
+
+_EXTRA, _HF = "extra.json", "hf"
+
+
+class PendingSave:
+    """A save under way. `done` and `wait` are collective; the call that finds all ranks finished makes it visible."""
+
+    def __init__(self, folder: Path, staged: Staged, manifest: Callable[[dict[str, int]], Manifest]) -> None:
+        self.folder = folder
+        self._staged = staged
+        self._manifest = manifest
+        self._written = Written()
+        self._error: str | None = None
+        self._thread: threading.Thread | None = None
+        self._finished = False
+
+    def start(self, asynchronous: bool) -> None:
+        if asynchronous:
+            # daemon: a run that dies does not wait for a checkpoint that nobody will complete
+            self._thread = threading.Thread(target=self._write, name=f"save {self.folder.name}", daemon=True)
+            self._thread.start()
+        else:
+            self._write()
+
+    def done(self) -> bool:
+        """Whether the checkpoint is complete and visible. Raises RunError if any rank failed to write."""
+        return self.wait(timeout_s=0.0)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        if self._finished:
+            return True
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        ready = torch.tensor([self._thread is None or not self._thread.is_alive()], dtype=torch.int32)
+        dist.all_reduce(ready, dist.ReduceOp.MIN)
+        if not ready.item():
+            return False
+        self._finished = True
+        mine = (self._error, self._written.results, self._written.sizes)
+        all_ranks: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(mine, all_ranks, dst=0)
+        try:
+            on_rank_0(partial(self._complete, all_ranks or []))
+        finally:
+            del self._staged
+        return True
+
+    def _write(self) -> None:
+        try:
+            self._written = self._staged.write()
+        except Exception as error:  # reaches every rank at the next collective call
+            self._error = one_line(error)
+
+    def _complete(self, all_ranks: list[tuple[str | None, list[Any], dict[str, int]]]) -> None:
+        failures = [f"rank {rank}: {error}" for rank, (error, _, _) in enumerate(all_ranks) if error is not None]
+        partial_folder = self._staged.folder
+        try:
+            if failures:
+                raise checkpoints.failed_to_write(self.folder, failures[0])
+            self._staged.write_index([results for _, results, _ in all_ranks])
+            backend = json.dumps(asdict(CheckpointingConfig("torch_dist", 1)))
+            sizes = {name: size for _, _, part in all_ranks for name, size in part.items()}
+            sizes["metadata.json"] = checkpoints.write_file(partial_folder / "metadata.json", backend.encode())
+            sizes[".metadata"] = (partial_folder / ".metadata").stat().st_size
+            checkpoints.complete(self.folder, self._manifest(sizes))
+        except (OSError, RunError) as error:
+            checkpoints.abandon(self.folder)
+            if isinstance(error, RunError):
+                raise
+            raise checkpoints.failed_to_write(self.folder, one_line(error)) from None
+
+
+def save(
+    policy: Trainable,
+    folder: Path,
+    extra: Mapping[str, Any],
+    asynchronous: bool = False,
+    *,
+    step: int,
+    metrics: Mapping[str, float] | None = None,
+    companions_from: Path | None = None,
+    with_optimizer: bool = True,
+) -> PendingSave:
+    """Begin to write `folder`. `extra`: rank 0's, anything JSON; `companions_from`: HF folder with the tokenizer.
+
+    Asynchronous: returns when everything is copied to host memory; training may change the weights at once. Call
+    `done()` on all ranks now and then, or `wait()`. Otherwise the checkpoint is complete on return.
+    """
+    text = on_rank_0(lambda: json.dumps(dict(extra), allow_nan=False))
+    target = on_rank_0(lambda: checkpoints.begin(folder))
+    with cuda_literals(), torch.no_grad():
+        state = _everything(policy, step) if with_optimizer else {**_model_state(policy), "trainer": {"step": step}}
+        if with_optimizer:
+            states = checkpoint_optimizer.random_states()
+            state["trainer"]["rng"] = sorted(states)
+            state["rng"] = checkpoint_optimizer.sharded_random_states(states)
+        more: dict[str, Callable[[], bytes]] = {_EXTRA: text.encode, **_companions(policy, companions_from)}
+        staged = stage(state, target, _live_storages(policy), more, copy=asynchronous)
+    del state
+
+    def manifest(sizes: dict[str, int]) -> Manifest:
+        return Manifest(
+            step=step,
+            model=asdict(policy.spec),
+            layout=_layout(policy),
+            world_size=dist.get_world_size(),
+            dtype=_dtype(policy),
+            optimizer=with_optimizer,
+            files=sizes,
+            metrics={name: float(value) for name, value in (metrics or {}).items() if abs(value) < float("inf")},
+            version=lens_megatron.__version__,
+        )
+
+    pending = PendingSave(folder, staged, manifest)
+    pending.start(asynchronous)
+    if not asynchronous:
+        pending.wait()
+    return pending
+
+
+def load(policy: Trainable, folder: Path) -> dict[str, Any]:
+    """Everything that `save` wrote into `policy`; what it got as `extra`. Written in any layout.
+
+    The generators continue only in the layout that wrote them. A checkpoint without optimizer gives the weights alone.
+    """
+    manifest, extra = on_rank_0(lambda: _opened(policy, folder))
+    with cuda_literals(), torch.no_grad(), _one_line_errors(folder):
+        found = dist_checkpointing.load(_model_state(policy), str(folder))
+        _take_weights(policy, found)
+        trainer = found["trainer"]
+        if not manifest.optimizer:
+            policy.optimizer.inner.reload_model_params()
+            return extra
+        places = _model_state(policy)  # again: loading empties the first
+        checkpoint_optimizer.load_optimizer(policy.optimizer, places, folder, trainer["adam_step"])
+        checkpoint_optimizer.set_schedule(policy.optimizer, trainer["schedule_step"])
+        states = checkpoint_optimizer.random_states()
+        if manifest.layout == _layout(policy) and trainer["rng"] == sorted(states):
+            wanted = {"rng": checkpoint_optimizer.sharded_random_states(states)}
+            checkpoint_optimizer.set_random_states(dist_checkpointing.load(wanted, str(folder))["rng"])
+    return extra
+
+
+def load_weights(model: ShardedModel, folder: Path) -> None:
+    """The weights alone, into a policy or into a model that only scores."""
+    on_rank_0(lambda: _opened(model, folder))
+    with cuda_literals(), torch.no_grad(), _one_line_errors(folder):
+        _take_weights(model, dist_checkpointing.load(_model_state(model), str(folder)))
+    if isinstance(model, Trainable):
+        model.optimizer.inner.reload_model_params()
+
+
+def _everything(policy: Trainable, step: int) -> dict[str, Any]:
+    model_state = _model_state(policy)
+    return {
+        **model_state,
+        "optimizer": checkpoint_optimizer.optimizer_state(policy.optimizer, model_state, _metadata()),
+        "trainer": {
+            "step": step,
+            "adam_step": checkpoint_optimizer.adam_step(policy.optimizer),
+            "schedule_step": policy.optimizer.scheduler.num_steps,
+        },
+    }
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _model_state(model: ShardedModel) -> dict[str, Any]:
+    for chunk in model.chunks:
+        settings = getattr(chunk, "ddp_config", None)
+        if settings is not None and settings.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)  # type: ignore[operator]  # else weights are those before the step
+    # the innermost module: a wrapper would put its own prefix before every name
+    return {
+        f"model{number}": innermost(chunk).sharded_state_dict(metadata=_metadata())
+        for number, chunk in enumerate(model.chunks)
+    }
+
+
+def _take_weights(model: ShardedModel, found: Mapping[str, Any]) -> None:
+    for number, chunk in enumerate(model.chunks):
+        innermost(chunk).load_state_dict(found[f"model{number}"])
+
+
+def _live_storages(policy: Trainable) -> set[int]:
+    models = [innermost(chunk) for chunk in policy.chunks]
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def _companions(model: ShardedModel, source: Path | None) -> dict[str, Callable[[], bytes]]:
+    """What an HF folder has besides weights, so that one can be written from the checkpoint alone."""
+    config = json.dumps(to_hf_config(model.spec, _dtype(model)), indent=2) + "\n"
+    files: dict[str, Callable[[], bytes]] = {f"{_HF}/config.json": config.encode}
+    for name in _COMPANIONS if source is not None else ():
+        if name != "config.json" and (source / name).is_file():  # type: ignore[operator]
+            files[f"{_HF}/{name}"] = (source / name).read_bytes  # type: ignore[operator]
+    return files
+
+
+def _layout(model: ShardedModel) -> dict[str, Any]:
+    config = model.config
+    return {
+        "tp": config.tensor_model_parallel_size,
+        "pp": config.pipeline_model_parallel_size,
+        "vpp": config.virtual_pipeline_model_parallel_size or 1,
+        "cp": config.context_parallel_size,
+        "ep": config.expert_model_parallel_size,
+        "etp": config.expert_tensor_parallel_size,
+        "dp": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+def _dtype(model: ShardedModel) -> str:
+    return str(model.config.params_dtype).removeprefix("torch.")
+
+
+def _opened(model: ShardedModel, folder: Path) -> tuple[Manifest, dict[str, Any]]:
+    manifest = checkpoints.read_manifest(folder)
+    checkpoints.check_same_model(folder, manifest, asdict(model.spec))
+    reason = checkpoints.damage(folder, manifest)
+    if reason is not None:
+        raise RunError(f"{folder}: damaged: {reason}; load an earlier one")
+    try:
+        return manifest, json.loads((folder / _EXTRA).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{folder / _EXTRA}: damaged: {error}; load an earlier one") from None
+
+
+class _one_line_errors:
+    """Megatron-Core and torch report a damaged file with every rank's traceback."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (CheckpointException, CheckpointingException)):
+            causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
+            raise RunError(f"{self._folder}: cannot be loaded ({one_line(causes[0])}); load an earlier one") from error

@@ -1,0 +1,270 @@
+"""What runs on every rank of the checkpoint tests. A kill test starts this file as processes of its own."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lens_megatron.errors import RunError, UsageError
+from lens_megatron.mcore.layout import ParallelConfig
+from tests.distributed import cases, reference
+from tests.tiny_models import random_sequences
+
+SEQUENCES = random_sequences(5)
+DATA = reference.loss_data(SEQUENCES)
+EXTRA = {"position": [3, 1], "reference cache": {"sha256:1": 0.25}, "text": "é\n"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    weights: dict[str, Tensor]  # HF names; empty but on rank 0
+    extra: Any = None
+    random: Any = None
+    rates: tuple[float, ...] = ()
+
+
+def policy(folder: Path, layout: ParallelConfig, dtype: torch.dtype | None = None) -> Any:
+    from lens_megatron.mcore.optimizer import OptimizerConfig
+    from lens_megatron.mcore.step import build_trainable
+
+    spec = cases.start(folder, layout)
+    # every step has another rate, so that a schedule that is not restored is noticed
+    settings = OptimizerConfig(
+        lr=reference.LR, eps=reference.EPS, clip_grad=reference.CLIP, weight_decay=reference.DECAY,
+        warmup_steps=1, schedule="linear", decay_steps=9,
+    )  # fmt: skip
+    return build_trainable(spec, layout, folder, settings, steps=9, dtype=dtype)
+
+
+def train(trainable: Any, steps: int) -> tuple[float, ...]:
+    from lens_megatron.mcore.step import train_step
+
+    loss = cases._loss(SEQUENCES, DATA)
+    return tuple(train_step(trainable, SEQUENCES, loss, tokens_per_microbatch=64).learning_rate for _ in range(steps))
+
+
+def exported(trainable: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in trainable.export_hf()}
+
+
+def uninterrupted(folder: Path, layout: ParallelConfig, target: Path | None) -> Answer:
+    """4 steps; saves after 2 when there is a `target`."""
+    from lens_megatron.mcore import checkpoint, checkpoint_optimizer
+
+    trainable = policy(folder, layout)
+    rates = train(trainable, 2)
+    state = None
+    if target is not None:
+        torch.manual_seed(1000 + dist.get_rank())
+        state = checkpoint_optimizer.random_states()
+        checkpoint.save(trainable, target, EXTRA, step=2, companions_from=folder)
+    rates += train(trainable, 2)
+    return Answer(exported(trainable), random=state, rates=rates)
+
+
+def resumed(folder: Path, layout: ParallelConfig, source: Path, spoil: str = "") -> Answer:
+    """2 more steps in fresh objects. `spoil`: what is set wrong on purpose after loading."""
+    from lens_megatron.mcore import checkpoint, checkpoint_optimizer
+
+    trainable = policy(folder, layout)
+    extra = checkpoint.load(trainable, source)
+    state = checkpoint_optimizer.random_states()
+    if spoil:
+        _spoil(trainable.optimizer, spoil)
+    rates = train(trainable, 2)
+    return Answer(exported(trainable), extra, state, rates)
+
+
+@torch.no_grad()
+def _spoil(optimizer: Any, what: str) -> None:
+    for part in checkpoint_optimizer_parts(optimizer):
+        states = list(part.optimizer.state.values())
+        if what == "shared step":
+            for state in states:
+                state["step"] = states[0]["step"]
+        elif what == "schedule":
+            optimizer.scheduler.num_steps = 0
+        elif states:
+            largest = max(states, key=lambda state: state[what].numel())
+            largest[what].zero_()
+
+
+def checkpoint_optimizer_parts(optimizer: Any) -> Any:
+    from lens_megatron.mcore import checkpoint_optimizer
+
+    return checkpoint_optimizer._parts(optimizer)
+
+
+def moments(folder: Path, layout: ParallelConfig, source: Path) -> tuple[list[int], float]:
+    """How often each step tensor occurs, its value, right after loading."""
+    from lens_megatron.mcore import checkpoint
+
+    trainable = policy(folder, layout)
+    checkpoint.load(trainable, source)
+    steps = [
+        s["step"] for part in checkpoint_optimizer_parts(trainable.optimizer) for s in part.optimizer.state.values()
+    ]
+    return [len(steps), len({id(step) for step in steps})], max((float(step) for step in steps), default=2.0)
+
+
+def save_while_training(folder: Path, layout: ParallelConfig, root: Path) -> tuple[Answer, bool, list[bool], bool]:
+    """The writers are held back until two more steps have changed every weight."""
+    from lens_megatron.mcore import checkpoint, checkpoint_writer
+
+    trainable = policy(folder, layout)
+    train(trainable, 2)
+    before = exported(trainable)
+    go = threading.Event()
+    write = checkpoint_writer.Staged.write
+
+    def held_back(staged: Any) -> Any:
+        assert go.wait(60)
+        return write(staged)
+
+    checkpoint_writer.Staged.write = held_back  # type: ignore[method-assign]
+    try:
+        pending = checkpoint.save(trainable, root / "step_000002", EXTRA, asynchronous=True, step=2)
+        early = [pending.done(), pending.wait(timeout_s=0.01)]
+        train(trainable, 2)
+        early.append(pending.done())
+        visible = (root / "step_000002").exists()
+        if dist.get_rank() == 0:  # ranks finish at different times: nothing may show until the last has
+            go.set()
+            assert pending._thread is not None
+            pending._thread.join(60)
+        early.append(pending.done())
+        visible |= (root / "step_000002").exists()
+        go.set()
+        finished = pending.wait(timeout_s=60) and pending.done()
+    finally:
+        checkpoint_writer.Staged.write = write  # type: ignore[method-assign]
+    return Answer(before), finished, early, visible
+
+
+def weights_of(
+    folder: Path, layout: ParallelConfig, source: Path, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    from lens_megatron.mcore import checkpoint
+
+    trainable = policy(folder, layout, dtype)
+    checkpoint.load(trainable, source)
+    return exported(trainable)
+
+
+def disk_full(folder: Path, layout: ParallelConfig, target: Path, file: str, asynchronous: bool) -> str:
+    """The error of a save in which writing `file` meets the kernel's own full disk; training goes on after it."""
+    from lens_megatron.mcore import checkpoint
+
+    trainable = policy(folder, layout)
+    train(trainable, 1)
+    stage = checkpoint.stage
+
+    def stage_then_fill_disk(*arguments: Any, **options: Any) -> Any:
+        staged = stage(*arguments, **options)
+        if dist.get_rank() == 0:
+            (staged.folder / file).symlink_to("/dev/full")
+        dist.barrier()
+        return staged
+
+    checkpoint.stage = stage_then_fill_disk
+    try:
+        checkpoint.save(trainable, target, EXTRA, asynchronous, step=2).wait()
+    except RunError as error:
+        train(trainable, 1)
+        return str(error)
+    finally:
+        checkpoint.stage = stage
+    return ""
+
+
+def save_steps(folder: Path, layout: ParallelConfig, root: Path, steps: int, config: Any) -> dict[str, Tensor]:
+    """A run of that many steps that saves after each; the weights after the last."""
+    from lens_megatron.mcore.checkpoint_run import Saver
+
+    trainable = policy(folder, layout)
+    saver = Saver(trainable, root, config, companions_from=folder)
+    for step in range(1, steps + 1):
+        train(trainable, 1)
+        saver.poll()
+        saver.save(step, {"step": step}, {"success": 1 / (1 + abs(step - 2))})
+    saver.finish()
+    return exported(trainable)
+
+
+def resume(folder: Path, layout: ParallelConfig, root: Path) -> Any:
+    from lens_megatron.mcore.checkpoint_run import resume as resume_run
+
+    trainable = policy(folder, layout)
+    try:
+        found = resume_run(trainable, root)
+    except (RunError, UsageError) as error:
+        return type(error).__name__, str(error)
+    return None if found is None else (found.step, found.extra, found.folder.name, found.passed_over)
+
+
+def refusal(folder: Path, layout: ParallelConfig, source: Path) -> str:
+    """Every rank's error on loading; "" when it loads."""
+    from lens_megatron.mcore import checkpoint
+
+    trainable = policy(folder, layout)
+    try:
+        checkpoint.load(trainable, source)
+    except (RunError, UsageError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def two_dtypes(folder: Path, layout: ParallelConfig, source: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """bf16: 2 steps, save, 2 steps; and load, 2 steps."""
+    from lens_megatron.mcore import checkpoint
+
+    straight = policy(folder, layout, torch.bfloat16)
+    train(straight, 2)
+    checkpoint.save(straight, source, EXTRA, step=2)
+    train(straight, 2)
+    again = policy(folder, layout, torch.bfloat16)
+    checkpoint.load(again, source)
+    train(again, 2)
+    return exported(straight), exported(again)
+
+
+def weights_only(folder: Path, layout: ParallelConfig, source: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Saved without optimizer: loaded into a policy that then trains, and into a model that only scores."""
+    from lens_megatron.mcore import checkpoint
+    from lens_megatron.mcore.step import build_frozen
+
+    trainable = policy(folder, layout)
+    train(trainable, 2)
+    checkpoint.save(trainable, source, EXTRA, step=2, with_optimizer=False)
+    frozen = build_frozen(trainable.spec, layout, folder)
+    checkpoint.load_weights(frozen, source)
+    again = policy(folder, layout)
+    checkpoint.load(again, source)
+    # a main weight that kept the HF folder's value would come back with the next update
+    again.optimizer.inner.step_with_ready_grads()
+    return exported(trainable), dict(frozen.export_hf())
+
+
+if __name__ == "__main__":  # one rank of a run that saves for ever, to be killed
+    import os
+
+    from lens_megatron.mcore import checkpoint as _checkpoint
+
+    _folder, _root = Path(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    store = dist.FileStore(sys.argv[3], int(os.environ["WORLD_SIZE"]))
+    dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    _trainable = policy(_folder, ParallelConfig())
+    _step: int = 0
+    while True:
+        _step += 1
+        train(_trainable, 1)
+        _checkpoint.save(_trainable, _root / f"step_{_step:06d}", {"step": _step}, step=_step)
+        print(_step, flush=True)

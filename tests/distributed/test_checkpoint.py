@@ -1,0 +1,274 @@
+"""Checkpoints: a resumed run equals an uninterrupted one, in the same layout bit by bit; and nothing half-written shows."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lens_megatron.checkpoints import CheckpointConfig, latest, newest_first, read_manifest
+from lens_megatron.mcore.layout import ParallelConfig
+from lens_megatron.model_spec import load_model_spec
+from tests.distributed import checkpoint_cases as cases
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS = {
+    "1": (1, ParallelConfig()),
+    "tp2": (2, ParallelConfig(tp=2)),
+    "pp2": (2, ParallelConfig(pp=2)),
+    "pp2 vpp2": (2, ParallelConfig(pp=2, vpp=2)),
+    "cp2": (2, ParallelConfig(cp=2)),
+    "dp2": (2, ParallelConfig()),
+    "ep2": (2, ParallelConfig(ep=2)),
+    "tp2 pp2": (4, ParallelConfig(tp=2, pp=2)),
+    "tp2 dp2": (4, ParallelConfig(tp=2)),
+    "ep4": (4, ParallelConfig(ep=4)),
+}
+# kind, layout that saves, layouts that resume
+JOURNEYS = [
+    ("qwen3_tied", "tp2", ["tp2", "pp2"]),
+    ("qwen3_tied", "dp2", ["dp2", "1"]),
+    ("qwen3_tied", "pp2 vpp2", ["pp2 vpp2", "tp2", "dp2"]),
+    ("llama", "tp2 pp2", ["tp2 pp2", "1"]),
+    ("llama", "1", ["1", "tp2 dp2"]),
+    ("qwen3_moe", "ep2", ["ep2", "1", "ep4", "tp2"]),
+    ("qwen3_moe", "tp2", ["tp2", "pp2", "cp2"]),
+]
+EACH = [(kind, start, end) for kind, start, ends in JOURNEYS for end in ends]
+
+
+@pytest.fixture(scope="module")
+def saved(workers: Any, hf_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """saved(kind, layout): a checkpoint after 2 of 4 steps, and every rank's answer after the 4."""
+
+    @functools.cache
+    def get(kind: str, layout: str) -> tuple[Path, list[cases.Answer]]:
+        world, parallel = LAYOUTS[layout]
+        target = tmp_path_factory.mktemp("run") / "step_000002"
+        return target, workers(world).run(cases.uninterrupted, hf_folder(kind), parallel, target)
+
+    return get
+
+
+def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert set(found) == set(expected)
+    assert found
+    return max(
+        float((found[name].float() - value.float()).abs().max() / value.float().abs().max().clamp_min(1e-7))
+        for name, value in expected.items()
+    )
+
+
+def copied(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target
+
+
+@pytest.mark.parametrize(("kind", "start", "end"), EACH, ids=[f"{k}: {s} -> {e}" for k, s, e in EACH])
+def test_resumed_equals_uninterrupted(
+    kind: str, start: str, end: str, saved: Any, workers: Any, hf_folder: Any
+) -> None:
+    source, straight = saved(kind, start)
+    world, parallel = LAYOUTS[end]
+    answers = workers(world).run(cases.resumed, hf_folder(kind), parallel, source)
+    error = difference(answers[0].weights, straight[0].weights)
+    assert error == 0.0 if start == end else error < 1e-4
+    assert answers[0].rates == straight[0].rates[2:]
+    assert len(set(straight[0].rates)) == 4
+    assert all(answer.extra == cases.EXTRA for answer in answers)
+    if start == end:
+        for answer, expected in zip(answers, straight, strict=True):
+            assert set(answer.random) >= {"cpu", "tracker.model-parallel-rng"}
+            assert all(torch.equal(answer.random[name], state) for name, state in expected.random.items())
+
+
+def test_saving_changes_nothing(saved: Any, workers: Any, hf_folder: Any) -> None:
+    _, straight = saved("qwen3_moe", "ep2")
+    unsaved = workers(2).run(cases.uninterrupted, hf_folder("qwen3_moe"), LAYOUTS["ep2"][1], None)
+    assert difference(unsaved[0].weights, straight[0].weights) == 0.0
+
+
+@pytest.mark.parametrize("spoil", ["exp_avg", "exp_avg_sq", "shared step", "schedule"])
+def test_a_state_not_restored_would_be_noticed(spoil: str, saved: Any, workers: Any, hf_folder: Any) -> None:
+    source, straight = saved("qwen3_tied", "dp2")
+    answers = workers(1).run(cases.resumed, hf_folder("qwen3_tied"), ParallelConfig(), source, spoil)
+    assert difference(answers[0].weights, straight[0].weights) > 1e-3
+
+
+def test_every_parameter_has_a_step_of_its_own(saved: Any, workers: Any, hf_folder: Any) -> None:
+    source, _ = saved("qwen3_moe", "ep2")
+    for (count, distinct), value in workers(2).run(cases.moments, hf_folder("qwen3_moe"), LAYOUTS["ep2"][1], source):
+        assert count == distinct > 0
+        assert value == 2.0
+
+
+def test_asynchronous_save_holds_the_weights_of_its_moment(workers: Any, hf_folder: Any, tmp_path: Path) -> None:
+    folder = hf_folder("llama")
+    answers = workers(2).run(cases.save_while_training, folder, ParallelConfig(), tmp_path)
+    for _, finished, early, visible in answers:
+        assert finished
+        assert early == [False] * 4
+        assert not visible
+    found = workers(2).run(cases.weights_of, folder, ParallelConfig(tp=2), tmp_path / "step_000002")
+    assert difference(found[0], answers[0][0].weights) == 0.0
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("file", ["__1_0.distcp", "common.pt", ".metadata.tmp", "manifest.json"])
+def test_full_disk(file: str, asynchronous: bool, saved: Any, workers: Any, hf_folder: Any, tmp_path: Path) -> None:
+    copied(saved("qwen3_tied", "dp2")[0], tmp_path / "step_000001")
+    folder = hf_folder("qwen3_tied")
+    errors = workers(2).run(cases.disk_full, folder, ParallelConfig(), tmp_path / "step_000002", file, asynchronous)
+    assert len(set(errors)) == 1
+    assert "No space left on device" in errors[0]
+    assert "step_000002" in errors[0]
+    assert "\n" not in errors[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+    assert workers(1).run(cases.resume, folder, ParallelConfig(), tmp_path)[0][2] == "step_000001"
+
+
+def test_killed_while_saving(workers: Any, hf_folder: Any, tmp_path: Path) -> None:
+    folder = hf_folder("qwen3_tied")
+    root = tmp_path / "checkpoints"
+    environment = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    store = tempfile.mktemp(prefix="lens-test-store-")
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tests.distributed.checkpoint_cases",
+        str(folder),
+        str(root),
+        store,
+    ]
+    ranks = [
+        subprocess.Popen(
+            command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        assert ranks[0].stdout is not None
+        assert [ranks[0].stdout.readline().strip() for _ in range(2)] == ["1", "2"]
+        while not any(root.glob("step_*.partial/__0_0.distcp")):  # in the middle of writing
+            assert ranks[0].poll() is None
+    finally:
+        for process in ranks:
+            os.kill(process.pid, signal.SIGKILL)
+        for process in ranks:
+            process.wait()
+    whole, broken = newest_first(root)
+    assert not broken
+    assert whole[0].manifest.step >= 2
+    answer = workers(1).run(cases.resume, folder, ParallelConfig(), root)[0]
+    assert answer == (whole[0].manifest.step, {"step": whole[0].manifest.step}, whole[0].folder.name, ())
+    assert not list(root.glob("*.partial"))
+
+
+@pytest.mark.parametrize("how", ["truncated", "garbage", "missing", "manifest"])
+def test_damaged_newest_is_passed_over(how: str, saved: Any, workers: Any, hf_folder: Any, tmp_path: Path) -> None:
+    source, _ = saved("qwen3_tied", "tp2")
+    copied(source, tmp_path / "step_000002")
+    newer = copied(source, tmp_path / "step_000004")
+    tensors = newer / "__1_0.distcp"
+    if how == "truncated":
+        os.truncate(tensors, tensors.stat().st_size - 1)
+    elif how == "garbage":  # of the right size: only reading finds out
+        tensors.write_bytes(b"\x5a" * tensors.stat().st_size)
+    elif how == "missing":
+        tensors.unlink()
+    else:
+        os.truncate(newer / "manifest.json", 40)
+    tree = json.loads((newer / "manifest.json").read_text()) if how != "manifest" else None
+    if tree is not None:
+        (newer / "manifest.json").write_text(json.dumps({**tree, "step": 4}))
+    folder = hf_folder("qwen3_tied")
+    for answer in workers(2).run(cases.resume, folder, ParallelConfig(pp=2), tmp_path):
+        step, extra, name, passed_over = answer
+        assert (step, extra, name) == (2, cases.EXTRA, "step_000002")
+        assert len(passed_over) == 1
+        assert "step_000004" in passed_over[0]
+        assert "\n" not in passed_over[0]
+    assert newer.is_dir()
+    shutil.rmtree(tmp_path / "step_000002")
+    kind, message = workers(2).run(cases.resume, folder, ParallelConfig(pp=2), tmp_path)[1]
+    assert kind == "RunError"  # never a silent new start
+    assert "step_000004" in message
+
+
+def test_saver_keeps_newest_and_best(workers: Any, hf_folder: Any, tmp_path: Path) -> None:
+    folder = hf_folder("llama")
+    config = CheckpointConfig(every=1, keep=1, keep_best="success")
+    weights = workers(2).run(cases.save_steps, folder, ParallelConfig(tp=2), tmp_path, 4, config)[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002", "step_000004"]
+    found = latest(tmp_path)
+    assert found is not None
+    assert found.folder.name == "step_000004"
+    loaded = workers(2).run(cases.weights_of, folder, ParallelConfig(pp=2), found.folder)[0]
+    assert difference(loaded, weights) == 0.0
+
+
+def test_manifest_and_companions(saved: Any, hf_folder: Any) -> None:
+    source, _ = saved("llama", "tp2 pp2")
+    manifest = read_manifest(source)
+    assert (manifest.step, manifest.dtype, manifest.world_size, manifest.optimizer) == (2, "float32", 4, True)
+    assert manifest.layout == {"tp": 2, "pp": 2, "vpp": 1, "cp": 1, "ep": 1, "etp": 2, "dp": 1}
+    on_disk = {p.relative_to(source).as_posix(): p.stat().st_size for p in source.rglob("*") if p.is_file()}
+    assert on_disk.pop("manifest.json") > 0
+    assert manifest.files == on_disk
+    assert load_model_spec(str(source / "hf")) == load_model_spec(str(hf_folder("llama")))
+    assert (source / "hf" / "generation_config.json").read_bytes() == (
+        hf_folder("llama") / "generation_config.json"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("problem", ["other model", "format", "no manifest", "nothing there"])
+def test_refusals(problem: str, saved: Any, workers: Any, hf_folder: Any, tmp_path: Path) -> None:
+    source = copied(saved("qwen3_tied", "dp2")[0], tmp_path / "step_000002")
+    kind, expected = "qwen3_tied", ""
+    if problem == "other model":
+        kind, expected = "llama", "another model: family"
+    elif problem == "format":
+        tree = json.loads((source / "manifest.json").read_text())
+        (source / "manifest.json").write_text(json.dumps({**tree, "format": "lens-megatron/99"}))
+        expected = "lens-megatron/99"
+    elif problem == "no manifest":
+        (source / "manifest.json").unlink()
+        expected = "no manifest.json"
+    else:
+        source, expected = tmp_path / "elsewhere", "no such folder"
+    errors = workers(2).run(cases.refusal, hf_folder(kind), ParallelConfig(tp=2), source)
+    assert len(set(errors)) == 1
+    assert errors[0].startswith("UsageError: ")
+    assert expected in errors[0]
+    assert "\n" not in errors[0]
+
+
+def test_bf16_keeps_master_weights(workers: Any, hf_folder: Any, tmp_path: Path) -> None:
+    source = tmp_path / "step_000002"
+    folder = hf_folder("qwen3_tied")
+    straight, again = workers(2).run(cases.two_dtypes, folder, ParallelConfig(tp=2), source)[0]
+    assert difference(again, straight) == 0.0
+    assert json.loads((source / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_weights_only(workers: Any, hf_folder: Any, tmp_path: Path) -> None:
+    source = tmp_path / "step_000002"
+    trained, frozen = workers(2).run(cases.weights_only, hf_folder("qwen3_moe"), LAYOUTS["ep2"][1], source)[0]
+    assert difference(frozen, trained) == 0.0
+    assert not read_manifest(source).optimizer
