@@ -77,6 +77,14 @@ class HfFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._headers[self._file_of[name]][name]["shape"])
 
+    def location(self, name: str) -> tuple[Path, int, int]:
+        """The file that holds a tensor, and where its bytes begin and end in it."""
+        path = self._file_of[name]
+        with path.open("rb") as file:
+            data = 8 + int.from_bytes(file.read(8), "little")
+        start, stop = self._headers[path][name]["data_offsets"]
+        return path, data + start, data + stop
+
     def dtype(self, name: str) -> torch.dtype:
         return _TORCH_DTYPES[self._headers[self._file_of[name]][name]["dtype"]]
 
