@@ -126,6 +126,7 @@ class Host:
         for counts in self._counts:
             for name, value in asdict(counts).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
+        metrics["time/reward"] = totals.pop("reward_seconds")
         metrics.update({f"sampling/{name}": value for name, value in totals.items()})
         metrics["tokens"] = totals["original_tokens"] + totals["purified_tokens"]
         return metrics

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lens_megatron.mcore import runtime
 from lens_megatron.mcore.checkpoint_run import Saver, resume
 from lens_megatron.mcore.noise import evaluations_in_other_packings
 from lens_megatron.mcore.rendezvous import from_rank_zero
-from lens_megatron.mcore.step import build_frozen, build_trainable
+from lens_megatron.mcore.step import ShardedModel, build_frozen, build_trainable
 from lens_megatron.model_spec import ModelConfig, find_weights, load_model_config
 from lens_megatron.progress import Progress
 from lens_megatron.purification.noise_floor import measured_noise_floor
@@ -28,6 +28,13 @@ from lens_megatron.update import Evaluated, evaluate_samples, update_policy
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _NOISE_PROMPTS = 16
+# What metrics.jsonl has at every step, whatever the algorithm: null where nothing was measured (no purified rollouts, no
+# KL term), 0 seconds where nothing was done. A step is saved after its line is written, so that a resumed run misses no
+# line: its time/save stands in the next step's.
+_MEASURED = """step reward success zero_reward_ratio purified_ratio improved_ratio deleted_tokens loss kl entropy grad_norm
+response_tokens logprob_diff ratio_purified ratio_original clip_fraction tokens""".split()
+_TIMED = ("step", "score", "generate", "reward", "logprobs", "train", "sync", "save")
+_EVERY_STEP = {**dict.fromkeys(_MEASURED), **{f"time/{name}": 0.0 for name in _TIMED}}
 
 
 class Trainer:
@@ -51,6 +58,8 @@ class Trainer:
         if config.algorithm.needs_reference:
             source = _reference_weights(config, model, weights)
             self.reference = build_frozen(model.spec, config.parallel, source, config.memory, dtype)
+            if config.memory.offload_reference:
+                self.reference.move(torch.device("cpu"))
         self.noise_floor: float | None = None
         self.first_step = 0
         self.progress = Progress(config.steps, shown=self.host is not None)
@@ -61,6 +70,19 @@ class Trainer:
         """`work(host)` on rank 0; its result on every rank."""
         host = self.host
         return from_rank_zero(lambda: work(host), what, self.config.timeout_s)
+
+    @contextmanager
+    def reference_at_hand(self) -> Iterator[ShardedModel]:
+        """The reference where it can score: with memory.offload_reference it lives on the host between its uses."""
+        assert self.reference is not None
+        offloaded = self.config.memory.offload_reference
+        if offloaded:
+            self.reference.move(runtime.device())
+        try:
+            yield self.reference
+        finally:
+            if offloaded:
+                self.reference.move(torch.device("cpu"))
 
     def phase(self, name: str) -> AbstractContextManager[Any]:
         """Seconds spent go to time/NAME of this step."""
@@ -89,12 +111,12 @@ class Trainer:
             return [
                 Signals(gradient_norms_T=norms) for norms in embedding_gradient_norms(self.policy, sequences, budget)
             ]
-        assert self.reference is not None
         if self.noise_floor is None and rescue.noise_floor == "measured":
             evaluations = evaluations_in_other_packings(self.policy, sequences[:_NOISE_PROMPTS], budget)
             self.noise_floor = measured_noise_floor(evaluations, rescue.noise_quantile)
         policy = self.policy.score(sequences, budget).logprobs
-        reference = self.reference.score(sequences, budget).logprobs
+        with self.reference_at_hand() as model:
+            reference = model.score(sequences, budget).logprobs
         return [
             Signals(scores_T=interference_scores(p, r), measured_floor=self.noise_floor)
             for p, r in zip(policy, reference, strict=True)
@@ -107,14 +129,11 @@ class Trainer:
         return self.on_rank_zero(lambda host: host.training_groups(), "rebuild groups")
 
     def evaluate(self, groups: Sequence[list[Sample]]) -> list[list[Evaluated]]:
-        return evaluate_samples(
-            groups,
-            self.policy,
-            self.reference,
-            self.config.algorithm.loss,
-            self.config.update,
-            self.config.rollout.temperature,
-        )
+        loss, update, temperature = self.config.algorithm.loss, self.config.update, self.config.rollout.temperature
+        if not loss.any_kl:
+            return evaluate_samples(groups, self.policy, None, loss, update, temperature)
+        with self.reference_at_hand() as reference:
+            return evaluate_samples(groups, self.policy, reference, loss, update, temperature)
 
     def update(self, groups: Sequence[list[Evaluated]]) -> dict[str, float]:
         return update_policy(
@@ -156,13 +175,18 @@ class Trainer:
 
     def finish_step(self, groups: Sequence[list[Sample]], metrics: dict[str, float]) -> None:
         if self.host is not None:
-            tree = {"step": self.step + 1, **self.host.step_metrics(), **metrics}
+            tree: dict[str, float | None] = {
+                **_EVERY_STEP,
+                "step": self.step + 1,
+                **self.host.step_metrics(),
+                **metrics,
+            }
             if self.noise_floor is not None:
                 tree["noise_floor"] = self.noise_floor
             self.host.folder.write_rollouts(self.step + 1, list(self.host.rollout_rows(groups)))
             tree.update(self.progress.times())
             self.host.folder.append_metrics(tree)
-            self.progress.finish_step(tree)
+            self.progress.finish_step({name: value for name, value in tree.items() if value is not None})
 
     def close(self) -> None:
         if self.host is not None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import heapq
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -273,10 +274,12 @@ class _Batch:
     def _collect_rewards(self) -> bool:
         if not self.scoring:
             return False
+        began = time.perf_counter()
         if self.engine.deterministic:  # what is submitted next must not depend on how fast rewards are
             wait(self.scoring, timeout=self.config.stall_seconds)
         elif not self.in_flight:
             wait(self.scoring, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+        self.counts.reward_seconds += time.perf_counter() - began
         done = [future for future in self.scoring if future.done()]
         for future in done:
             job, rollout = self.scoring.pop(future)

@@ -75,6 +75,7 @@ class SampleCounts:
     resubmitted_rollouts: int = 0
     seconds: float = 0.0
     originals_seconds: float = 0.0  # until the last original was scored
+    reward_seconds: float = 0.0  # of `seconds`, waited for rewards while nothing was generated; by the wall clock
 
 
 @dataclass(frozen=True)
