@@ -34,7 +34,7 @@ def rank() -> int:
 def run_workers(processes: int, command: Sequence[str]) -> int:
     """Run `lens-megatron COMMAND` in `processes` workers; the exit code of the first that failed, or 0."""
     import torch
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         raise UsageError(

@@ -1,0 +1,36 @@
+"""`lens-megatron quickstart`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "toy base model, GRPO and LENS on a laptop, and a report to look at"
+EXAMPLE = "lens-megatron quickstart --dir runs/quickstart --steps 60"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dir", default="runs/quickstart", help="where everything goes (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=60, help="of each algorithm (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from lens_megatron.errors import UsageError
+    from lens_megatron.quickstart import quickstart
+
+    if args.steps < 1:
+        raise UsageError(f"--steps is at least 1 (got {args.steps})")
+    folder = Path(args.dir)
+    outcomes = quickstart(folder, args.steps)
+    table = Table(title="share of rollouts that succeed, and of prompts without any success")
+    for heading in ("algorithm", "success, first fifth", "last fifth", "zero-reward, first fifth", "last fifth"):
+        table.add_column(heading)
+    for o in outcomes:
+        numbers = (o.first, o.last, o.zero_reward_first, o.zero_reward_last)
+        table.add_row(o.name, *(f"{number:.3f}" for number in numbers))
+    Console().print(table)
+    print(f"report: {(folder / 'report.html').resolve()}")
+    return 0
