@@ -72,10 +72,14 @@ def prompt_entry(prompt_id: str, rows: Sequence[Mapping[str, Any]]) -> dict[str,
 def _rollout_entry(row: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("index", "purified", "origin", "trained", "success", "finish")
     numbers = {name: row[name] if is_number(row[name]) else None for name in ("reward", "advantage", "weight")}
-    return {name: row[name] for name in kept} | numbers | {
-        "tokens": len(row["response"] or ()),
-        "text": shorten(row["response_text"] or ""),
-    }
+    return (
+        {name: row[name] for name in kept}
+        | numbers
+        | {
+            "tokens": len(row["response"] or ()),
+            "text": shorten(row["response_text"] or ""),
+        }
+    )
 
 
 def shorten(text: str, most: int = RESPONSE_LETTERS) -> str:

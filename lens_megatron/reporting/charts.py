@@ -126,7 +126,7 @@ def line_chart(series: Sequence[Series], y_label: str, x_label: str = "step", lo
         return nothing("no values to draw")
     xs = [x for _, points in drawn for x, _ in points]
     ys = [y for _, points in drawn for _, y in points]
-    x_axis = _x_axis(min(xs), max(xs))
+    x_axis = _x_axis(min(xs) if x_label == "step" else 0.0, max(xs))
     low, high = (min(ys), max(ys)) if log_y else value_range(ys)
     if log_y:
         low, high = 10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high) + 1e-9)

@@ -15,6 +15,7 @@ PHASES = ("score", "generate", "reward", "logprobs", "train", "sync", "save")
 BUCKETS = ("failure", "low", "mid", "high", "solved")  # group_metrics.bucket
 WINDOWS = ("early", "middle", "late")
 BINS_A_DECADE = 4
+LEAST_SCORE = 1e-8  # smaller ones, which only rounding makes, share its bin
 
 
 def first_and_last(values: Sequence[float]) -> tuple[float, float] | None:
@@ -62,7 +63,7 @@ def score_histogram(scores: Iterable[float]) -> ScoreHistogram | None:
         if score <= 0:
             zeros += 1
         else:
-            place = math.floor(math.log10(score) * BINS_A_DECADE + 1e-6)
+            place = math.floor(math.log10(max(score, LEAST_SCORE)) * BINS_A_DECADE + 1e-6)
             counts[place] = counts.get(place, 0) + 1
     if tokens == 0:
         return None
@@ -170,10 +171,10 @@ def tokens_a_second(run: Run) -> list[Point]:
     ]
 
 
-def over_time(run: Run, metric: str) -> list[Point]:
-    """The metric over hours of training instead of steps."""
-    if any(not is_number(line.get("time/step")) for line in run.metrics):
+def over_time(run: Run, metric: str, unit_seconds: float) -> list[Point]:
+    """The metric over training time instead of steps."""
+    if not all(is_number(line.get("time/step")) for line in run.metrics):
         return []
-    hours = accumulate(float(line["time/step"]) / 3600 for line in run.metrics)
-    at_step = {float(line["step"]): hour for line, hour in zip(run.metrics, hours, strict=True)}
+    times = accumulate(float(line["time/step"]) / unit_seconds for line in run.metrics)
+    at_step = {float(line["step"]): time for line, time in zip(run.metrics, times, strict=True)}
     return [(at_step[step], value) for step, value in run.points(metric)]

@@ -105,7 +105,9 @@ if (browser) {
     const box = make("div", undefined, one.success ? "rollout success" : "rollout");
     const chips = make("div", undefined, "chips");
     chips.append(make("span", one.success ? "success" : "failure", one.success ? "good" : "bad"));
-    const facts = [`reward ${short(one.reward)}`, one.origin.replace("_", " "), one.trained ? "trained" : "not trained"];
+    const facts = [`reward ${short(one.reward)}`];
+    if (!["success", "failure"].includes(one.origin)) facts.push(one.origin.replace("_", " "));
+    facts.push(one.trained ? "trained" : "not trained");
     if (one.advantage !== null) facts.push(`advantage ${short(one.advantage)}`);
     if (one.weight !== null) facts.push(`weight ${short(one.weight)}`);
     facts.push(`${one.tokens} tokens`, one.finish === "length" ? "cut at the limit" : one.finish);

@@ -119,6 +119,18 @@ def purification(runs: Sequence[Run]) -> list[str]:
             "share of groups that train",
             "All rewards of the group are equal: nothing to learn from.",
         ),
+        curves(
+            runs,
+            "Success, before and after replacement",
+            [("success", "Y: original rollouts"), ("success_trained", "G: the group that trains")],
+            "share of rollouts correct",
+        ),
+        curves(
+            runs,
+            "Zero-reward prompts, before and after replacement",
+            [("zero_reward_ratio", "Y: original rollouts"), ("zero_reward_ratio_trained", "G: the group that trains")],
+            "share of prompts",
+        ),
     ]
 
 
@@ -131,8 +143,19 @@ def update(runs: Sequence[Run]) -> list[str]:
             "π(y|x) / π_old(y|x_roll)",
             "Purified rollouts far below 1: they teach little.",
         ),
-        curves(runs, "Clip fraction", [("clip_fraction", "")], "share of tokens"),
-        curves(runs, "KL to the reference", [("kl", "")], "nats a token", "", "no KL term in the loss"),
+        curves(
+            runs,
+            "Clip fraction",
+            [("clip_fraction", "all rollouts"), ("clip_fraction_purified", "purified rollouts")],
+            "share of tokens",
+        ),
+        curves(
+            runs,
+            "KL to the reference",
+            [("kl", "all rollouts"), ("kl_purified", "purified rollouts")],
+            "nats a token",
+            missing="no KL term in the loss",
+        ),
         curves(
             runs,
             "Trainer and engine",
@@ -152,16 +175,22 @@ def time(runs: Sequence[Run]) -> list[str]:
         panels.step_time_figure(runs),
         curves(runs, "Time of each step", [("time/step", "")], "seconds"),
         curves(runs, "Throughput", [("tokens", "")], "tokens/s", source=lambda run, _: figures.tokens_a_second(run)),
-        curves(
-            runs,
-            "Success over time",
-            [("success", "")],
-            "share of rollouts correct",
-            "What a step costs is part of the comparison.",
-            source=figures.over_time,
-            x_label="hours of training",
-        ),
+        success_over_time(runs),
     ]
+
+
+def success_over_time(runs: Sequence[Run]) -> str:
+    longest = max(figures.seconds_until(run, float("inf")) or 0.0 for run in runs)
+    unit, seconds = ("hours", 3600.0) if longest >= 7200 else ("minutes", 60.0) if longest >= 120 else ("seconds", 1.0)
+    return curves(
+        runs,
+        "Success over time",
+        [("success", "")],
+        "share of rollouts correct",
+        "What a step costs is part of the comparison.",
+        source=lambda run, metric: figures.over_time(run, metric, seconds),
+        x_label=f"{unit} of training",
+    )
 
 
 def _if_purified(run: Run, metric: str) -> list[tuple[float, float]]:
@@ -184,5 +213,5 @@ in vain, those with successes and failures, all failed, all solved.</p>
 <div class="choose"><label>run<select name="run"></select></label><label>step<select name="step"></select></label>
 <label>prompt (successes of originals → of purified)<select name="prompt"></select></label></div>
 <p class="soft"><span class="count"></span>
-<span class="heatscale">interference score: 0 <i></i> the prompt's highest · <del>struck out</del>: deleted</span></p>
+<span class="heatscale">interference score: 0 <i></i> the prompt's highest; deleted tokens are <del>struck out</del></span></p>
 <div class="shown"></div></div>"""

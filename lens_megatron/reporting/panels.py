@@ -81,13 +81,17 @@ def curves(
     if not series:
         names = " or ".join(metric for metric, _ in metrics)
         return figure(title, nothing(f"No run has {names}{': ' + missing if missing else '.'}"), note)
-    key = run_legend([run for run in runs if run.name not in without])
     key = [entry for entry in run_legend(runs) if entry[0] not in without]
+    drawn = [metric for metric, _ in metrics if any(source(run, metric) for run in runs)]
     if len(metrics) > 1:
-        key += [(label, "var(--soft)", "dash" if k else "line") for k, (_, label) in enumerate(metrics)]
+        key += [
+            (label, "var(--soft)", "dash" if k else "line") for k, (name, label) in enumerate(metrics) if name in drawn
+        ]
+        absent = [label for name, label in metrics if name not in drawn]
+        note += f" No data: {', '.join(absent)}." if absent else ""
     if without:
-        note = f"{note} No data: {', '.join(without)}{' (' + missing.rstrip('.') + ')' if missing else ''}.".strip()
-    return figure(title, line_chart(series, unit, x_label, log_y), note, legend(key))
+        note = f"{note} No data: {', '.join(without)}{' (' + missing.rstrip('.') + ')' if missing else ''}."
+    return figure(title, line_chart(series, unit, x_label, log_y), note.strip(), legend(key))
 
 
 def key_numbers(runs: Sequence[Run]) -> str:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 from lens_megatron.rollout_table import RolloutRow
 from lens_megatron.run_folder import RunFolder
 
-HOSTILE = '</script><script>document.title="owned";throw 1</script><img src=x onerror="document.title=1">\u2028 &lt; \ud83d'
-PIECES = ["<|user|>", "\n", "Anna", " has", " 3", " apples", ",", " by", " the", " way", ",", " and", " buys", " 4", ".", " How", " many", "?"]  # fmt: skip
+HOSTILE = (
+    '</script><script>document.title="owned";throw 1</script><img src=x onerror="document.title=1">\u2028 &lt; \ud83d'
+)
+PIECES = re.findall(r"<.*?>|\s?\w+|\W", "<|user|>\nAnna has 3 apples, by the way, and buys 4. How many?")
 
 
 def make_run(path: Path, algorithm: str, steps: int = 6, seed: int = 0, **differences: Any) -> RunFolder:
-    """success k / 10 at step k for grpo; LENS learns twice as fast and pays 1.25 times the step."""
+    """success k / 20 at step k for grpo; LENS learns twice as fast and pays 1.25 times the step."""
     lens = algorithm == "lens"
     noise = random.Random(seed)
     folder = RunFolder.create(path)
@@ -34,9 +37,9 @@ def step_metrics(step: int, lens: bool, steps: int, noise: random.Random | None)
         return value * (1 + 0.15 * noise.gauss(0, 1)) if noise else value
 
     if steps <= 6:
-        success = step / 10 * (2 if lens else 1)
+        success = step / 20 * (2 if lens else 1)
     else:
-        success = shaky(0.2 + 0.5 * (1 - math.exp(-step / steps * (5 if lens else 3))))
+        success = min(1.0, shaky(0.2 + 0.5 * (1 - math.exp(-step / steps * (5 if lens else 3)))))
     zero = max(0.0, 0.6 - success * 0.8)
     metrics: dict[str, Any] = {
         "step": step,
@@ -44,6 +47,8 @@ def step_metrics(step: int, lens: bool, steps: int, noise: random.Random | None)
         "success": success,
         "zero_reward_ratio": zero,
         "zero_signal_ratio": zero + 0.05,
+        "success_trained": min(1.0, success + 0.2 * zero) if lens else success,
+        "zero_reward_ratio_trained": zero * 0.4 if lens else zero,
         "loss": shaky(0.01),
         "kl": shaky(0.001 * step),
         "entropy": shaky(1.2 / (1 + step / steps)),
@@ -70,12 +75,14 @@ def step_metrics(step: int, lens: bool, steps: int, noise: random.Random | None)
             "improved_ratio": 0.4,
             "deleted_tokens": shaky(30 * zero),
             "ratio_purified": shaky(0.7),
+            "kl_purified": shaky(0.002 * step),
+            "clip_fraction_purified": shaky(0.05),
             "rescue/replaced": 0.1,
         }
     total = 10.0 if lens else 8.0
     metrics |= {f"time/{name}": seconds for name, seconds in times.items()}
     metrics["time/step"] = total + (30.0 if step == 1 else 0.0)  # a warm-up, which Table 5 leaves out
-    if step % 2 == 0 and steps <= 6 or step % 20 == 0:
+    if step % (2 if steps <= 6 else 20) == 0:
         metrics |= {"eval/math500": success * 0.9, "eval/average": success * 0.8}
     return metrics
 
@@ -85,8 +92,8 @@ def rollouts(step: int, lens: bool, prompts: int = 4, n: int = 4) -> list[Rollou
     rows = []
     ids = list(range(len(PIECES)))
     for p in range(prompts):
-        scores = [None] + [0.0 if place % 3 == 0 else 10.0 ** (-place / 4) for place in ids[1:]]
-        deleted = [7, 8] if lens and p < 2 else []
+        scores = [None] + [0.0 if place % 5 == 0 else 10.0 ** (-abs(place - 7) / 4) for place in ids[1:]]
+        deleted = [6, 7, 8] if lens and p < 2 else []
         shared: dict[str, Any] = {
             "step": step,
             "prompt_id": f"toy-{p}",
@@ -131,7 +138,9 @@ def rollouts(step: int, lens: bool, prompts: int = 4, n: int = 4) -> list[Rollou
                     origin="purified" if success else "unused",
                     trained=success,
                     roll_tokens=[place for place in ids if place not in deleted],
-                    response_text="Step 1: 3 apples.\nStep 2: 4 more.\nThe answer is 7." if success else "The answer is 12.",
+                    response_text="Step 1: 3 apples.\nStep 2: 4 more.\nThe answer is 7."
+                    if success
+                    else "The answer is 12.",
                     reward=float(success),
                     success=success,
                     advantage=1.2 if success else None,
