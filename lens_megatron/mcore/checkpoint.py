@@ -47,6 +47,7 @@ class PendingSave:
         self._error: str | None = None
         self._thread: threading.Thread | None = None
         self._finished = False
+        self._failure: RunError | None = None  # raised again by every later call
 
     def start(self, asynchronous: bool) -> None:
         if asynchronous:
@@ -61,6 +62,8 @@ class PendingSave:
         return self.wait(timeout_s=0.0)
 
     def wait(self, timeout_s: float | None = None) -> bool:
+        if self._failure is not None:
+            raise self._failure
         if self._finished:
             return True
         if self._thread is not None:
@@ -75,6 +78,9 @@ class PendingSave:
         dist.gather_object(mine, all_ranks, dst=0)
         try:
             on_rank_0(partial(self._complete, all_ranks or []))
+        except RunError as failure:
+            self._failure = failure
+            raise
         finally:
             del self._staged
         return True

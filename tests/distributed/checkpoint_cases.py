@@ -221,35 +221,112 @@ def refusal(folder: Path, layout: ParallelConfig, source: Path) -> str:
     return ""
 
 
-def two_dtypes(folder: Path, layout: ParallelConfig, source: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """bf16: 2 steps, save, 2 steps; and load, 2 steps."""
+def two_dtypes(folder: Path, layout: ParallelConfig, source: Path) -> list[dict[str, Tensor]]:
+    """bf16: at the save; after 2 more steps; after loading and 2 more steps."""
     from lens_megatron.mcore import checkpoint
 
     straight = policy(folder, layout, torch.bfloat16)
     train(straight, 2)
     checkpoint.save(straight, source, EXTRA, step=2)
+    weights = [exported(straight)]
     train(straight, 2)
     again = policy(folder, layout, torch.bfloat16)
     checkpoint.load(again, source)
     train(again, 2)
-    return exported(straight), exported(again)
+    return [*weights, exported(straight), exported(again)]
 
 
-def weights_only(folder: Path, layout: ParallelConfig, source: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Saved without optimizer: loaded into a policy that then trains, and into a model that only scores."""
+def weights_only(folder: Path, layout: ParallelConfig, source: Path) -> list[dict[str, Tensor]]:
+    """Saved without optimizer: what was saved; loaded into a model that only scores; and into policies in two ways."""
     from lens_megatron.mcore import checkpoint
     from lens_megatron.mcore.step import build_frozen
 
-    trainable = policy(folder, layout)
+    trainable = policy(folder, layout, torch.bfloat16)
     train(trainable, 2)
     checkpoint.save(trainable, source, EXTRA, step=2, with_optimizer=False)
-    frozen = build_frozen(trainable.spec, layout, folder)
+    frozen = build_frozen(trainable.spec, layout, folder, dtype=torch.bfloat16)
     checkpoint.load_weights(frozen, source)
-    again = policy(folder, layout)
-    checkpoint.load(again, source)
-    # a main weight that kept the HF folder's value would come back with the next update
-    again.optimizer.inner.step_with_ready_grads()
-    return exported(trainable), dict(frozen.export_hf())
+    answers = [exported(trainable), dict(frozen.export_hf())]
+    for load in (checkpoint.load, checkpoint.load_weights):
+        again = policy(folder, layout, torch.bfloat16)
+        load(again, source)
+        # a master weight that kept the HF folder's value would come back with the next update
+        for part in checkpoint_optimizer_parts(again.optimizer):
+            part._copy_main_params_to_model_params()
+        for chunk in again.chunks:
+            chunk.start_param_sync(force_sync=True)
+        answers.append(exported(again))
+    return answers
+
+
+def staged_copy(folder: Path, target: Path, copy: bool) -> Tensor:
+    """What is written of a tensor that fills its storage and changes between staging and writing."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from lens_megatron.mcore.checkpoint_writer import stage
+    from lens_megatron.mcore.runtime import cuda_literals
+
+    cases.start(folder, ParallelConfig())
+    live = torch.ones(3)
+    with cuda_literals():
+        state = {"weight": ShardedTensor.from_rank_offsets("weight", live)}
+        staged = stage(state, target, {live.untyped_storage().data_ptr()}, {}, copy=copy)
+        live.zero_()
+        staged.write_index([staged.write().results])
+        (target / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+        wanted = {"weight": ShardedTensor.from_rank_offsets("weight", torch.empty(3))}
+        return dist_checkpointing.load(wanted, str(target))["weight"].clone()
+
+
+def failing_twice(folder: Path, target: Path) -> list[str]:
+    """Every call after a failed save says so again, and the writer's own error reaches ranks that wrote well."""
+    from lens_megatron.mcore import checkpoint
+
+    trainable = policy(folder, ParallelConfig())
+    stage = checkpoint.stage
+
+    def stage_then_break(*arguments: Any, **options: Any) -> Any:
+        staged = stage(*arguments, **options)
+        if dist.get_rank() == 1:
+            staged.more["other.bin"] = lambda: 1 / 0  # type: ignore[assignment,return-value]
+        return staged
+
+    checkpoint.stage = stage_then_break
+    errors = []
+    try:
+        pending = checkpoint.save(trainable, target, EXTRA, asynchronous=True, step=2)
+        for call in (pending.wait, pending.done):
+            try:
+                call()
+            except RunError as error:
+                errors.append(str(error))
+    finally:
+        checkpoint.stage = stage
+    return errors
+
+
+def error_of_rank_0(folder: Path) -> list[str]:
+    """A part of the state that nobody saves, found by rank 0 alone; and a loop state that is no JSON."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from lens_megatron.mcore import checkpoint
+    from lens_megatron.mcore.checkpoint_writer import stage
+    from lens_megatron.mcore.runtime import cuda_literals
+
+    trainable = policy(folder, ParallelConfig())
+    errors = []
+    try:
+        with cuda_literals():
+            holes = {"weight": ShardedTensor.from_rank_offsets("weight", torch.ones(3), (0, 0, 2))}
+            stage(holes, folder, set(), {}, copy=False)
+    except RunError as error:
+        errors.append(str(error))
+    try:
+        checkpoint.save(trainable, folder / "never", {"position": {1, 2}}, step=1)
+    except RunError as error:
+        errors.append(str(error))
+    return errors
 
 
 if __name__ == "__main__":  # one rank of a run that saves for ever, to be killed

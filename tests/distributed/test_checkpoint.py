@@ -34,6 +34,8 @@ LAYOUTS = {
     "ep2": (2, ParallelConfig(ep=2)),
     "tp2 pp2": (4, ParallelConfig(tp=2, pp=2)),
     "tp2 dp2": (4, ParallelConfig(tp=2)),
+    "tp2 ep2": (2, ParallelConfig(tp=2, ep=2)),
+    "ep2 pp2": (4, ParallelConfig(ep=2, pp=2)),
     "ep4": (4, ParallelConfig(ep=4)),
 }
 # kind, layout that saves, layouts that resume
@@ -45,6 +47,7 @@ JOURNEYS = [
     ("llama", "1", ["1", "tp2 dp2"]),
     ("qwen3_moe", "ep2", ["ep2", "1", "ep4", "tp2"]),
     ("qwen3_moe", "tp2", ["tp2", "pp2", "cp2"]),
+    ("qwen3_moe", "tp2 ep2", ["tp2 ep2", "ep2 pp2"]),
 ]
 EACH = [(kind, start, end) for kind, start, ends in JOURNEYS for end in ends]
 
@@ -262,13 +265,38 @@ def test_refusals(problem: str, saved: Any, workers: Any, hf_folder: Any, tmp_pa
 def test_bf16_keeps_master_weights(workers: Any, hf_folder: Any, tmp_path: Path) -> None:
     source = tmp_path / "step_000002"
     folder = hf_folder("qwen3_tied")
-    straight, again = workers(2).run(cases.two_dtypes, folder, ParallelConfig(tp=2), source)[0]
+    at_save, straight, again = workers(2).run(cases.two_dtypes, folder, ParallelConfig(tp=2), source)[0]
     assert difference(again, straight) == 0.0
     assert json.loads((source / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    # a run in fp32 goes on from the master weights, of which bf16 held the rounded copy
+    masters = workers(2).run(cases.weights_of, folder, ParallelConfig(pp=2), source)[0]
+    assert difference({name: tensor.bfloat16() for name, tensor in masters.items()}, at_save) == 0.0
+    assert difference(masters, at_save) > 0.0
 
 
 def test_weights_only(workers: Any, hf_folder: Any, tmp_path: Path) -> None:
     source = tmp_path / "step_000002"
-    trained, frozen = workers(2).run(cases.weights_only, hf_folder("qwen3_moe"), LAYOUTS["ep2"][1], source)[0]
-    assert difference(frozen, trained) == 0.0
+    trained, *others = workers(2).run(cases.weights_only, hf_folder("qwen3_moe"), LAYOUTS["ep2"][1], source)[0]
+    assert [difference(other, trained) for other in others] == [0.0] * 3
     assert not read_manifest(source).optimizer
+
+
+def test_staged_tensors_are_copies_when_training_goes_on(workers: Any, hf_folder: Any, tmp_path: Path) -> None:
+    for copy, expected in ((True, 1.0), (False, 0.0)):  # without a copy the change shows: the test can fail
+        target = tmp_path / f"copy {copy}"
+        target.mkdir()
+        found = workers(1).run(cases.staged_copy, hf_folder("llama"), target, copy)[0]
+        assert found.tolist() == [expected] * 3
+
+
+def test_an_error_of_one_rank_is_every_ranks(workers: Any, hf_folder: Any, tmp_path: Path) -> None:
+    folder = hf_folder("llama")
+    for errors in workers(2).run(cases.failing_twice, folder, tmp_path / "step_000002"):
+        assert len(errors) == 2
+        assert errors[0] == errors[1]
+        assert "rank 1: ZeroDivisionError" in errors[0]
+    assert not list(tmp_path.iterdir())
+    for errors in workers(2).run(cases.error_of_rank_0, folder):
+        assert "Invalid access pattern" in errors[0]
+        assert "not JSON serializable" in errors[1]
+        assert not any("\n" in error for error in errors)
