@@ -63,8 +63,8 @@ def ordinary_responses(count: int, seed: int = 0) -> list[tuple[str, str, bool]]
     rows = []
     for i in range(count):
         gold, right, wrong = _answers(draw)
-        sentences = []
-        while sum(map(len, sentences)) < 1500:
+        sentences: list[str] = []
+        while sum(len(sentence) for sentence in sentences) < 1500:
             sentence = draw.choice(_SENTENCES)
             sentences.append(sentence % tuple(draw.randint(2, 99) for _ in range(sentence.count("%d"))))
         answer = right if i % 2 else wrong
@@ -87,7 +87,7 @@ def through_the_pool(rows: list[tuple[str, str, bool]], workers: int, repeats: i
 
 def plain_math_verify(rows: list[tuple[str, str, bool]], repeats: int) -> tuple[float, int]:
     """The library as its README calls it: parse both, verify; in this process."""
-    from math_verify import parse, verify
+    from math_verify import parse, verify  # type: ignore[import-untyped]
 
     logging.disable(logging.CRITICAL)
     best, right = 0.0, 0

@@ -50,9 +50,11 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark("amc23", "AMC23", 40, 16, "math-ai/amc23", "test", ("question", "answer")),
         Benchmark("aime24", "AIME24", 30, 16, "HuggingFaceH4/aime_2024", "train", ("problem", "answer")),
         Benchmark("aime25", "AIME25", 30, 16, "math-ai/aime25", "test", ("problem", "answer")),
-        Benchmark("gaokao2023en", "GaokaoEN-2023", 385, 1, "MARIO-Math-Reasoning/Gaokao2023-Math-En", "train", ("question", "answer")),
+        Benchmark("gaokao2023en", "GaokaoEN-2023", 385, 1, "MARIO-Math-Reasoning/Gaokao2023-Math-En", "train",
+        ("question", "answer")),
         Benchmark("minerva_math", "Minerva", 272, 1, "math-ai/minervamath", "test", ("question", "answer")),
-        Benchmark("olympiadbench", "OlympiadBench", 675, 1, "math-ai/olympiadbench", "test", ("question", "final_answer"), 674),
+        Benchmark("olympiadbench", "OlympiadBench", 675, 1, "math-ai/olympiadbench", "test", ("question",
+        "final_answer"), 674),
     )
 }  # fmt: skip
 _ALIASES = {"minerva": "minerva_math", "gaokao": "gaokao2023en", "gaokaoen-2023": "gaokao2023en", "math-500": "math500"}

@@ -89,7 +89,7 @@ def _by_server(url: str, source: str, answer: str, response: str, seconds: float
 def _read_result(result: Any, where: str) -> Judgement:
     verdict = result.get("verdict") if isinstance(result, dict) else None
     reward = result.get("reward") if isinstance(result, dict) else result
-    if hasattr(reward, "item"):
+    if reward is not None and hasattr(reward, "item"):
         reward = reward.item()  # numpy's and torch's numbers
     if not isinstance(reward, (bool, int, float)) or not math.isfinite(reward) or not 0 <= reward <= 1:
         raise CustomRewardError(f"{where} gave {str(result)[:100]!r}; expected a number from 0 to 1")

@@ -1,6 +1,6 @@
 """Two LaTeX expressions: are they the same mathematics? Runs in a reward worker only, under its limits.
 
-math-verify's grammar reads them. A value at several points, to 40 digits, then decides: it is faster than simplifying,
+math-verify's grammar reads them. A value at several points, to 60 digits, then decides: it is faster than simplifying,
 and unlike rounding to a fixed number of decimals it does not take 1e-9 for 2e-9. What cannot be evaluated (a sum, a
 limit, an integral) is left to math-verify's own comparison.
 """
@@ -14,16 +14,17 @@ from functools import lru_cache
 from random import Random
 from typing import Any
 
-import mpmath
-import sympy
-from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
-from math_verify import verify
-from sympy.core.function import AppliedUndef
+import mpmath  # type: ignore[import-untyped]
+import sympy  # type: ignore[import-untyped]
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy  # type: ignore[import-untyped]
+from math_verify import verify  # type: ignore[import-untyped]
+from sympy.core.function import AppliedUndef  # type: ignore[import-untyped]
 
 from lens_megatron.rewards.latex import nesting
 
-PRECISION = 40
-AGREEMENT = mpmath.mpf(10) ** -22
+PRECISION = 60
+AGREEMENT = mpmath.mpf(10) ** -40  # of e^(pi sqrt 163) and the integer next to it: 30 digits
+ZERO = mpmath.mpf(10) ** -55
 MAX_BITS = 1 << 20  # of a power or factorial: beyond, nobody wrote an answer
 MAX_COMPLEXITY = 24
 
@@ -108,7 +109,8 @@ def _same_equation(gold: Any, given: Any) -> bool:
         try:
             left = evaluate(gold.lhs, point) - evaluate(gold.rhs, point)
             right = evaluate(given.lhs, point) - evaluate(given.rhs, point)
-            ratios.append(left / right)
+            with mpmath.workdps(PRECISION):
+                ratios.append(left / right)
         except (NotEvaluable, TooLarge, ZeroDivisionError, ValueError):
             continue
     if len(ratios) < 3:
@@ -140,7 +142,8 @@ def _same_values(gold: Any, given: Any) -> bool | None:
 
 
 def _close(left: Any, right: Any) -> bool:
-    return bool(abs(left - right) <= AGREEMENT * max(abs(left), abs(right)))
+    with mpmath.workdps(PRECISION):
+        return bool(abs(left - right) <= max(ZERO, AGREEMENT * max(abs(left), abs(right))))
 
 
 def _points(gold: Any, given: Any) -> list[dict[str, Any]]:
@@ -164,15 +167,18 @@ def _points(gold: Any, given: Any) -> list[dict[str, Any]]:
 
 
 _FUNCTIONS: Mapping[Any, Callable[..., Any]] = {
-    sympy.exp: mpmath.exp, sympy.sin: mpmath.sin, sympy.cos: mpmath.cos, sympy.tan: mpmath.tan, sympy.cot: mpmath.cot, sympy.sec: mpmath.sec,
-    sympy.csc: mpmath.csc, sympy.asin: mpmath.asin, sympy.acos: mpmath.acos, sympy.atan: mpmath.atan, sympy.sinh: mpmath.sinh,
-    sympy.cosh: mpmath.cosh, sympy.tanh: mpmath.tanh, sympy.Abs: abs, sympy.re: mpmath.re, sympy.im: mpmath.im, sympy.conjugate: mpmath.conj,
+    sympy.exp: mpmath.exp, sympy.sin: mpmath.sin, sympy.cos: mpmath.cos, sympy.tan: mpmath.tan, sympy.cot: mpmath.cot,
+    sympy.sec: mpmath.sec,
+    sympy.csc: mpmath.csc, sympy.asin: mpmath.asin, sympy.acos: mpmath.acos, sympy.atan: mpmath.atan,
+    sympy.sinh: mpmath.sinh,
+    sympy.cosh: mpmath.cosh, sympy.tanh: mpmath.tanh, sympy.Abs: abs, sympy.re: mpmath.re, sympy.im: mpmath.im,
+    sympy.conjugate: mpmath.conj,
     sympy.floor: mpmath.floor, sympy.ceiling: mpmath.ceil,
 }  # fmt: skip
 
 
 def evaluate(expression: Any, point: Mapping[str, Any]) -> Any:
-    """A value to 40 digits. Sizes are checked before a power or factorial is taken."""
+    """A value to 60 digits. Sizes are checked before a power or factorial is taken."""
     with mpmath.workdps(PRECISION):
         value = _value(expression, point)
         if not mpmath.isfinite(value):

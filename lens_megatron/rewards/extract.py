@@ -89,7 +89,7 @@ def _bare(text: str) -> str:
     sentence = re.match(r"(.*?[^\s.])[.!]\s+[A-Z(]", text)
     if sentence is not None and "$" not in sentence.group(1).replace("$", "", 2):
         text = sentence.group(1)
-    while len(text) > 1 and text[-1] in ".!,;*` ":
+    while len(text) > 1 and text[-1] in ".!,;*` " and not text.endswith(".."):
         text = text[:-1]
     for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         inner = text[len(left) : -len(right)]

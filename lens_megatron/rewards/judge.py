@@ -10,7 +10,8 @@ from lens_megatron.rewards.extract import MAX_ANSWER_CHARS, final_answer, has_co
 from lens_megatron.rewards.judgement import Judgement, verdict_of
 from lens_megatron.rewards.latex import clean
 from lens_megatron.rewards.mathematics import Comparison, compare, share_found
-from lens_megatron.rewards.quantities import read_number, same_number, split_unit
+from lens_megatron.rewards.numbers import read_number, same_number
+from lens_megatron.rewards.units import split_unit
 
 SHOWN_CHARS = 200
 

@@ -9,23 +9,33 @@ from __future__ import annotations
 import re
 
 _UNICODE = {
-    "−": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\leq ", "≥": r"\geq ",
-    "≠": r"\neq ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "∓": r"\mp ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
-    "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "²": "^{2}", "³": "^{3}", "θ": r"\theta ", "α": r"\alpha ",
-    "β": r"\beta ", "λ": r"\lambda ", "ω": r"\omega ", "φ": r"\phi ", "∅": r"\emptyset ", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
+    "−": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ",
+    "≤": r"\leq ", "≥": r"\geq ",
+    "≠": r"\neq ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "∓": r"\mp ", "½": r"\frac{1}{2}",
+    "¼": r"\frac{1}{4}",
+    "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "²": "^{2}", "³": "^{3}", "θ": r"\theta ",
+    "α": r"\alpha ",
+    "β": r"\beta ", "λ": r"\lambda ", "ω": r"\omega ", "φ": r"\phi ", "∅": r"\emptyset ", "\u00a0": " ",
+    "\u2009": " ", "\u202f": " ",
     "º": "°", "˚": "°", "√": r"\sqrt",
 }  # fmt: skip
 _UNICODE_TABLE = str.maketrans(_UNICODE)
 _NAMES = {
-    r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\dbinom": r"\binom", r"\tbinom": r"\binom", r"\le": r"\leq", r"\leqslant": r"\leq",
-    r"\ge": r"\geq", r"\geqslant": r"\geq", r"\ne": r"\neq", r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]",
-    r"\lvert": "|", r"\rvert": "|", r"\vert": "|", r"\mid": "|", r"\degree": "°", r"\varnothing": r"\emptyset", r"\land": r"\text{and}",
-    r"\lor": r"\text{or}", r"\colon": ":", r"\to": r"\rightarrow", r"\euro": "€", r"\pounds": "£", r"\prime": "'", r"\ast": "*", r"\lt": "<",
+    r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\dbinom": r"\binom", r"\tbinom": r"\binom",
+    r"\le": r"\leq", r"\leqslant": r"\leq",
+    r"\ge": r"\geq", r"\geqslant": r"\geq", r"\ne": r"\neq", r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[",
+    r"\rbrack": "]",
+    r"\lvert": "|", r"\rvert": "|", r"\vert": "|", r"\mid": "|", r"\degree": "°", r"\varnothing": r"\emptyset",
+    r"\land": r"\text{and}",
+    r"\lor": r"\text{or}", r"\colon": ":", r"\to": r"\rightarrow", r"\euro": "€", r"\pounds": "£", r"\prime": "'",
+    r"\ast": "*", r"\lt": "<",
     r"\gt": ">", r"\lparen": "(", r"\rparen": ")",
 }  # fmt: skip
 _INVISIBLE = {
-    r"\left", r"\right", r"\big", r"\Big", r"\bigg", r"\Bigg", r"\bigl", r"\bigr", r"\Bigl", r"\Bigr", r"\biggl", r"\biggr", r"\middle",
-    r"\displaystyle", r"\textstyle", r"\limits", r"\nolimits", r"\quad", r"\qquad", r"\bf", r"\rm", r"\it", r"\mathstrut", r"\strut",
+    r"\left", r"\right", r"\big", r"\Big", r"\bigg", r"\Bigg", r"\bigl", r"\bigr", r"\Bigl", r"\Bigr", r"\biggl",
+    r"\biggr", r"\middle",
+    r"\displaystyle", r"\textstyle", r"\limits", r"\nolimits", r"\quad", r"\qquad", r"\bf", r"\rm", r"\it",
+    r"\mathstrut", r"\strut",
     r"\thinspace", r"\medspace", r"\displaylimits", r"\enspace",
 }  # fmt: skip
 _WORD = re.compile(
@@ -43,13 +53,16 @@ _DEGREES = re.compile(r"\^\s*(?:\{\s*)?\\circ(?:\s*\})?")
 def clean(answer: str) -> str:
     """One spelling of an answer, whatever the habits of its writer."""
     text = answer.translate(_UNICODE_TABLE)
+    text = text.replace("<=", r"\leq ").replace(">=", r"\geq ").replace("!=", r"\neq ")
     text = re.sub(r",\s*\\!\s*(?=\d)", "", text)  # 10,\!080
     text = text.replace(r"\$", "\x01").replace("$", " ").replace("\x01", "$").replace(r"\%", "%").replace("{,}", ",")
     text = re.sub(r"(?<!\\)\\[,;:!> \n]|~", " ", text)
     text = re.sub(r"\\(?:hspace|vspace|phantom)\*?\s*\{[^{}]*\}", " ", text)
     text = _WORD.sub(r"\\text{", text)
     text = _COMMAND.sub(lambda match: _renamed(match.group()), text)
-    text = re.sub(r"\bC_\{?\s*(\d{1,4})\s*\}?\s*\^\s*\{?\s*(\d{1,4})\s*\}?", r"\\binom{\1}{\2}", text)  # C_n^k, as in China
+    text = re.sub(
+        r"\bC_\{?\s*(\d{1,4})\s*\}?\s*\^\s*\{?\s*(\d{1,4})\s*\}?", r"\\binom{\1}{\2}", text
+    )  # C_n^k, as in China
     text = _DEGREES.sub("°", text)
     text = re.sub(r"\s*\\text\{\s*(?:percent|%)\s*\}|\s*\bpercent\b", "%", text)
     text = _PLAIN_SQRT.sub(r"\\sqrt{\1}", text)
@@ -73,7 +86,7 @@ def _trimmed(text: str) -> str:
     while before != text:
         before = text
         text = text.strip().removesuffix(r"\\").strip()
-        if text.endswith((".", ",", ";")):
+        if text.endswith((".", ",", ";")) and not text.endswith(".."):  # 0.33... is not 0.33
             text = text[:-1]
         if text.startswith("{") and closing(text, 0) == len(text) - 1:
             text = text[1:-1]

@@ -9,8 +9,9 @@ from fractions import Fraction
 from typing import Literal
 
 from lens_megatron.rewards.latex import clean, nesting, plain
-from lens_megatron.rewards.quantities import DIGITS_OF_AN_APPROXIMATION, Unit, read_number, same_number, split_unit
+from lens_megatron.rewards.numbers import DIGITS_OF_AN_APPROXIMATION, read_number, same_number
 from lens_megatron.rewards.structure import Grid, Leaf, Named, Node, Parts, read_structure
+from lens_megatron.rewards.units import Unit, split_unit
 
 MAX_NESTING = 20  # of brackets; golden answers have 6 at most
 Outcome = Literal["same", "different", "not understood"]
@@ -91,9 +92,8 @@ def _value(node: Node) -> Node:
 def _compare_named(gold: Node, given: Node, how: Comparison) -> Outcome:
     """x = 3 is 3, but not y = 3."""
     if isinstance(gold, Named) and isinstance(given, Named) and plain(gold.name) != plain(given.name):
-        if isinstance(gold.value, Leaf) and isinstance(given.value, Leaf):
-            texts = (f"{node.name} = {node.value.text}" for node in (gold, given) if isinstance(node.value, Leaf))
-            return _expressions(*texts, how)  # y = 2x and x = y/2 are the same line
+        if isinstance(gold.value, Leaf) and isinstance(given.value, Leaf):  # y = 2x and x = y/2 are the same line
+            return _expressions(f"{gold.name} = {gold.value.text}", f"{given.name} = {given.value.text}", how)
         return "different"
     if isinstance(gold, Named) and not isinstance(given, Named) and isinstance(given, Leaf) and "=" in given.text:
         if isinstance(gold.value, Leaf):
@@ -114,7 +114,13 @@ def _compare_parts(gold: Parts, given: Parts, how: Comparison) -> Outcome:
     wanted, offered = list(gold.items), list(given.items)
     if len(wanted) != len(offered):
         return "different"
+    if len(_names(wanted)) > 1 and not _names(offered):  # x = 1, y = 2 as 1, 2: then in that order
+        return _all(_compare_nodes(a, b, how) for a, b in zip(wanted, offered, strict=True))
     return "same" if _matched(wanted, offered, how) == len(wanted) else "different"
+
+
+def _names(nodes: list[Node]) -> set[str]:
+    return {node.name for node in nodes if isinstance(node, Named)}
 
 
 def _matched(wanted: list[Node], offered: list[Node], how: Comparison) -> int:

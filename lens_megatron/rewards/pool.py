@@ -6,6 +6,7 @@ loop, a driver or asyncio (`asyncio.wrap_future`) can wait for them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -19,6 +20,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +36,7 @@ STARTUP_SECONDS = 180.0
 STARTS_BEFORE_GIVING_UP = 3
 ATTEMPTS = 2  # a worker may die of what it did before: the second one starts clean
 MAX_ANSWER_CHARS = 20_000
+STDERR = 2
 LEEWAY = 0.5  # seconds of CPU past the limit before a worker that did not stop by itself is killed
 
 
@@ -118,10 +121,8 @@ class RewardPool:
                 f"{id}: no reward for source {source!r} (rewards.sources has {known}; rewards.default is null)"
             )
         with self._lock:
-            if self._closing:
-                raise RunError("the reward pool is closed")
-            if self._broken:
-                raise RunError(self._broken)
+            if self._broken or self._closing:
+                raise RunError(self._broken or "the reward pool is closed")
             self._counts["submitted"] += 1
             if len(response) > self.config.max_response_chars or len(answer) > MAX_ANSWER_CHARS:
                 self._counts["too_long"] += 1
@@ -161,10 +162,8 @@ class RewardPool:
     # ---- the thread
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # full: it is awake already; closed: nothing to wake
             self._wake_writer.send(b"x")
-        except OSError:
-            pass  # full: it is awake already; closed: nothing to wake
 
     def _run(self) -> None:
         try:
@@ -204,7 +203,7 @@ class RewardPool:
         ours, theirs = socket.socketpair()
         settings = f'{{"fd": {theirs.fileno()}, "custom": {json.dumps(custom)}, "config": {self._settings}}}'
         # the user's functions are found as the trainer finds them; one thread each, the machine is shared
-        path = os.pathsep.join(entry or os.getcwd() for entry in ["", *sys.path])
+        path = os.pathsep.join(entry or str(Path.cwd()) for entry in ["", *sys.path])
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "lens_megatron.rewards.worker", settings]
         with theirs:
@@ -213,7 +212,7 @@ class RewardPool:
                 pass_fds=[theirs.fileno()],
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=sys.stderr.fileno(),
+                stdout=STDERR,
             )
         ours.settimeout(10)
         worker = _Worker(process, ours, custom)

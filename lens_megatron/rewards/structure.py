@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, Union
+from typing import Literal
 
 from lens_megatron.rewards.latex import closing, split_top
 
@@ -42,14 +42,14 @@ class Named:
     value: Node
 
 
-Node = Union[Leaf, Parts, Grid, Named]
+Node = Leaf | Parts | Grid | Named
 
 _GRID = re.compile(r"\\begin\s*\{([pbB]?matrix|smallmatrix|array)\}(.*)\\end\s*\{\1\}", re.DOTALL)
 _JOINED = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*")
 _NAME = r"(?:\\?[A-Za-z]+(?:_(?:\{[^{}]*\}|\w))?(?:\(\s*\\?[A-Za-z]+\s*\))?)"
 _EQUATION = re.compile(rf"\s*({_NAME})\s*=\s*([^=<>]+)", re.DOTALL)
 _MEMBER = re.compile(rf"\s*({_NAME})\s*\\in(?![A-Za-z])\s*(.+)", re.DOTALL)
-_RELATION = re.compile(r"(\\leq|\\geq|<|>)(?![A-Za-z])")
+_RELATION = re.compile(r"(\\leq(?![A-Za-z])|\\geq(?![A-Za-z])|<|>)")
 _BUILDER = re.compile(rf"\s*({_NAME})\s*(?:\\in\s*\\mathbb\s*\{{?\s*R\s*\}}?\s*)?(?:\||:)(.+)", re.DOTALL)
 _VARIABLE = re.compile(r"\\?[A-Za-z]+(?:_(?:\{\w+\}|\w))?")
 _THOUSANDS = re.compile(

@@ -24,8 +24,10 @@ from lens_megatron.rewards.judge import judge
 from lens_megatron.rewards.judgement import Judgement
 
 OUT_OF_MEMORY = 77  # exit code
-_FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.kill",
-              "subprocess.Popen", "socket.connect", "socket.bind", "pty.spawn", "shutil.rmtree", "os.symlink", "os.link", "os.truncate")  # fmt: skip
+_FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.remove", "os.rename", "os.rmdir",
+"os.mkdir", "os.kill",
+              "subprocess.Popen", "socket.connect", "socket.bind", "pty.spawn", "shutil.rmtree", "os.symlink",
+              "os.link", "os.truncate")  # fmt: skip
 
 
 class OutOfTime(BaseException):

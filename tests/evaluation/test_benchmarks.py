@@ -87,7 +87,7 @@ def test_files_that_are_something_else_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="same id"):
         load_benchmark(TINY, tmp_path)
     _write(tmp_path, [{"id": "a", "question": "b", "answer": "c"}])
-    with pytest.raises(UsageError, match="tiny.jsonl:1: expected"):
+    with pytest.raises(UsageError, match=r"tiny\.jsonl:1: expected"):
         load_benchmark(TINY, tmp_path)
 
 
@@ -117,7 +117,8 @@ def _wrapped(answer: str) -> str:
 
 def _respelt(answer: str) -> str:
     """The same mathematics, as another model writes it."""
-    for ours, theirs in ((r"\frac", r"\dfrac"), ("(", r"\left("), (")", r"\right)"), (",", ", "), ("=", " = "), (r"\sqrt", r" \sqrt"), (r"\text{", r"\textbf{")):  # fmt: skip
+    for ours, theirs in ((r"\frac", r"\dfrac"), ("(", r"\left("), (")", r"\right)"), (",", ", "), ("=", " = "),
+    (r"\sqrt", r" \sqrt"), (r"\text{", r"\textbf{")):  # fmt: skip
         answer = answer.replace(ours, theirs) if r"\left" not in answer or ours not in "()" else answer
     return answer
 

@@ -68,9 +68,17 @@ def test_exact_compares_text() -> None:
 
 @pytest.mark.parametrize(
     ("response", "verdict"),
-    [(r"\boxed{B}", "correct"), ("Answer: b", "correct"), (r"\boxed{\text{(B)}}", "correct"), ("The answer is (B) 12.", "correct"),
-     (r"\boxed{C}", "wrong"), (r"\boxed{B, C}", "wrong"), (r"\boxed{Bus}", "unparsable"), ("no idea", "unparsable")],
-)  # fmt: skip
+    [
+        (r"\boxed{B}", "correct"),
+        ("Answer: b", "correct"),
+        (r"\boxed{\text{(B)}}", "correct"),
+        ("The answer is (B) 12.", "correct"),
+        (r"\boxed{C}", "wrong"),
+        (r"\boxed{B, C}", "wrong"),
+        (r"\boxed{Bus}", "unparsable"),
+        ("no idea", "unparsable"),
+    ],
+)
 def test_choice(response: str, verdict: str) -> None:
     assert judge(RewardRule(kind="choice"), "B", response).verdict == verdict
 

@@ -165,7 +165,7 @@ def test_functions_of_the_users(rewards_module: str) -> None:
         assert futures["length"].result(PATIENCE).reward == pytest.approx(0.3)
         assert futures["length"].result(PATIENCE).verdict == "partial"
         assert futures["slow"].result(PATIENCE).verdict == "correct"
-        with pytest.raises(RunError, match="broken.*KeyError"):
+        with pytest.raises(RunError, match=r"broken.*KeyError"):
             futures["broken"].result(PATIENCE)
         with pytest.raises(RunError, match="number from 0 to 1"):
             futures["too_much"].result(PATIENCE)
