@@ -157,13 +157,13 @@ def step_chart(series: Sequence[Series], edges: Sequence[float], x_label: str, y
     return _frame("step", y_label, x_label, x_axis, y_axis, marks)
 
 
-def bar_chart(categories: Sequence[str], bars: Sequence[Bars], y_label: str, height: int = HEIGHT) -> str:
-    """Groups of bars, one group a category."""
+def bar_chart(categories: Sequence[str], bars: Sequence[Bars], y_label: str, at_least: float = 0.0) -> str:
+    """Groups of bars, one group a category. at_least: what the axis reaches, so that plots can be compared."""
     values = [value for one in bars for value in one.values if value is not None]
     if not values:
         return nothing("no values to draw")
-    _, high = value_range([0.0, *values])
-    y_axis = Axis(0.0, high, height - BOTTOM, TOP)
+    _, high = value_range([0.0, at_least, *values])
+    y_axis = Axis(0.0, high, HEIGHT - BOTTOM, TOP)
     group = (WIDTH - LEFT - RIGHT) / len(categories)
     width = min(36.0, 0.8 * group / len(bars))
     marks = []
@@ -184,7 +184,7 @@ def bar_chart(categories: Sequence[str], bars: Sequence[Bars], y_label: str, hei
             )
             if width >= 26:
                 marks.append(f'<text class="value" x="{x + width / 2:.1f}" y="{top - 4}">{number(value)}</text>')
-    return _frame("bar", y_label, "", None, y_axis, marks, height)
+    return _frame("bar", y_label, "", None, y_axis, marks)
 
 
 def stacked_bars(rows: Sequence[str], parts: Sequence[Bars], x_label: str) -> str:
@@ -261,9 +261,7 @@ def _path(route: str, one: Series, data: str) -> str:
     )
 
 
-def _frame(
-    kind: str, y_label: str, x_label: str, x_axis: Axis | None, y_axis: Axis, marks: Iterable[str], height: int = HEIGHT
-) -> str:
+def _frame(kind: str, y_label: str, x_label: str, x_axis: Axis | None, y_axis: Axis, marks: Iterable[str]) -> str:
     grid = [f'<text class="label start" x="4" y="13">{escape(y_label)}</text>']
     for tick in y_axis.ticks():
         y = y_axis.pixel(tick)
@@ -280,12 +278,12 @@ def _frame(
             grid.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{y_axis.start}" y2="{y_axis.start + 4}"/>')
             grid.append(f'<text class="tick" x="{x}" y="{y_axis.start + 17}">{_tick(tick, x_axis)}</text>')
         middle = (LEFT + WIDTH - RIGHT) / 2
-        grid.append(f'<text class="label" x="{middle}" y="{height - 5}">{escape(x_label)}</text>')
+        grid.append(f'<text class="label" x="{middle}" y="{HEIGHT - 5}">{escape(x_label)}</text>')
         scale = (
             f' data-low="{x_axis.low:g}" data-high="{x_axis.high:g}" data-start="{x_axis.start}" '
             f'data-end="{x_axis.end}" data-log="{int(x_axis.log)}" data-unit="{escape(x_label)}"'
         )
-    return _svg(kind, y_label, height, [*grid, *marks], scale)
+    return _svg(kind, y_label, HEIGHT, [*grid, *marks], scale)
 
 
 def _tick(value: float, axis: Axis) -> str:

@@ -233,19 +233,20 @@ def distribution_figure(runs: Sequence[Run]) -> str:
         "failures were replaced by successes under the purified prompt."
     )
     colours = [f"var(--w{place})" for place in range(3)]
-    panels = []
+    found = []
     for run in runs:
-        groups = [("original", "Y")]
+        found.append((f"{run.name}: Y", figures.success_distribution(run, "original")))
         if any(value > 0 for value in run.values("rescue/replaced") or run.values("purified_ratio")):
-            groups.append(("trained", "G"))
-        for group, letter in groups:
-            shares = figures.success_distribution(run, group)
-            if shares is None:
-                chart = nothing("No success_distribution for three steps or more in metrics.jsonl.")
-            else:
-                bars = [Bars(window, shares[window], css) for window, css in zip(figures.WINDOWS, colours, strict=True)]
-                chart = bar_chart(figures.BUCKETS, bars, "share of prompts")
-            panels.append(f'<div class="panel"><h4>{escape(run.name)}: {letter}</h4>{chart}</div>')
+            found.append((f"{run.name}: G", figures.success_distribution(run, "trained")))
+    highest = max((max(map(max, shares.values())) for _, shares in found if shares), default=0.0)
+    panels = []
+    for name, shares in found:
+        if shares is None:
+            chart = nothing("No success_distribution for three steps or more in metrics.jsonl.")
+        else:
+            bars = [Bars(window, shares[window], css) for window, css in zip(figures.WINDOWS, colours, strict=True)]
+            chart = bar_chart(figures.BUCKETS, bars, "share of prompts", highest)
+        panels.append(f'<div class="panel"><h4>{escape(name)}</h4>{chart}</div>')
     key = legend([(window, css, "block") for window, css in zip(figures.WINDOWS, colours, strict=True)])
     return figure(title, f'<div class="row">{"".join(panels)}</div>', note, key, wide=True)
 
