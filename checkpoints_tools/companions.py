@@ -1,0 +1,27 @@
+"""What an HF folder has besides weights: configs, tokenizer, template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lens_megatron.mcore.hf_files import _COMPANIONS
+
+
+def companions_of(folder: Path, dtype: torch.dtype | None) -> dict[str, bytes]:
+    """The files, by name; config.json with its dtype changed when the weights' is."""
+    files = {name: (folder / name).read_bytes() for name in _COMPANIONS if (folder / name).is_file()}
+    if dtype is not None and "config.json" in files:
+        files["config.json"] = config_bytes(json.loads(files["config.json"]), dtype)
+    return files
+
+
+def config_bytes(config: Mapping[str, Any], dtype: torch.dtype) -> bytes:
+    """transformers 4 reads `torch_dtype`, 5 reads `dtype` too: whichever is there is set, else the older."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    changed = {**config, **dict.fromkeys(keys, str(dtype).removeprefix("torch."))}
+    return (json.dumps(changed, indent=2) + "\n").encode()

@@ -1,0 +1,219 @@
+"""Tensors into files row block by row block: several workers, memory of a few blocks, resumable after a kill.
+
+Sizes and places of everything are known before the first byte, so workers write at offsets and need no order. What is
+done is noted in a journal; a run with the same input and options continues after it. Data files carry a name that nothing
+loads until all is written and on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints_tools.pieces import Piece
+from checkpoints_tools.sources import as_bytes
+from lens_megatron import checkpoints
+from lens_megatron.errors import RunError, UsageError
+
+BLOCK_BYTES = 8 * 2**20
+JOURNAL = "journal"
+_UNFINISHED = ".unfinished"
+_SPARE_BYTES = 64 * 2**20  # small files, and what others write meanwhile
+Read = Callable[[Piece], Tensor]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor of the target. Rows that no piece fills stay zero."""
+
+    name: str
+    file: str
+    offset: int
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+    row_shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(piece.stop - piece.start for piece in self.pieces) * math.prod(self.row_shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is to be written."""
+
+    sizes: Mapping[str, int]  # file -> bytes
+    fixed: Sequence[tuple[str, int, bytes]]  # file, offset, content: headers and frames
+    jobs: Sequence[Job]
+
+
+@contextlib.contextmanager
+def unfinished(target: Path, plan: Plan, made_from: Any, replace: bool = False) -> Iterator[Unfinished]:
+    """The folder that becomes `target`: new, or as a killed run left it when that made the same from the same."""
+    if target.exists() and not replace:
+        raise UsageError(f"{target}: exists already; choose another folder or remove it")
+    folder = target.with_name(target.name + ".partial")
+    with _disk_errors(target):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{folder}: another process is writing it; wait for it, or stop it") from None
+        with _disk_errors(target):
+            yield Unfinished(target, folder, handle, plan, made_from)
+    finally:
+        os.close(handle)
+
+
+class Unfinished:
+    def __init__(self, target: Path, folder: Path, journal: int, plan: Plan, made_from: Any) -> None:
+        self.target, self.folder, self.plan = target, folder, plan
+        self._journal = journal
+        self._lock = threading.Lock()
+        # After a power cut the journal may know of bytes that never reached the disk: it counts only in the same boot.
+        head = json.dumps({"made_from": made_from, "sizes": dict(plan.sizes), "boot": _boot()}, sort_keys=True)
+        self.done = self._read_journal(head)
+        allocated = sum(path.stat().st_blocks * 512 for path in folder.rglob("*")) if self.done else 0
+        self._check_space(sum(plan.sizes.values()) - allocated)
+        self._files = {name: self._create(name, size) for name, size in plan.sizes.items()}
+        if not self.done:
+            os.ftruncate(journal, 0)
+            os.write(journal, head.encode() + b"\n")
+        for name, offset, content in plan.fixed:
+            self.write(name, offset, memoryview(content))
+
+    def _read_journal(self, head: str) -> set[str]:
+        first, *lines = os.pread(self._journal, 2**30, 0).decode(errors="replace").split("\n")
+        if first == head:
+            return set(lines[:-1])  # a last line without its end was being written
+        for path in self.folder.iterdir():
+            if path.name != JOURNAL:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return set()
+
+    def _check_space(self, needed: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if needed + _SPARE_BYTES > free:
+            if not self.done:
+                shutil.rmtree(self.folder)
+            raise RunError(
+                f"{self.target}: needs {_size(needed)} and {_size(_SPARE_BYTES)} to spare, the disk has {_size(free)} free; "
+                "nothing was written: free space or choose another disk"
+            )
+
+    def _create(self, name: str, size: int) -> int:
+        path = self.folder / (name + _UNFINISHED)
+        if (self.folder / name).exists():  # killed while it was being completed
+            (self.folder / name).rename(path)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT)
+        os.ftruncate(handle, size)
+        return handle
+
+    def write(self, name: str, offset: int, content: memoryview) -> None:
+        while content:
+            written = os.pwrite(self._files[name], content, offset)
+            content, offset = content[written:], offset + written
+
+    def finished(self, job: Job) -> None:
+        with self._lock:
+            os.write(self._journal, job.name.encode() + b"\n")
+            self.done.add(job.name)
+
+    def close(self) -> None:
+        """All data on disk, under its names."""
+        for name, handle in self._files.items():
+            os.fsync(handle)
+            os.close(handle)
+            (self.folder / (name + _UNFINISHED)).rename(self.folder / name)
+        self._files = {}
+        (self.folder / JOURNAL).unlink()
+
+    def __del__(self) -> None:
+        for handle in getattr(self, "_files", {}).values():
+            os.close(handle)
+
+
+def stream(target: Unfinished, read: Read, workers: int, on_bytes: Callable[[int], None]) -> None:
+    """Do all jobs that are not done. The first error ends it; what is done stays noted."""
+    stop = threading.Event()
+    jobs = [job for job in target.plan.jobs if job.name not in target.done]
+    on_bytes(sum(job.bytes for job in target.plan.jobs) - sum(job.bytes for job in jobs))
+
+    def work(job: Job) -> None:
+        offset = job.offset
+        row_bytes = math.prod(job.row_shape) * job.dtype.itemsize
+        rows = max(1, BLOCK_BYTES // row_bytes)
+        for piece in job.pieces:
+            for start in range(piece.start, piece.stop, rows):
+                if stop.is_set():
+                    return
+                block = read(Piece(piece.tensor, start, min(start + rows, piece.stop))).to(job.dtype)
+                target.write(job.file, offset, as_bytes(block))
+                size = block.numel() * block.element_size()
+                offset += size
+                on_bytes(size)
+        target.finished(job)
+
+    def guarded(job: Job) -> None:
+        try:
+            work(job)
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for done in [pool.submit(guarded, job) for job in jobs]:
+                done.result()
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def default_workers() -> int:
+    """Enough to keep a disk busy; more only makes the writes jump about."""
+    return min(4, os.cpu_count() or 1)
+
+
+@contextlib.contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        remedy = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "repair that"
+        raise RunError(f"{target}: not written ({error.strerror}); {remedy} and run it again: it continues") from None
+
+
+def write_small(folder: Path, files: Mapping[str, bytes]) -> dict[str, int]:
+    sizes = {}
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        sizes[name] = checkpoints.write_file(folder / name, content)
+    return sizes
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
