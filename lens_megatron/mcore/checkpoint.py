@@ -7,7 +7,9 @@ form is Megatron-Core's torch_dist; what a folder must have to count as a checkp
 from __future__ import annotations
 
 import json
+import math
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -34,6 +36,7 @@ from lens_megatron.mcore.step import ShardedModel, Trainable
 from lens_megatron.model_spec import to_hf_config
 
 _EXTRA, _HF = "extra.json", "hf"
+_ROUND_S = 5.0
 
 
 class PendingSave:
@@ -44,34 +47,34 @@ class PendingSave:
         self._staged = staged
         self._manifest = manifest
         self._written = Written()
-        self._error: str | None = None
-        self._thread: threading.Thread | None = None
+        self._error: str | None = None  # of this rank's writer
         self._finished = False
         self._failure: RunError | None = None  # raised again by every later call
-
-    def start(self, asynchronous: bool) -> None:
-        if asynchronous:
-            # daemon: a run that dies does not wait for a checkpoint that nobody will complete
-            self._thread = threading.Thread(target=self._write, name=f"save {self.folder.name}", daemon=True)
-            self._thread.start()
-        else:
-            self._write()
+        # daemon: a run that dies does not wait for a checkpoint that nobody will complete
+        self._thread = threading.Thread(target=self._write, name=f"save {folder.name}", daemon=True)
+        self._thread.start()
 
     def done(self) -> bool:
         """Whether the checkpoint is complete and visible. Raises RunError if any rank failed to write."""
         return self.wait(timeout_s=0.0)
 
     def wait(self, timeout_s: float | None = None) -> bool:
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while not self._finished:
+            # in short rounds: ranks that have written wait for the others in a collective, which has a time limit
+            self._thread.join(max(0.0, min(_ROUND_S, deadline - time.monotonic())))
+            state = torch.tensor([not self._thread.is_alive(), time.monotonic() < deadline], dtype=torch.int32)
+            dist.all_reduce(state, dist.ReduceOp.MIN)
+            all_written, go_on = state.tolist()
+            if all_written:
+                self._finish()
+            elif not go_on:
+                return False
         if self._failure is not None:
             raise self._failure
-        if self._finished:
-            return True
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-        ready = torch.tensor([self._thread is None or not self._thread.is_alive()], dtype=torch.int32)
-        dist.all_reduce(ready, dist.ReduceOp.MIN)
-        if not ready.item():
-            return False
+        return True
+
+    def _finish(self) -> None:
         self._finished = True
         mine = (self._error, self._written.results, self._written.sizes)
         all_ranks: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -80,10 +83,7 @@ class PendingSave:
             on_rank_0(partial(self._complete, all_ranks or []))
         except RunError as failure:
             self._failure = failure
-            raise
-        finally:
-            del self._staged
-        return True
+        del self._staged
 
     def _write(self) -> None:
         try:
@@ -103,11 +103,11 @@ class PendingSave:
             sizes["metadata.json"] = checkpoints.write_file(partial_folder / "metadata.json", backend.encode())
             sizes[".metadata"] = (partial_folder / ".metadata").stat().st_size
             checkpoints.complete(self.folder, self._manifest(sizes))
-        except (OSError, RunError) as error:
+        except Exception as error:
             checkpoints.abandon(self.folder)
             if isinstance(error, RunError):
                 raise
-            raise checkpoints.failed_to_write(self.folder, one_line(error)) from None
+            raise checkpoints.failed_to_write(self.folder, one_line(error)) from error
 
 
 def save(
@@ -126,7 +126,13 @@ def save(
     Asynchronous: returns when everything is copied to host memory; training may change the weights at once. Call
     `done()` on all ranks now and then, or `wait()`. Otherwise the checkpoint is complete on return.
     """
-    text = on_rank_0(lambda: json.dumps(dict(extra), allow_nan=False))
+    text = ""
+
+    def encode() -> None:
+        nonlocal text
+        text = json.dumps(dict(extra), allow_nan=False)
+
+    on_rank_0(encode)  # the text itself, perhaps long, stays there
     target = on_rank_0(lambda: checkpoints.begin(folder))
     with cuda_literals(), torch.no_grad():
         state = _everything(policy, step) if with_optimizer else {**_model_state(policy), "trainer": {"step": step}}
@@ -152,7 +158,6 @@ def save(
         )
 
     pending = PendingSave(folder, staged, manifest)
-    pending.start(asynchronous)
     if not asynchronous:
         pending.wait()
     return pending
