@@ -11,6 +11,7 @@ from lens_megatron import presets, strict
 from lens_megatron.algorithms.algorithm import AlgorithmConfig
 from lens_megatron.checkpoints import CheckpointConfig
 from lens_megatron.data.config import DataConfig
+from lens_megatron.diagnostics import DiagnosticsConfig
 from lens_megatron.errors import UsageError
 from lens_megatron.mcore.layout import ParallelConfig
 from lens_megatron.mcore.model import MemoryConfig
@@ -53,6 +54,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     timeout_s: float = 600.0  # of collectives, and of waiting for a rank that shows no sign of life
 
     def __post_init__(self) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from lens_megatron.algorithms.filters import NotEnoughGroups, PromptFilter
-from lens_megatron.algorithms.group_metrics import group_metrics
+from lens_megatron.algorithms.group_metrics import group_metrics, top_k_overlap
 from lens_megatron.algorithms.rescue import RebuiltGroup, rebuild_group
+from lens_megatron.algorithms.transfer import TransferTracker
 from lens_megatron.config import RunConfig
 from lens_megatron.data.prompts import PromptStream, load_prompts
 from lens_megatron.data.tokenizer import check_tokenizer, load_tokenizer
@@ -62,6 +63,8 @@ class Host:
             silence_seconds=config.timeout_s,
             command_seconds=config.timeout_s,
         )
+        self.transfer = TransferTracker()
+        self._deleted: dict[str, list[int]] = {}  # at each prompt's last purification
         self.begin_step(0)
 
     # one step
@@ -122,6 +125,11 @@ class Host:
         metrics["response_tokens"] = sum(len(rollout.response) for rollout in rollouts) / len(rollouts)
         metrics["truncated_ratio"] = sum(rollout.finish == "length" for rollout in rollouts) / len(rollouts)
         metrics.update(self.prompt_filter.metrics())
+        metrics.update(self.transfer.update(self.step, self._groups))
+        deleted = {o.prompt_id: list(o.purified_prompt.deleted) for o in self._outcomes if o.purified_prompt}
+        if (overlap := top_k_overlap(self._deleted, deleted)) is not None:
+            metrics["purification/overlap_with_last_time"] = overlap
+        self._deleted.update(deleted)
         totals: dict[str, float] = {}
         for counts in self._counts:
             for name, value in asdict(counts).items():
@@ -187,12 +195,16 @@ class Host:
             "data": self.stream.state_dict(),
             "filter": self.prompt_filter.state_dict(),
             "sampler": self.driver.state_dict(),
+            "transfer": self.transfer.state_dict(),
+            "deleted": self._deleted,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.stream.load_state_dict(state["data"])
         self.prompt_filter.load_state_dict(state["filter"])
         self.driver.load_state_dict(state["sampler"])
+        self.transfer.load_state_dict(state["transfer"])
+        self._deleted = dict(state["deleted"])
 
     def close(self) -> None:
         self.driver.close()

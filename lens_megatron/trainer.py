@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lens_megatron.config import RunConfig
+from lens_megatron.diagnostics import after_update, before_update
 from lens_megatron.errors import UsageError
 from lens_megatron.host import Host
 from lens_megatron.mcore import runtime
@@ -31,8 +32,9 @@ _NOISE_PROMPTS = 16
 # What metrics.jsonl has at every step, whatever the algorithm: null where nothing was measured (no purified rollouts, no
 # KL term), 0 seconds where nothing was done. A step is saved after its line is written, so that a resumed run misses no
 # line: its time/save stands in the next step's.
-_MEASURED = """step reward success zero_reward_ratio purified_ratio improved_ratio deleted_tokens loss kl entropy grad_norm
-response_tokens logprob_diff ratio_purified ratio_original clip_fraction tokens""".split()
+_MEASURED = ("step", "reward", "success", "zero_reward_ratio", "purified_ratio", "improved_ratio", "deleted_tokens",
+             "loss", "kl", "entropy", "grad_norm", "response_tokens", "logprob_diff", "ratio_purified", "ratio_original",
+             "clip_fraction", "tokens")  # fmt: skip
 _TIMED = ("step", "score", "generate", "reward", "logprobs", "train", "sync", "save")
 _EVERY_STEP = {**dict.fromkeys(_MEASURED), **{f"time/{name}": 0.0 for name in _TIMED}}
 
@@ -136,9 +138,12 @@ class Trainer:
             return evaluate_samples(groups, self.policy, reference, loss, update, temperature)
 
     def update(self, groups: Sequence[list[Evaluated]]) -> dict[str, float]:
-        return update_policy(
-            self.policy, groups, self.config.algorithm.loss, self.config.update, self.config.rollout.temperature
-        )
+        loss, update, temperature = self.config.algorithm.loss, self.config.update, self.config.rollout.temperature
+        if not self.config.diagnostics.due(self.step + 1):
+            return update_policy(self.policy, groups, loss, update, temperature)
+        before = before_update(self.policy, groups, loss, update, temperature)
+        metrics = update_policy(self.policy, groups, loss, update, temperature)
+        return {**metrics, **before, **after_update(self.policy, groups, update, temperature)}
 
     def sync_weights(self, version: int) -> None:
         """Every rank exports what it holds; the engine has the whole model, or the run ends."""

@@ -174,10 +174,35 @@ def build_chunks(spec: ModelSpec, config: TransformerConfig) -> list[torch.nn.Mo
     for stage in range(stages or 1):
         with cuda_literals():
             chunk = TokenModel(spec, config, stage if stages else None)
+        _mark_parallel_tensors(chunk)
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
     return chunks
+
+
+def _mark_parallel_tensors(chunk: torch.nn.Module) -> None:
+    """Megatron-Core marks a tensor as cut over ranks only while it initialises it, which we leave out.
+
+    Without the mark every rank but the first takes its part for a copy, and the gradient norm that clipping divides by
+    silently leaves it out.
+    """
+    cut = (
+        (tensor_parallel.ColumnParallelLinear, 0),
+        (tensor_parallel.RowParallelLinear, 1),
+        (tensor_parallel.VocabParallelEmbedding, 0),
+    )
+    for module in chunk.modules():
+        for kind, dim in cut:
+            if isinstance(module, kind) and module.weight is not None:
+                _mark(module.weight, dim)
+                if kind is tensor_parallel.ColumnParallelLinear and module.bias is not None:
+                    _mark(module.bias, 0)
+
+
+def _mark(parameter: Tensor, dim: int) -> None:
+    if not hasattr(parameter, "tensor_model_parallel"):
+        tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, dim, 1)
 
 
 def innermost(chunk: torch.nn.Module) -> TokenModel:

@@ -71,6 +71,12 @@ class Optimizer:
             self.inner.step_with_ready_grads()
         return norm, self.learning_rate(), True
 
+    def norm(self) -> float:
+        """Of the gradients in the buffers, over all ranks; nothing is changed by it."""
+        with cuda_literals(), torch.no_grad():
+            self.inner.prepare_grads()
+            return float(self.inner.get_grad_norm())
+
     def learning_rate(self) -> float:
         return max((float(group["lr"]) for group in self.inner.param_groups), default=0.0)
 

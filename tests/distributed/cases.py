@@ -115,15 +115,18 @@ def named_gradients(
 
 def two_updates(
     folder: Path, layout: ParallelConfig, sequences: Sequence[Tensor], data: reference.LossData, budget: int
-) -> dict[str, Tensor]:
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Gradient norms before clipping, and the weights."""
     from lens_megatron.mcore.step import train_step
 
     policy = _policy(folder, layout)
+    norms = []
     for _ in range(2):
         result = train_step(policy, sequences, _loss(sequences, data), tokens_per_microbatch=budget)
         assert result.updated
         assert result.learning_rate == reference.LR
-    return dict(policy.export_hf())
+        norms.append(result.grad_norm)
+    return norms, dict(policy.export_hf())
 
 
 def export(folder: Path, layout: ParallelConfig, target: Path) -> None:

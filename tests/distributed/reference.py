@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LR, EPS, CLIP, DECAY = 1e-2, 1e-3, 0.5, 0.1  # eps well above rounding: Adam's first step is not sign(gradient)
+LR, EPS, CLIP, DECAY = 1e-2, 1e-3, 0.2, 0.1  # eps well above rounding: Adam's first step is not sign(gradient)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def gradients(model: Any, sequences: Sequence[Tensor], data: LossData) -> tuple[
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def two_updates(model: Any, sequences: Sequence[Tensor], data: LossData) -> dict[str, Tensor]:
+def two_updates(model: Any, sequences: Sequence[Tensor], data: LossData) -> tuple[list[float], dict[str, Tensor]]:
     parameters = list(model.named_parameters())
     decayed = [p for name, p in parameters if p.dim() > 1]
     plain = [p for name, p in parameters if p.dim() <= 1]
@@ -78,11 +78,12 @@ def two_updates(model: Any, sequences: Sequence[Tensor], data: LossData) -> dict
         betas=(0.9, 0.999),
         eps=EPS,
     )
+    norms = []
     for _ in range(2):
         gradients(model, sequences, data)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         optimizer.step()
-    return {name: p.detach().clone() for name, p in parameters}
+    return norms, {name: p.detach().clone() for name, p in parameters}
 
 
 def per_expert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

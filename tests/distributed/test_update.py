@@ -77,3 +77,28 @@ def test_embedding_gradients_equal_hf(layout: str, workers: Any, folders: tuple[
             logprobs = torch.log_softmax(model(inputs_embeds=embedded).logits[0, :-1], -1)
             logprobs.gather(-1, sequence[1:, None]).sum().backward()
             torch.testing.assert_close(norms, embedded.grad[0].norm(dim=-1), rtol=1e-4, atol=1e-5)
+
+
+def test_early_signals(workers: Any, folders: tuple[Path, Path]) -> None:
+    """Norms and cosine of P's and Y's gradients, against the gradients themselves; the same in every layout."""
+    alone = workers(1).run(update_cases.diagnostics, folders[0], ParallelConfig())[0]
+    signals = {name: value for name, value in alone.items() if name.startswith("diagnostics/")}
+    assert set(signals) == {
+        f"diagnostics/{name}"
+        for name in (
+            "grad_norm_purified",
+            "grad_norm_original",
+            "grad_cosine",
+            "rho_purified_median",
+            "logprob_purified_before",
+            "logprob_purified_after",
+        )
+    }
+    p, y, cosine = (signals[f"diagnostics/{n}"] for n in ("grad_norm_purified", "grad_norm_original", "grad_cosine"))
+    # without a KL term the two parts are the whole gradient, whose norm the update reports by itself
+    assert alone["grad_norm"] == pytest.approx(math.sqrt(p**2 + y**2 + 2 * p * y * cosine), rel=1e-4)
+    assert p > 0 and y > 0 and -1 <= cosine <= 1
+    for world, layout in ((2, ParallelConfig(tp=2)), (2, ParallelConfig())):
+        found = workers(world).run(update_cases.diagnostics, folders[0], layout)[0]
+        for name, value in signals.items():
+            assert found[name] == pytest.approx(value, rel=1e-3), name

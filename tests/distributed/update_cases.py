@@ -104,3 +104,19 @@ def embedding_norms(folder: Path, layout: ParallelConfig, sequences: list[Tensor
     spec = start(folder, layout)
     policy = build_trainable(spec, layout, folder, OptimizerConfig(), steps=1)
     return embedding_gradient_norms(policy, sequences, budget)
+
+
+def diagnostics(folder: Path, layout: ParallelConfig) -> dict[str, float]:
+    from lens_megatron.diagnostics import after_update, before_update
+    from lens_megatron.mcore.optimizer import OptimizerConfig
+    from lens_megatron.mcore.step import build_trainable
+    from lens_megatron.update import UpdateConfig, evaluate_samples, update_policy
+
+    spec = start(folder, layout)
+    policy = build_trainable(spec, layout, folder, OptimizerConfig(lr=1e-3), steps=1)
+    algorithm = load_algorithm({"preset": "lens", "loss": {"kl_coef": 0.0}})
+    update = UpdateConfig(tokens_per_microbatch=64)
+    evaluated = evaluate_samples(groups_for(algorithm), policy, None, algorithm.loss, update, 1.0)
+    metrics = before_update(policy, evaluated, algorithm.loss, update, 1.0)
+    metrics |= update_policy(policy, evaluated, algorithm.loss, update, 1.0)
+    return metrics | after_update(policy, evaluated, update, 1.0)
