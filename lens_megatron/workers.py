@@ -20,11 +20,18 @@ from lens_megatron.errors import RunError, UsageError
 
 _STARTED_BY = "LENS_MEGATRON_STARTED_BY"  # pid of the process that started this worker
 _GRACE_S = 10.0
+_SETTLE_S = 2.0
+LOST_PEER = 75  # exit code of a worker that only met another one's end: it says nothing, the other knows why
 
 
 def is_worker() -> bool:
     """True inside torchrun, srun or a process started by `run_workers`."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def is_local_worker() -> bool:
+    """True in a process started by `run_workers`, whose command does the talking."""
+    return _STARTED_BY in os.environ
 
 
 def rank() -> int:
@@ -91,24 +98,41 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], errors: Sequence[Path]) ->
         codes = [worker.poll() for worker in workers]
         if all(code == 0 for code in codes):
             return 0
-        failed = [number for number, code in enumerate(codes) if code]
-        if failed:
-            # rank 0 may be about to report the same error in its own words
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                workers[0].wait(timeout=2.0)
-            if workers[0].poll():
-                return _exit_code(workers[0])
-            number = failed[0]
-            words = errors[number].read_text(errors="replace").strip().splitlines()
-            print("\n".join(words[-20:]) or f"failed: rank {number} ended without a word", file=sys.stderr)
-            return _exit_code(workers[number])
+        if any(codes):
+            return _report(workers, errors)
         time.sleep(0.05)
 
 
-def _exit_code(worker: subprocess.Popen[bytes]) -> int:
+def _report(workers: Sequence[subprocess.Popen[bytes]], errors: Sequence[Path]) -> int:
+    """The words and the exit code of the worker that knows why."""
+    # rank 0 may be about to report the same error in its own words; or only others' ends were met so far
+    deadline = time.monotonic() + _SETTLE_S
+    while time.monotonic() < deadline:
+        if workers[0].poll() is not None and _first_to_know(workers) is not None:
+            break
+        time.sleep(0.02)
+    if workers[0].poll() and workers[0].returncode not in (LOST_PEER, -signal.SIGTERM):
+        return _exit_code(0, workers[0])
+    number = _first_to_know(workers)
+    if number is None:
+        print("failed: the workers lost each other; the network or the machine may be at fault", file=sys.stderr)
+        return 1
+    words = errors[number].read_text(errors="replace").strip().splitlines()
+    if words:
+        print("\n".join(words[-20:]), file=sys.stderr)
+    elif workers[number].returncode > 0:
+        print(f"failed: rank {number} ended without a word", file=sys.stderr)
+    return _exit_code(number, workers[number])
+
+
+def _first_to_know(workers: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    return next((n for n, worker in enumerate(workers) if worker.poll() and worker.returncode != LOST_PEER), None)
+
+
+def _exit_code(number: int, worker: subprocess.Popen[bytes]) -> int:
     code = worker.returncode
     if code < 0:
-        print(f"failed: a worker was ended by {signal.Signals(-code).name}", file=sys.stderr)
+        print(f"failed: rank {number} ended without a word, by {signal.Signals(-code).name}", file=sys.stderr)
         return 1
     return code
 

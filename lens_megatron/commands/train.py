@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lens_megatron.config import RunConfig
+    from lens_megatron.model_spec import ModelConfig
 
 SUMMARY = "train with LENS or a rival; starts local workers itself, or joins torchrun/srun"
 EXAMPLE = "lens-megatron train RUN.yaml algorithm=lens steps=100 parallel.tp=2"
@@ -16,13 +21,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lens_megatron import loop, strict, workers
-    from lens_megatron.config import RunConfig, load_run
+    from lens_megatron import endings, workers
+    from lens_megatron.config import load_run
     from lens_megatron.mcore.layout import check_layout
     from lens_megatron.model_spec import load_model_config
-    from lens_megatron.run_folder import RunFolder
-    from lens_megatron.trainer import Trainer
 
+    endings.on_signals()
     config = load_run(Path(args.run), args.overrides)
     model = load_model_config(config.model)
     if not workers.is_worker():
@@ -30,17 +34,27 @@ def run(args: argparse.Namespace) -> int:
         if config.parallel.processes > 1:
             resume = ["--resume"] if args.resume else []
             return workers.run_workers(config.parallel.processes, ["train", *resume, args.run, *args.overrides])
+    with endings.lost_peers():
+        _train(config, model, args.resume)
+    return 0
+
+
+def _train(config: RunConfig, model: ModelConfig, resume: bool) -> None:
+    from lens_megatron import loop, strict, workers
+    from lens_megatron.config import RunConfig
+    from lens_megatron.run_folder import RunFolder
+    from lens_megatron.trainer import Trainer
+
     folder = None
     if workers.rank() == 0:
-        folder = RunFolder.resume(config.run_dir) if args.resume else RunFolder.create(config.run_dir)
-    if folder is not None:
-        folder.write_config(strict.to_tree(RunConfig, config))
-        folder.write_versions()
+        folder = RunFolder.resume(config.run_dir) if resume else RunFolder.create(config.run_dir)
     trainer = Trainer(config, model, folder)
     try:
-        if args.resume:
+        if folder is not None:  # only now: a start that failed for bad input leaves no run to be resumed
+            folder.write_config(strict.to_tree(RunConfig, config))
+            folder.write_versions()
+        if resume:
             trainer.resume()
         loop.train(config, trainer)
     finally:
         trainer.close()
-    return 0

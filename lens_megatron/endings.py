@@ -1,0 +1,51 @@
+"""How a training process ends when it is told to, or when a process that it works with goes away.
+
+The command that the user started speaks; the workers that it started end without a word, so that the user reads one
+reason and not one a process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+from lens_megatron import workers
+from lens_megatron.errors import RunError
+
+
+def on_signals() -> None:
+    """SIGTERM (a scheduler, `stop`) unwinds like an error, so that drivers and files are closed. Ctrl-C, which a terminal
+    sends to every process, is left to the command that started the workers."""
+    if workers.is_local_worker():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _terminated)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: closing must not be cut short
+    if workers.is_local_worker():
+        raise SystemExit(128 + number)
+    raise RunError("ended by SIGTERM; go on with --resume from the last whole checkpoint")
+
+
+@contextlib.contextmanager
+def lost_peers() -> Iterator[None]:
+    """torch reports a process that went away during a collective in every other one, each with a traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_of_transport(error):
+            raise
+        if workers.is_local_worker():
+            sys.exit(workers.LOST_PEER)
+        first_line = str(error).splitlines()[0]
+        raise RunError(f"rank {workers.rank()}: another process of the run went away ({first_line})") from error
+
+
+def _is_of_transport(error: RuntimeError) -> bool:
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
