@@ -69,7 +69,7 @@ def unfinished(target: Path, plan: Plan, made_from: Any, replace: bool = False) 
     folder = target.with_name(target.name + ".partial")
     with _disk_errors(target):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        handle = os.open(folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -121,7 +121,7 @@ class Unfinished:
         path = self.folder / (name + _UNFINISHED)
         if (self.folder / name).exists():  # killed while it was being completed
             (self.folder / name).rename(path)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         os.ftruncate(handle, size)
         return handle
 

@@ -40,8 +40,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     verify.add_argument("b", type=Path, metavar="B")
     verify.add_argument("--text", metavar="TEXT", help="the probe; default: a built-in one")
     verify.add_argument(
-        "--tolerance", type=float, default=1e-4, metavar="X", help="allowed difference of hidden states and logits, relative to their size"
-    )  # fmt: skip
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        metavar="X",
+        help="allowed relative difference of hidden states and logits",
+    )
     verify.add_argument("--no-logits", action="store_true", help="names, shapes and bits only")
     verify.add_argument("--json", type=Path, metavar="F", help="write the result to F as well")
     inspect = action("inspect", "what is in a checkpoint", "runs/lens-8b/checkpoints/step_000300")
