@@ -7,8 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-# Nothing trains yet: the smallest thing that exists end to end.
-.PHONY: quickstart install test lint format typecheck clean
+.PHONY: quickstart install test lint format clean
 
 install: $(VENV)/.installed
 
@@ -17,9 +16,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]'
 	@touch $@
 
+# Toy task, base model, GRPO and LENS on two processes, and a report to look at.
 quickstart: install
-	$(BIN)/lens-megatron doctor
-	$(BIN)/lens-megatron models
+	$(BIN)/lens-megatron quickstart --dir runs/quickstart
 
 test: install
 	$(BIN)/python -m pytest

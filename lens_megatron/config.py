@@ -18,6 +18,7 @@ from lens_megatron.mcore.model import MemoryConfig
 from lens_megatron.mcore.optimizer import OptimizerConfig
 from lens_megatron.rewards.config import RewardConfig
 from lens_megatron.rollout.sampling import SamplingConfig
+from lens_megatron.tracking import TrackingConfig
 from lens_megatron.update import UpdateConfig
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -55,6 +56,7 @@ class RunConfig:
     rewards: RewardConfig = field(default_factory=RewardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     timeout_s: float = 600.0  # of collectives, and of waiting for a rank that shows no sign of life
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lens_megatron import strict
 from lens_megatron.algorithms.filters import NotEnoughGroups, PromptFilter
 from lens_megatron.algorithms.group_metrics import group_metrics, top_k_overlap
 from lens_megatron.algorithms.rescue import RebuiltGroup, rebuild_group
@@ -17,7 +18,7 @@ from lens_megatron.algorithms.transfer import TransferTracker
 from lens_megatron.config import RunConfig
 from lens_megatron.data.prompts import PromptStream, load_prompts
 from lens_megatron.data.tokenizer import check_tokenizer, load_tokenizer
-from lens_megatron.errors import RunError
+from lens_megatron.errors import RunError, UsageError
 from lens_megatron.model_spec import ModelConfig
 from lens_megatron.purification.strategies import Outcome, Signals, purify
 from lens_megatron.rollout.driver import RolloutDriver
@@ -26,8 +27,10 @@ from lens_megatron.rollout.sampling import SampleCounts, SamplingConfig
 from lens_megatron.rollout_table import RolloutRow
 from lens_megatron.run_folder import RunFolder
 from lens_megatron.samples import samples_of_group
+from lens_megatron.tracking import Trackers
 from lens_megatron.types import Prompt, Sample
 
+_SAMPLERS = {"embedded": embedded_sampler}
 _BATCHES_A_STEP = 1000  # room in the sampler's step number for the batches that a filter may ask for
 
 
@@ -41,6 +44,11 @@ class Host:
         loaded = load_prompts(config.data, self.tokenizer, model.template)
         self.too_long = loaded.too_long
         self.stream = PromptStream(loaded.prompts, config.seed, config.data.shuffle)
+        if config.data.prompts_per_step > len(self.stream):  # before any model is loaded
+            raise UsageError(
+                f"{config.data.train}: data.prompts_per_step is {config.data.prompts_per_step}, and there are "
+                f"{len(self.stream)} prompts ({self.too_long} more are too long): lower it"
+            )
         self.prompt_filter = PromptFilter(config.algorithm.filter, config.data.prompts_per_step, config.seed)
         self.special_ids = frozenset(self.tokenizer.all_special_ids)
         on_gpu = torch.cuda.is_available()
@@ -49,7 +57,7 @@ class Host:
         )
         self.driver = RolloutDriver(
             partial(
-                embedded_sampler,
+                _SAMPLERS[config.rollout.engine],
                 weights,
                 config.rollout.slots,
                 "cuda" if on_gpu else "cpu",
@@ -63,6 +71,7 @@ class Host:
             silence_seconds=config.timeout_s,
             command_seconds=config.timeout_s,
         )
+        self.trackers = Trackers(config.tracking, folder.path, config.name, strict.to_tree(RunConfig, config))
         self.transfer = TransferTracker()
         self._deleted: dict[str, list[int]] = {}  # at each prompt's last purification
         self.begin_step(0)
@@ -208,6 +217,7 @@ class Host:
 
     def close(self) -> None:
         self.driver.close()
+        self.trackers.close()
         self.folder.close()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class Trainer:
                 self.reference.move(torch.device("cpu"))
         self.noise_floor: float | None = None
         self.first_step = 0
+        self._last_metrics: dict[str, float] = {}  # of the step that ended last; rank 0's
         self.progress = Progress(config.steps, shown=self.host is not None)
         self._checkpoints = Path(config.run_dir) / "checkpoints"
         self._saver = Saver(self.policy, self._checkpoints, config.checkpoint, companions_from=weights)
@@ -157,7 +159,8 @@ class Trainer:
         """When one is due; written in the background. The engine's weights are not in it: they are synced at resume."""
         if self._saver.due(step, last=step == self.config.steps):
             state = {} if self.host is None else self.host.state_dict()
-            self._saver.save(step, {**state, "noise_floor": self.noise_floor})
+            # rank 0's metrics: it alone writes the manifest, and chooses what to keep by it
+            self._saver.save(step, {**state, "noise_floor": self.noise_floor}, self._last_metrics)
         self._saver.poll()
 
     def resume(self) -> None:
@@ -191,12 +194,22 @@ class Trainer:
             self.host.folder.write_rollouts(self.step + 1, list(self.host.rollout_rows(groups)))
             tree.update(self.progress.times())
             self.host.folder.append_metrics(tree)
-            self.progress.finish_step({name: value for name, value in tree.items() if value is not None})
+            self.host.trackers.log(tree)
+            self._last_metrics = {name: value for name, value in tree.items() if value is not None}
+            self.progress.finish_step(self._last_metrics)
+            _check_keep_best(self.config.checkpoint.keep_best, tree)
 
     def close(self) -> None:
         if self.host is not None:
             self.host.close()
         runtime.shutdown()
+
+
+def _check_keep_best(metric: str | None, metrics: Mapping[str, float | None]) -> None:
+    if metric is not None and metric not in metrics:
+        near = get_close_matches(metric, metrics, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"checkpoint.keep_best: there is no metric {metric!r}{hint}")
 
 
 def _reference_weights(config: RunConfig, model: ModelConfig, policy: Path) -> Path:

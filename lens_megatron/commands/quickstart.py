@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 
 SUMMARY = "toy base model, GRPO and LENS on a laptop, and a report to look at"
-EXAMPLE = "lens-megatron quickstart --dir runs/quickstart --steps 60"
+EXAMPLE = "lens-megatron quickstart --dir runs/quickstart --steps 50"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dir", default="runs/quickstart", help="where everything goes (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=60, help="of each algorithm (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="of each algorithm (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,12 +24,17 @@ def start(folder: Path, layout: ParallelConfig) -> Any:
 
 
 def score(
-    folder: Path, layout: ParallelConfig, sequences: Sequence[Tensor], budget: int, temperature: float
+    folder: Path,
+    layout: ParallelConfig,
+    sequences: Sequence[Tensor],
+    budget: int,
+    temperature: float,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[list[Tensor], list[Tensor]]:
     from lens_megatron.mcore.step import build_frozen
 
     spec = start(folder, layout)
-    result = build_frozen(spec, layout, folder).score(sequences, budget, temperature)
+    result = build_frozen(spec, layout, folder, dtype=dtype).score(sequences, budget, temperature)
     return result.logprobs, result.entropies
 
 
@@ -140,3 +145,31 @@ def export(folder: Path, layout: ParallelConfig, target: Path) -> None:
     else:
         for _ in tensors:
             raise AssertionError("only rank 0 receives tensors")
+
+
+def bf16_update(
+    folder: Path, layout: ParallelConfig, sequences: Sequence[Tensor], data: reference.LossData, budget: int
+) -> tuple[float, float, dict[str, Tensor]]:
+    """Share of bf16 weights that one small update changed, share of fp32 main weights, and the exported weights."""
+    from lens_megatron.mcore.optimizer import OptimizerConfig
+    from lens_megatron.mcore.step import build_trainable, train_step
+
+    spec = start(folder, layout)
+    settings = OptimizerConfig(lr=1e-6)
+    policy = build_trainable(spec, layout, folder, settings, steps=1, dtype=torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in policy.export_hf()}
+    main = [
+        parameter
+        for part in getattr(policy.optimizer.inner, "chained_optimizers", [policy.optimizer.inner])
+        for group in part.shard_fp32_from_float16_groups
+        for parameter in group
+    ]
+    main_before = [parameter.clone() for parameter in main]
+    assert main and all(parameter.dtype == torch.float32 for parameter in main)
+    result = train_step(policy, sequences, _loss(sequences, data), tokens_per_microbatch=budget)
+    assert result.updated
+    after = dict(policy.export_hf())
+    changed = sum(int((after[name] != before[name]).sum()) for name in after)
+    main_changed = sum(int((now != then).sum()) for now, then in zip(main, main_before, strict=True))
+    total = sum(parameter.numel() for parameter in main)
+    return changed / max(1, sum(t.numel() for t in after.values())), main_changed / total, after

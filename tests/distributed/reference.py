@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LR, EPS, CLIP, DECAY = 1e-2, 1e-3, 0.2, 0.1  # eps well above rounding: Adam's first step is not sign(gradient)
+LR, EPS, CLIP, DECAY = 1e-2, 1e-3, 0.05, 0.1  # eps well above rounding: Adam's first step is not sign(gradient)
 
 
 @dataclass(frozen=True)
