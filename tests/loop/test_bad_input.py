@@ -1,0 +1,155 @@
+"""What a user may get wrong: exit code 2, one line that says what and where, and nothing made or overwritten."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lens_megatron import cli
+from lens_megatron.run_folder import RunFolder
+from tests.loop.runs import complaint, finished, run_tree, write_run
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """The command, run in this process here, says what SIGTERM does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+Change = Callable[[dict[str, Any], Path], None]
+
+
+def _data(*lines: str) -> Change:
+    def change(tree: dict[str, Any], folder: Path) -> None:
+        (folder / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        tree["data"]["train"] = str(folder / "rows.jsonl")
+
+    return change
+
+
+def _set(path: str, value: Any) -> Change:
+    def change(tree: dict[str, Any], folder: Path) -> None:
+        *parents, last = path.split(".")
+        for parent in parents:
+            tree = tree.setdefault(parent, {})
+        tree[last] = value
+
+    return change
+
+
+def _model_file(name: str, edit: Callable[[dict[str, Any]], Any]) -> Change:
+    def change(tree: dict[str, Any], folder: Path) -> None:
+        shutil.copytree(tree["model"], folder / "model")
+        tree["model"] = str(folder / "model")
+        file = folder / "model" / name
+        content = json.loads(file.read_text())
+        edit(content)
+        file.write_text(json.dumps(content))
+
+    return change
+
+
+def _more_words(tokenizer: dict[str, Any]) -> None:
+    tokenizer["model"]["vocab"] |= {f"word{i}": 200 + i for i in range(10)}
+
+
+def _a_file_in_the_way(tree: dict[str, Any], folder: Path) -> None:
+    (folder / "file").write_text("")
+    tree["run_dir"] = str(folder / "file" / "run")
+
+
+def _without_weights(tree: dict[str, Any], folder: Path) -> None:
+    shutil.copytree(tree["model"], folder / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    tree["model"] = str(folder / "model")
+
+
+ROW = '{"prompt": "How many?", "answer": "1"}'
+WRONG: dict[str, tuple[Change, list[str]]] = {
+    "empty data": (_data(), ["rows.jsonl", "empty"]),
+    "no answer": (_data(ROW, '{"prompt": "How many?"}'), ["rows.jsonl:2", "answer"]),
+    "not JSON": (_data(ROW, ROW.replace("}", "")), ["rows.jsonl:2"]),
+    "no data file": (_set("data.train", "/nowhere/rows.jsonl"), ["/nowhere/rows.jsonl"]),
+    "few prompts": (_data(ROW), ["data.prompts_per_step"]),
+    "all too long": (_set("data.max_prompt_tokens", 3), ["data.max_prompt_tokens"]),
+    "tokenizer too large": (_model_file("tokenizer.json", _more_words), ["210", "112", "model"]),
+    "no such model": (_set("model", "/nowhere/model"), ["/nowhere/model"]),
+    "no weights": (_without_weights, ["safetensors"]),
+    "run_dir not writable": (_a_file_in_the_way, ["run_dir", "cannot be written"]),
+    "unknown key": (_set("rollout.schedul", "early"), ["rollout.schedul", "schedule"]),
+    "unknown preset": (_set("algorithm", "lenss"), ["lenss", "lens"]),
+    "no such layout": (_set("parallel.tp", 3), ["tp"]),
+    "steps": (_set("steps", 0), ["steps"]),
+    "no reward function": (_set("rewards.default.function", "loop_rewards"), ["module:name"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_refused_with_one_line(task: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    tree = run_tree(task, tmp_path / "run", parallel={"tp": 1})
+    change, expected = WRONG[name]
+    change(tree, tmp_path)
+    assert cli.main(["train", str(write_run(tmp_path, tree))]) == 2
+    errors = capfd.readouterr().err
+    line = complaint(errors)
+    assert line.startswith("error: ")
+    assert errors.strip() == line
+    for word in expected:
+        assert word in line
+    assert "Error(" not in line
+    # and when it has been put right, the same command starts
+    assert not RunFolder(tmp_path / "run").holds_run()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_rank_0_speaks_for_all(task: Path, tmp_path: Path) -> None:
+    tree = run_tree(task, tmp_path / "run")
+    change, expected = WRONG["no answer"]
+    change(tree, tmp_path)
+    began = time.monotonic()
+    code, words = finished(tmp_path, "train", str(write_run(tmp_path, tree)))
+    assert code == 2
+    assert time.monotonic() - began < 180
+    assert words.strip() == complaint(words)
+    assert all(word in words for word in expected)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "left", ["config.yaml", "metrics.jsonl", "rollouts/step_000001.parquet", "checkpoints/step_1/x"]
+)
+def test_an_existing_run_is_not_touched(
+    task: Path, tmp_path: Path, left: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    (run_dir / left).parent.mkdir(parents=True)
+    (run_dir / left).write_text("precious")
+    tree = run_tree(task, run_dir, parallel={"tp": 1})
+    before = _contents(run_dir)
+    assert cli.main(["train", str(write_run(tmp_path, tree))]) == 2
+    line = complaint(capfd.readouterr().err)
+    assert "already holds a run" in line
+    assert "resume it" in line
+    after = _contents(run_dir)
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) <= {"run.lock"}
+
+
+def test_nothing_to_resume(task: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tree = run_tree(task, tmp_path / "run", parallel={"tp": 1})
+    assert cli.main(["train", "--resume", str(write_run(tmp_path, tree))]) == 2
+    assert "no run to resume" in complaint(capfd.readouterr().err)
+    assert not (tmp_path / "run").exists()

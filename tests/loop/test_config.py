@@ -1,0 +1,148 @@
+"""Every key does something, and what a run writes down of its configuration is that configuration."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import typing
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import lens_megatron
+from lens_megatron import presets, strict
+from lens_megatron.config import RunConfig, SftConfig, load_run
+from lens_megatron.errors import UsageError
+
+PACKAGE = Path(lens_megatron.__file__).parent
+
+
+def config_classes(kind: Any) -> Iterator[type]:
+    """`kind` and every dataclass among the types of its fields, at any depth."""
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        yield kind
+        for hint in typing.get_type_hints(kind).values():
+            yield from config_classes(hint)
+    else:
+        for part in typing.get_args(kind):
+            yield from config_classes(part)
+
+
+def reads() -> dict[str, set[str]]:
+    """attribute name -> where it is read: `file:function`. What a config class checks of itself in __post_init__ does not
+    count, and neither does a keyword argument: that writes."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        checks = {
+            id(node)
+            for function in ast.walk(tree)
+            if isinstance(function, ast.FunctionDef) and function.name == "__post_init__"
+            for node in ast.walk(function)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and id(node) not in checks:
+                found[node.attr].add(f"{path.relative_to(PACKAGE)}:{_owner(node.value)}")
+    return found
+
+
+def _owner(node: ast.expr) -> str:
+    """The last name before the dot: of self.config.rollout.n, `rollout`."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else "?"
+
+
+@pytest.mark.parametrize("root", [RunConfig, SftConfig])
+def test_every_key_is_read_by_something(root: type) -> None:
+    where = reads()
+    unread = [
+        f"{kind.__name__}.{field.name}"
+        for kind in dict.fromkeys(config_classes(root))
+        for field in dataclasses.fields(kind)
+        if not where[field.name]
+    ]
+    assert unread == []
+
+
+def test_keys_with_common_names_are_read_off_their_own_section() -> None:
+    """`every`, `n` or `keep` occur anywhere; here the section is part of what is looked for."""
+    where = reads()
+    sections = {
+        "diagnostics": ("every",),
+        "checkpoint": ("every", "keep", "keep_best", "asynchronous"),
+        "data": ("train", "prompts_per_step", "max_prompt_tokens", "shuffle", "split", "template"),
+        "rollout": ("n", "max_response_tokens", "temperature", "schedule", "slots", "threads", "engine"),
+        "memory": ("recompute", "offload_optimizer", "offload_reference"),
+    }
+    # a section is read under its own name, or by what it was handed to as `config`, `self`, ...
+    handed_on = {"config", "_config", "self", "settings", "memory", "sampling", "layout"}
+    for section, keys in sections.items():
+        for key in keys:
+            owners = {place.rpartition(":")[2] for place in where[key]}
+            assert owners & (handed_on | {section}), f"{section}.{key} is read off {owners}"
+
+
+MINIMAL = {"model": "qwen3-8b-base", "run_dir": "runs/x", "data": {"train": "prompts.jsonl"}}
+
+
+@pytest.mark.parametrize("preset", presets.preset_names())
+def test_every_preset_makes_a_run_that_can_be_written_and_read_again(preset: str, tmp_path: Path) -> None:
+    given = tmp_path / "RUN.yaml"
+    given.write_text(yaml.safe_dump({**MINIMAL, "algorithm": preset}))
+    config = load_run(given, [])
+    assert config.name == preset
+    written = tmp_path / "config.yaml"
+    written.write_text(yaml.safe_dump(strict.to_tree(RunConfig, config), sort_keys=False, allow_unicode=True))
+    assert load_run(written, []) == config
+
+
+def test_the_runs_own_values_stand_above_the_presets(tmp_path: Path) -> None:
+    given = tmp_path / "RUN.yaml"
+    given.write_text(yaml.safe_dump({**MINIMAL, "algorithm": "dapo", "rollout": {"n": 3}}))
+    config = load_run(given, ["data.prompts_per_step=7", "algorithm.loss.clip_high=0.5"])
+    assert (config.rollout.n, config.data.prompts_per_step, config.algorithm.loss.clip_high) == (3, 7, 0.5)
+    assert config.update.minibatches == 16  # DAPO's
+    with pytest.raises(UsageError, match=r"rollout\.staleness"):
+        load_run(given, ["rollout.staleness=1"])
+
+
+def test_the_run_folders_config_is_the_runs(base: Path) -> None:
+    again = load_run(base / "config.yaml", [])
+    assert yaml.safe_load((base / "config.yaml").read_text()) == strict.to_tree(RunConfig, again)
+    given = load_run(base.parent / "RUN.yaml", [])
+    assert again == given
+
+
+class Recorded:
+    """Stands in for a sharded model: what is asked of it, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def move(self, where: torch.device) -> None:
+        self.calls.append(f"move to {where.type}")
+
+    def score(self, *arguments: Any) -> None:
+        self.calls.append("score")
+
+
+@pytest.mark.parametrize(("offload", "moves"), [(True, 2), (False, 0)])
+def test_the_reference_is_moved_for_each_use(
+    tmp_path: Path, offload: bool, moves: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lens_megatron import trainer as module
+
+    given = tmp_path / "RUN.yaml"
+    given.write_text(yaml.safe_dump({**MINIMAL, "algorithm": "lens", "memory": {"offload_reference": offload}}))
+    monkeypatch.setattr(module.runtime, "device", lambda: torch.device("meta"))  # stands for the GPU
+    trainer = object.__new__(module.Trainer)
+    trainer.config, trainer.reference = load_run(given, []), Recorded()  # type: ignore[assignment]
+    with pytest.raises(ZeroDivisionError), trainer.reference_at_hand() as reference:
+        reference.score()  # type: ignore[call-arg]
+        raise ZeroDivisionError  # it goes back whatever happens
+    expected = ["move to meta", "score", "move to cpu"] if moves else ["score"]
+    assert reference.calls == expected  # type: ignore[attr-defined]
