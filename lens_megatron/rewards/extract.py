@@ -15,9 +15,7 @@ _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _BOX_WITHOUT_BRACES = re.compile(r"\\(?:boxed|fbox)\b(?!\s*\{)")
 # C0 controls but tab and newlines, DEL, C1, and the marks that reverse the order of what a reader sees
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_ANNOUNCED = re.compile(
-    r"(?:####|\banswer[ *]{0,4}(?:is|was|equals|:|=)[ :*]{0,4}\n?)(?P<rest>[^\n]{0,1000})", re.IGNORECASE
-)
+_ANNOUNCED = re.compile(r"(?:####|\banswer[ *]{0,4}(?:is|was|equals|:|=)[ :*]{0,4}\n?)", re.IGNORECASE)
 _CONCLUSION = re.compile(
     r"(?<![<>!:=])=|:|\b(?:is|are|equals?|gets?|gives?|obtains?|yields?|has|have|total of|therefore|thus|hence|so)\b",
     re.IGNORECASE,
@@ -70,9 +68,9 @@ def final_answer(response: str, answer_in: str = "anywhere") -> str:
         return (content or "").strip()
     announced = None
     for match in _ANNOUNCED.finditer(response):
-        announced = match.group("rest")
+        announced = response[match.end() : match.end() + MAX_ANSWER_CHARS].partition("\n")[0]
     if announced is not None:
-        return _bare(announced)
+        return _bare(_without_reason(announced))
     last_line = response.rstrip()[-_LINE_CHARS:].rpartition("\n")[2]
     whole = _bare(last_line)
     if len(response.strip()) <= _LINE_CHARS and "\n" not in response.strip() and not _PROSE.search(whole):
@@ -81,6 +79,20 @@ def final_answer(response: str, answer_in: str = "anywhere") -> str:
     if not conclusions or _SEVERAL_EQUATIONS.search(last_line):
         return ""
     return _bare(last_line[conclusions[-1].end() :])
+
+
+_FORMULA_AND_REASON = re.compile(r"\s*\$([^$]{1,500})\$\s*[,;.:]?\s+([A-Za-z ,.']*)")
+_CHANGES_THE_ANSWER = re.compile(
+    r"\b(?:or|and|not|but|wrong|incorrect|no|except|if|unless|never|times|plus|minus|than)\b"
+)
+
+
+def _without_reason(announced: str) -> str:
+    """`$5$, since the other root is negative` is $5$: words after a formula go, unless they may change it."""
+    match = _FORMULA_AND_REASON.fullmatch(announced)
+    if match is None or _CHANGES_THE_ANSWER.search(match[2].lower()) or len(match[2].split()) < 3:
+        return announced
+    return match[1]
 
 
 def _bare(text: str) -> str:

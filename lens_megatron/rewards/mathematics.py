@@ -177,6 +177,10 @@ def _quantities(gold: str, given: str, how: Comparison) -> Outcome:
     """With units: a missing one is forgiven, a different one is not."""
     gold_value, gold_unit = split_unit(gold)
     value, unit = split_unit(given)
+    if gold_unit is not None and unit is None:
+        value, unit = _same_dimension(given, gold_unit) or (value, unit)
+    elif unit is not None and gold_unit is None:
+        gold_value, gold_unit = _same_dimension(gold, unit) or (gold_value, gold_unit)
     if gold_unit is None and unit is None:
         return _words_or_expressions(gold, given, how)
     if gold_unit is not None and unit is not None:
@@ -185,6 +189,12 @@ def _quantities(gold: str, given: str, how: Comparison) -> Outcome:
         if gold_unit.size != unit.size:
             return _converted(gold_value, gold_unit, value, unit, how)
     return compare_leaves(gold_value, value, how) if (gold_value, value) != (gold, given) else "different"
+
+
+def _same_dimension(text: str, other: Unit) -> tuple[str, Unit] | None:
+    """5 m against 500 centimetres: there m is the metre."""
+    value, unit = split_unit(text, letters=True)
+    return (value, unit) if unit is not None and unit.dimensions == other.dimensions else None
 
 
 def _converted(gold: str, gold_unit: Unit, given: str, unit: Unit, how: Comparison) -> Outcome:

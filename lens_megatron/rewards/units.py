@@ -157,8 +157,11 @@ def read_unit(text: str) -> Unit | None:
     return Unit(size, frozenset((dimension, power) for dimension, power in powers.items() if power))
 
 
-def split_unit(text: str) -> tuple[str, Unit | None]:
-    """A cleaned answer without its unit, and the unit. The text comes back whole when it has none that is known."""
+def split_unit(text: str, letters: bool = False) -> tuple[str, Unit | None]:
+    """A cleaned answer without its unit, and the unit. The text comes back whole when it has none that is known.
+
+    `letters`: a bare m, s or g counts as well. By itself it is as likely a variable.
+    """
     text = text.strip()
     for sign in "$€£¥":
         if text.startswith((sign, "-" + sign)):
@@ -174,7 +177,7 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
         tail = text[start:]
         written = _TEXT.sub(r" \1 ", tail)
         words = re.findall(r"[A-Za-z]+", _TEXT.sub("", tail))
-        if any(word in _AMBIGUOUS for word in words):
+        if not letters and any(word in _AMBIGUOUS for word in words):
             continue
         unit = read_unit(re.sub(r"\s+", " ", written))
         if unit is not None:
