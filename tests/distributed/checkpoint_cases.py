@@ -54,6 +54,16 @@ def exported(trainable: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in trainable.export_hf()}
 
 
+def scramble(seed: int) -> None:
+    """All generators elsewhere: workers live on between tests, and would still be where the saving one left them."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    tracker = get_cuda_rng_tracker()
+    torch.manual_seed(seed)
+    tracker.set_states({name: torch.get_rng_state() for name in tracker.get_states()})
+    torch.rand(seed)
+
+
 def uninterrupted(folder: Path, layout: ParallelConfig, target: Path | None) -> Answer:
     """4 steps; saves after 2 when there is a `target`."""
     from lens_megatron.mcore import checkpoint, checkpoint_optimizer
@@ -62,7 +72,7 @@ def uninterrupted(folder: Path, layout: ParallelConfig, target: Path | None) -> 
     rates = train(trainable, 2)
     state = None
     if target is not None:
-        torch.manual_seed(1000 + dist.get_rank())
+        scramble(1000 + dist.get_rank())
         state = checkpoint_optimizer.random_states()
         checkpoint.save(trainable, target, EXTRA, step=2, companions_from=folder)
     rates += train(trainable, 2)
@@ -74,6 +84,7 @@ def resumed(folder: Path, layout: ParallelConfig, source: Path, spoil: str = "")
     from lens_megatron.mcore import checkpoint, checkpoint_optimizer
 
     trainable = policy(folder, layout)
+    scramble(7)
     extra = checkpoint.load(trainable, source)
     state = checkpoint_optimizer.random_states()
     if spoil:
