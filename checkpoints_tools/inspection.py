@@ -47,6 +47,7 @@ def _megatron(folder: Path) -> dict[str, Any]:
         "bytes": {**kinds, "total": sum(manifest.files.values())},
         "model": manifest.model,
         "metrics": manifest.metrics,
+        "trainer": {} if damage else metadata.read_common(folder).get("trainer", {}),
         "version": manifest.version,
         "run_config": _run_config(folder),
         "files": manifest.files,
@@ -95,6 +96,7 @@ def summary(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("optimizer", "yes" if found["optimizer"] else "no"),
     ]
     rows += [(f"{name} bytes", f"{size:,}") for name, size in found["bytes"].items()]
+    rows += [(name, str(value)) for name, value in found.get("trainer", {}).items() if name.endswith("_step")]
     rows += [(name, f"{value:.6g}") for name, value in found.get("metrics", {}).items()]
     if found.get("run_config"):
         rows.append(("run config", found["run_config"]["path"]))

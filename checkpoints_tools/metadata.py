@@ -82,6 +82,20 @@ def read(folder: Path) -> dict[str, Stored]:
     return stored
 
 
+def read_common(folder: Path) -> dict[str, Any]:
+    """common.pt: what is no tensor. Megatron lets it hold any pickle; ours holds plain values, and nothing else is loaded."""
+    path = folder / "common.pt"
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UsageError(f"{path}: holds more than plain values; not loaded: the file may be an attack") from None
+    except (OSError, RuntimeError, EOFError) as error:
+        raise UsageError(f"{path}: not readable ({str(error).splitlines()[0]}); damaged or missing") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path}: holds a {type(found).__name__}, not named values; damaged")
+    return found
+
+
 def _chunk(path: Path, name: str, box: tuple[tuple[int, ...], tuple[int, ...]], info: Any) -> Chunk:
     if info is None:
         raise UsageError(f"{path}: says nothing about where {name} is; damaged")

@@ -1,0 +1,166 @@
+"""Conversion against `cp` of the same bytes: time and peak memory, on a random model in the exact shape of a real one.
+
+    python benchmarks/convert.py --model qwen3-1.7b --folder /scratch --out benchmarks/results/convert
+
+Every command is a process of its own and is timed whole, imports included. Before each one the source is evicted from the
+page cache, so that all read from the disk; `cp` is timed up to its return, and again up to the end of a sync, which the
+converters do themselves. Rounds are interleaved, because a shared disk drifts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lens_megatron.hf_config import to_hf_config
+from lens_megatron.mcore.hf_files import write_hf_folder
+from lens_megatron.mcore.hf_names import hf_shapes
+from lens_megatron.model_spec import load_model_spec
+
+GIB = 2**30
+
+
+def random_tensors(shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """bf16 of random bits with a common exponent: no two tensors alike, and cheap to make."""
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in shapes.items():
+        bits = torch.randint(-(2**15), 2**15, (math.prod(shape),), dtype=torch.int16, generator=generator)
+        yield name, ((bits & -32641) | 0x3C00).view(torch.bfloat16).reshape(shape)
+
+
+def timed(command: list[str]) -> dict[str, float]:
+    """Seconds and peak resident bytes of one process."""
+    start = time.monotonic()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit code {child.returncode}")
+    cpu = usage.ru_utime + usage.ru_stime
+    return {"seconds": time.monotonic() - start, "cpu_seconds": cpu, "peak_rss_bytes": usage.ru_maxrss * 1024}
+
+
+def sync_and_evict(folder: Path) -> float:
+    """Seconds until the folder is on disk; its pages are then dropped."""
+    start = time.monotonic()
+    handles = [os.open(path, os.O_RDONLY) for path in folder.rglob("*") if path.is_file()]
+    for handle in handles:
+        os.fsync(handle)
+    seconds = time.monotonic() - start
+    for handle in handles:
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+    return seconds
+
+
+def one_round(source: Path, work: Path) -> dict[str, dict[str, float]]:
+    copied, checkpoint, back = work / "copied", work / "checkpoint", work / "back"
+    program = [sys.executable, "-m", "lens_megatron.cli", "convert"]
+    found = {}
+    sync_and_evict(source)
+    found["cp"] = timed(["cp", "-r", str(source), str(copied)])
+    found["cp"]["seconds_with_sync"] = found["cp"]["seconds"] + sync_and_evict(copied)
+    shutil.rmtree(copied)
+    sync_and_evict(source)
+    found["hf-to-megatron"] = timed([*program, "hf-to-megatron", str(source), str(checkpoint)])
+    sync_and_evict(checkpoint)
+    found["megatron-to-hf"] = timed([*program, "megatron-to-hf", str(checkpoint), str(back)])
+    if subprocess.run(["cmp", source / "model.safetensors", back / "model.safetensors"], check=False).returncode:
+        print("note: the files differ; `convert verify` says whether the tensors do", file=sys.stderr)
+    shutil.rmtree(checkpoint)
+    shutil.rmtree(back)
+    return found
+
+
+def machine() -> dict[str, Any]:
+    cpu = [
+        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    memory = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    return {"cpu": cpu[0] if cpu else platform.machine(), "cores": os.cpu_count(), "memory_gib": round(memory / GIB, 1)}
+
+
+def report(result: dict[str, Any]) -> str:
+    rows = ["| command | seconds, each round | median | against cp | peak RSS |", "|---|---|---|---|---|"]
+    for name, runs in result["rounds"].items():
+        seconds = ", ".join(f"{run['seconds']:.1f}" for run in runs)
+        peak = max(run["peak_rss_bytes"] for run in runs) / GIB
+        summary = result["summary"][name]
+        rows.append(f"| {name} | {seconds} | {summary['median']:.1f} | {summary['ratio']:.2f} | {peak:.2f} GiB |")
+    synced = ", ".join(f"{run['seconds_with_sync']:.1f}" for run in result["rounds"]["cp"])
+    m = result["machine"]
+    return "\n".join(
+        [
+            f"# Conversion of {result['model']} ({result['bytes'] / GIB:.2f} GiB in bf16) against cp",
+            "",
+            *rows,
+            "",
+            f"cp until it is on disk: {synced} s. Conversions include their own sync, and {result['imports']:.1f} s of imports.",
+            f"Load average when it began: {result['load_average']:.1f} on {m['cores']} cores (shared with other work).",
+            f"Machine: {m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB; {result['versions']}; {result['date']}.",
+            "Command: `python benchmarks/convert.py`; sources are evicted from the page cache before every command.",
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="time and memory of conversion against cp")
+    parser.add_argument("--model", default="qwen3-1.7b", help="a shipped name")
+    parser.add_argument("--folder", type=Path, required=True, help="a disk with room for three copies")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
+    args = parser.parse_args()
+    spec = load_model_spec(args.model)
+    shapes = hf_shapes(spec)
+    size = 2 * sum(math.prod(shape) for shape in shapes.values())
+    free = shutil.disk_usage(args.folder).free
+    if free < 3.2 * size:
+        raise SystemExit(f"{args.folder}: {free / GIB:.1f} GiB free, {3.2 * size / GIB:.1f} are needed")
+    work = args.folder / f"convert-benchmark-{os.getpid()}"
+    work.mkdir()
+    try:
+        source = work / "source"
+        write_hf_folder(source, random_tensors(shapes))
+        (source / "config.json").write_text(json.dumps(to_hf_config(spec, "bfloat16")))
+        load = os.getloadavg()[0]
+        imports = timed([sys.executable, "-c", "import checkpoints_tools.megatron_to_hf"])["seconds"]
+        rounds = [one_round(source, work) for _ in range(args.rounds)]
+    finally:
+        shutil.rmtree(work)
+    by_name = {name: [each[name] for each in rounds] for name in rounds[0]}
+    medians = {name: statistics.median(run["seconds"] for run in runs) for name, runs in by_name.items()}
+    result = {
+        "model": args.model,
+        "bytes": size,
+        "rounds": by_name,
+        "summary": {name: {"median": m, "ratio": m / medians["cp"]} for name, m in medians.items()},
+        "imports": imports,
+        "load_average": load,
+        "machine": machine(),
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "date": datetime.date.today().isoformat(),
+    }
+    text = report(result)
+    print(text)
+    if args.out:
+        args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

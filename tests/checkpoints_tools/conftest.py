@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from checkpoints_tools.hf_to_megatron import hf_to_megatron
+from tests.distributed.pool import WorkerPool
+from tests.tiny_models import save_hf
+
+
+@pytest.fixture(scope="session")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """hf(kind): a tiny HF folder of that family, made once."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = save_hf(kind, tmp_path_factory.mktemp("hf") / kind)
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def converted(hf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """converted(kind): the Megatron checkpoint of hf(kind), made once."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp("megatron") / kind
+            hf_to_megatron(hf(kind), made[kind], None, workers=2)
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def four_workers() -> Iterator[WorkerPool]:
+    pool = WorkerPool(4)
+    yield pool
+    pool.close()
