@@ -1,0 +1,22 @@
+"""What a benchmark's numbers were measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import date
+from importlib.metadata import version
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    load = os.getloadavg()[0]
+    return {
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, shared with other work",
+        "load_average": round(load, 1),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "megatron-core", "transformers", "pyarrow")},
+        },
+        "date": date.today().isoformat(),
+    }
