@@ -55,6 +55,17 @@ class ScoreResult:
     noise_floor: float
 
 
+def check_models(model: str, reference: str) -> None:
+    """Whatever the two folders can be refused for, from their configs and headers alone."""
+    from lens_megatron.mcore.hf_files import check_folder
+
+    spec = load_model_config(model).spec
+    if load_model_config(reference).spec != spec:
+        raise UsageError(f"--reference {reference}: not of the same shape as {model}; scores compare token by token")
+    for name in (model, reference):
+        check_folder(find_weights(name), spec)
+
+
 def score_prompts(model: str, reference: str, prompts: Sequence[Prompt], config: ScoreConfig) -> ScoreResult:
     """Every process of the layout calls this; every one gets the result. The two models are in memory one at a time."""
     from lens_megatron.data.tokenizer import load_tokenizer
@@ -63,8 +74,6 @@ def score_prompts(model: str, reference: str, prompts: Sequence[Prompt], config:
     from lens_megatron.mcore.step import build_frozen
 
     spec = load_model_config(model).spec
-    if load_model_config(reference).spec != spec:
-        raise UsageError(f"--reference {reference}: not of the same shape as {model}; scores compare token by token")
     runtime.initialize(spec, config.parallel, timeout_s=config.timeout_s)
     sequences = [torch.tensor(prompt.tokens) for prompt in prompts]
     dtype = _DTYPES.get(config.precision)

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from lens_megatron import strict, workers
     from lens_megatron.mcore.layout import check_layout
     from lens_megatron.model_spec import load_model_spec
-    from lens_megatron.scoring import ScoreConfig, prompts_from, score_prompts
+    from lens_megatron.scoring import ScoreConfig, check_models, prompts_from, score_prompts
 
     tree = strict.apply_overrides({}, args.overrides)
     for key, value in (("gamma", args.gamma), ("scope", args.scope)):
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     for output in (args.json, args.html):
         if output and not Path(output).absolute().parent.is_dir():
             raise UsageError(f"{output}: its folder does not exist")
+    check_models(args.model, args.reference)
     if not workers.is_worker():
         check_layout(load_model_spec(args.model), config.parallel, config.parallel.processes)
         if config.parallel.processes > 1:

@@ -18,14 +18,17 @@ def run(args: argparse.Namespace) -> int:
     from lens_megatron import strict, workers
     from lens_megatron.config import SftConfig, load_sft
     from lens_megatron.mcore import runtime
+    from lens_megatron.mcore.hf_files import check_folder
     from lens_megatron.mcore.layout import check_layout
-    from lens_megatron.model_spec import load_model_spec
+    from lens_megatron.model_spec import find_weights, load_model_spec
     from lens_megatron.run_folder import RunFolder
     from lens_megatron.sft import train_supervised
 
     config = load_sft(Path(args.run), args.overrides)
     if not workers.is_worker():
-        check_layout(load_model_spec(config.model), config.parallel, config.parallel.processes)
+        spec = load_model_spec(config.model)
+        check_layout(spec, config.parallel, config.parallel.processes)
+        check_folder(find_weights(config.model), spec)
         if config.parallel.processes > 1:
             return workers.run_workers(config.parallel.processes, ["sft", args.run, *args.overrides])
     folder = RunFolder.create(config.run_dir) if workers.rank() == 0 else None

@@ -23,14 +23,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from lens_megatron import endings, workers
     from lens_megatron.config import load_run
+    from lens_megatron.mcore.hf_files import check_folder
     from lens_megatron.mcore.layout import check_layout
-    from lens_megatron.model_spec import load_model_config
+    from lens_megatron.model_spec import find_weights, load_model_config
 
     endings.on_signals()
     config = load_run(Path(args.run), args.overrides)
     model = load_model_config(config.model)
     if not workers.is_worker():
         check_layout(model.spec, config.parallel, config.parallel.processes)
+        check_folder(find_weights(config.model), model.spec)
         if config.parallel.processes > 1:
             resume = ["--resume"] if args.resume else []
             return workers.run_workers(config.parallel.processes, ["train", *resume, args.run, *args.overrides])

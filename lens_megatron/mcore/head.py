@@ -100,6 +100,7 @@ class _VocabularyWalk(torch.autograd.Function):
             p_TC = z_TC.exp()
             sum_T += p_TC.sum(dim=1)
             moment_T += p_TC.mul_(z_TC).sum(dim=1)
+            del z_TC, p_TC  # or they would stand beside the next tile's
         if group is not None:
             global_max_T = max_T.clone()
             dist.all_reduce(global_max_T, op=dist.ReduceOp.MAX, group=group)
@@ -147,6 +148,7 @@ class _VocabularyWalk(torch.autograd.Function):
                     torch.mm(grad_TC.t(), hidden_TH, out=grad_weight_VH[start:stop])
                 else:
                     grad_weight_VH[start:stop] = _product(grad_TC.t(), hidden_TH)
+            del grad_TC
         if grad_hidden_TH is not None:
             grad_hidden_TH = grad_hidden_TH.to(hidden_TH.dtype)
         return grad_hidden_TH, grad_weight_VH, None, None, None, None, None

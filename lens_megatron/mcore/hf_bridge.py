@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from lens_megatron.mcore.hf_files import HfFolder
+from lens_megatron.mcore.hf_files import check_folder
 from lens_megatron.mcore.hf_names import Mapping, hf_shapes, join_shards, mapping_of, read_shard
 from lens_megatron.mcore.model import innermost
 from lens_megatron.model_spec import ModelSpec
@@ -63,8 +63,7 @@ def _split_layer(name: str, layer_numbers: dict[int, int]) -> tuple[int | None, 
 @torch.no_grad()
 def load_hf(chunks: Sequence[torch.nn.Module], spec: ModelSpec, folder: Path) -> None:
     """Fill the model from an HF folder, which is checked first. Reads this rank's slices only."""
-    source = HfFolder(folder)
-    source.check(hf_shapes(spec))
+    source = check_folder(folder, spec)
     for local in local_tensors(chunks, spec):
         rows = local.parameter.size(0)
         shard = read_shard(local.mapping, spec, local.shard, local.shards, rows, source.read)

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lens_megatron.errors import UsageError
+from lens_megatron.mcore.hf_names import hf_shapes
+from lens_megatron.model_spec import ModelSpec
 
 _INDEX = "model.safetensors.index.json"
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -112,6 +114,13 @@ class HfFolder:
         if path not in self._handles:
             self._handles[path] = safe_open(path, framework="pt")
         return self._handles[path]
+
+
+def check_folder(folder: Path, spec: ModelSpec) -> HfFolder:
+    """The folder's tensors for reading, after a check from headers alone that it holds all of this model."""
+    source = HfFolder(folder)
+    source.check(hf_shapes(spec))
+    return source
 
 
 def _read_header(path: Path) -> dict[str, Any]:

@@ -94,7 +94,6 @@ def transformer_config(
     layout: ParallelConfig,
     dtype: torch.dtype,
     memory: MemoryConfig | None = None,
-    replay_routing: bool = False,
 ) -> TransformerConfig:
     """Megatron-Core's configuration of this model in this layout."""
     memory = memory or MemoryConfig()
@@ -161,7 +160,6 @@ def transformer_config(
             moe_router_dtype="fp32",
             moe_grouped_gemm=engine,
             moe_permute_fusion=False,
-            moe_enable_routing_replay=replay_routing,
         )
     with cuda_literals():
         return TransformerConfig(**options)

@@ -46,6 +46,8 @@ def plan_packs(
             f"update.tokens_per_microbatch: {budget} tokens cannot hold a sequence of {max(lengths)} "
             f"({max(padded)} after padding); set at least {max(padded) + budget - room}"
         )
+    if room < 1:
+        raise UsageError(f"update.tokens_per_microbatch: {budget} tokens hold no sequence in this layout; set more")
     step = dp * multiple
     count = _round_up(max(1, -(-sum(padded) // room)), step)
     bins = _spread(padded, count)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lens_megatron.mcore.batch import PackedBatch
 from lens_megatron.mcore.hf_bridge import export_hf, load_hf
+from lens_megatron.mcore.hf_files import check_folder
 from lens_megatron.mcore.layout import ParallelConfig
 from lens_megatron.mcore.logprobs import TokenScores, score_sequences
 from lens_megatron.mcore.model import MemoryConfig, build_chunks, transformer_config
@@ -77,6 +78,7 @@ def build_frozen(
     dtype: torch.dtype | None = None,
 ) -> ShardedModel:
     """A model that only scores."""
+    check_folder(folder, spec)
     config = transformer_config(spec, layout, dtype or default_dtype(), memory)
     chunks = build_chunks(spec, config)
     load_hf(chunks, spec, folder)
@@ -95,6 +97,7 @@ def build_trainable(
     memory: MemoryConfig | None = None,
     dtype: torch.dtype | None = None,
 ) -> Trainable:
+    check_folder(folder, spec)
     memory = memory or MemoryConfig()
     config = transformer_config(spec, layout, dtype or default_dtype(), memory)
     chunks = build_chunks(spec, config)
