@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from lens_megatron.mcore.hf_files import _COMPANIONS
+from lens_megatron.mcore.hf_files import COMPANIONS
 
 
 def companions_of(folder: Path, dtype: torch.dtype | None) -> dict[str, bytes]:
     """The files, by name; config.json with its dtype changed when the weights' is."""
-    files = {name: (folder / name).read_bytes() for name in _COMPANIONS if (folder / name).is_file()}
+    files = {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
     if dtype is not None and "config.json" in files:
         files["config.json"] = config_bytes(json.loads(files["config.json"]), dtype)
     return files

@@ -79,8 +79,13 @@ class Broken:
         return _step_of(self.folder)
 
 
+def step_name(step: int) -> str:
+    """Of everything that a run keeps of one step: checkpoints and rollouts."""
+    return f"step_{step:06d}"
+
+
 def step_folder(root: Path, step: int) -> Path:
-    return root / f"step_{step:06d}"
+    return root / step_name(step)
 
 
 def begin(folder: Path) -> Path:

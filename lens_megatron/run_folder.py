@@ -21,6 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
+from lens_megatron.checkpoints import step_name
 from lens_megatron.errors import RunError, UsageError
 from lens_megatron.rollout_table import ROLLOUT_COLUMNS, RolloutRow, rollout_table
 
@@ -84,9 +85,6 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
-
-    def checkpoint_path(self, step: int) -> Path:
-        return self.checkpoints / step_name(step)
 
     def rollouts_path(self, step: int) -> Path:
         return self.path / "rollouts" / f"{step_name(step)}.parquet"
@@ -246,10 +244,6 @@ class RunFolder:
             raise RunError(
                 f"writing {path}: {reason}; what was written before is whole: make room, then resume"
             ) from None
-
-
-def step_name(step: int) -> str:
-    return f"step_{step:06d}"
 
 
 def machine_and_versions() -> dict[str, Any]:

@@ -53,7 +53,6 @@ def row(**changes: object) -> RolloutRow:
 def test_create_makes_the_folders_and_refuses_a_second_run(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "a" / "run")
     assert folder.logs.is_dir() and folder.checkpoints.is_dir()
-    assert folder.checkpoint_path(20) == tmp_path / "a" / "run" / "checkpoints" / "step_000020"
     RunFolder.create(folder.path).close()  # still empty
     folder.write_config({"steps": 2})
     with pytest.raises(UsageError, match="already holds a run: resume it, or choose another"):

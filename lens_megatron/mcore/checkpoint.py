@@ -29,7 +29,7 @@ from lens_megatron.errors import RunError
 from lens_megatron.mcore import checkpoint_optimizer
 from lens_megatron.mcore.agreement import on_rank_0, one_line
 from lens_megatron.mcore.checkpoint_writer import Staged, Written, stage
-from lens_megatron.mcore.hf_files import _COMPANIONS
+from lens_megatron.mcore.hf_files import COMPANIONS
 from lens_megatron.mcore.model import innermost
 from lens_megatron.mcore.runtime import cuda_literals
 from lens_megatron.mcore.step import ShardedModel, Trainable
@@ -244,7 +244,7 @@ def _companions(model: ShardedModel, source: Path | None) -> dict[str, Callable[
     """What an HF folder has besides weights, so that one can be written from the checkpoint alone."""
     config = json.dumps(to_hf_config(model.spec, _dtype(model)), indent=2) + "\n"
     files: dict[str, Callable[[], bytes]] = {f"{_HF}/config.json": config.encode}
-    for name in _COMPANIONS if source is not None else ():
+    for name in COMPANIONS if source is not None else ():
         if name != "config.json" and (source / name).is_file():  # type: ignore[operator]
             files[f"{_HF}/{name}"] = (source / name).read_bytes  # type: ignore[operator]
     return files

@@ -23,7 +23,7 @@ from lens_megatron.model_spec import ModelSpec
 _INDEX = "model.safetensors.index.json"
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What an HF folder has besides weights, copied along when a model is written again.
-_COMPANIONS = (
+COMPANIONS = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -201,7 +201,7 @@ def write_hf_folder(
             weight_map.update(dict.fromkeys(members, final))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (partial / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    for name in _COMPANIONS if companions_from else ():
+    for name in COMPANIONS if companions_from else ():
         if (companions_from / name).is_file():  # type: ignore[operator]
             shutil.copyfile(companions_from / name, partial / name)  # type: ignore[operator]
     partial.rename(target)
