@@ -109,7 +109,7 @@ def report(result: dict[str, Any]) -> str:
             "",
             *rows,
             "",
-            f"cp until it is on disk: {synced} s. Conversions include their own sync, and {result['imports']:.1f} s of imports.",
+            f"cp until it is on disk: {synced} s. Conversions include their own sync, {result['imports']:.1f} s of imports.",
             f"Load average when it began: {result['load_average']:.1f} on {m['cores']} cores (shared with other work).",
             f"Machine: {m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB; {result['versions']}; {result['date']}.",
             "Command: `python benchmarks/convert.py`; sources are evicted from the page cache before every command.",

@@ -77,6 +77,7 @@ def unfinished(target: Path, plan: Plan, made_from: Any, replace: bool = False) 
             raise UsageError(f"{folder}: another process is writing it; wait for it, or stop it") from None
         with _disk_errors(target):
             yield Unfinished(target, folder, handle, plan, made_from)
+            (target / JOURNAL).unlink()  # last: a run that is killed before has nothing to do again
     finally:
         os.close(handle)
 
@@ -142,7 +143,6 @@ class Unfinished:
             os.close(handle)
             (self.folder / (name + _UNFINISHED)).rename(self.folder / name)
         self._files = {}
-        (self.folder / JOURNAL).unlink()
 
     def __del__(self) -> None:
         for handle in getattr(self, "_files", {}).values():

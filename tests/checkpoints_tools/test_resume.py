@@ -1,0 +1,111 @@
+"""Killed in the middle: nothing that loads; run again, it continues and the result is the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from checkpoints_tools import streaming
+from checkpoints_tools.streaming import Unfinished
+from lens_megatron.cli import main
+
+Folder = Callable[[str], Path]
+JOBS = {"hf-to-megatron": 39, "megatron-to-hf": 47}  # records; tensors
+# Kills itself, with SIGKILL, after so many written tensors or at a step of the completion.
+KILLED = """
+import os, signal, sys
+from checkpoints_tools import megatron_target, megatron_to_hf, streaming
+from lens_megatron import checkpoints, cli
+def kill(*_): os.kill(os.getpid(), signal.SIGKILL)
+when, left = sys.argv[1], 15
+finished = streaming.Unfinished.finished
+def count(self, job):
+    global left
+    finished(self, job)
+    left -= 1
+    if left == 0: kill()
+if when == "writing": streaming.Unfinished.finished = count
+if when == "completing": megatron_target.write_small = megatron_to_hf.write_small = kill
+if when == "renaming": checkpoints.complete = checkpoints.sync_folder = kill
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def killed(when: str, *arguments: Path | str) -> None:
+    command = [sys.executable, "-c", KILLED, when, "convert", *map(str, arguments)]
+    assert subprocess.run(command, check=False, timeout=120).returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("when", ["writing", "completing", "renaming"])
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_killed_and_run_again(
+    when: str, direction: str, hf: Folder, converted: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = hf("qwen3") if direction == "hf-to-megatron" else converted("qwen3")
+    target, partial = tmp_path / "target", tmp_path / "target.partial"
+    killed(when, direction, source, target)
+    assert not target.exists() and partial.is_dir()
+    for folder in (target, partial):
+        if when != "renaming":  # then everything is there but its name
+            assert main(["convert", "inspect", str(folder)]) == 2
+            with pytest.raises((OSError, ValueError)):
+                AutoModelForCausalLM.from_pretrained(folder)
+    written: list[str] = []
+    finished = Unfinished.finished
+    monkeypatch.setattr(Unfinished, "finished", lambda self, job: (written.append(job.name), finished(self, job)))
+    assert main(["convert", direction, str(source), str(target)]) == 0
+    assert len(written) == {"writing": JOBS[direction] - 15, "completing": 0, "renaming": 0}[when]
+    assert not partial.exists() and not (target / "journal").exists()
+    assert main(["convert", "verify", str(hf("qwen3")), str(target)]) == 0
+
+
+def test_another_source_or_dtype_or_boot_starts_over(
+    hf: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    written: list[str] = []
+    finished = Unfinished.finished
+    monkeypatch.setattr(Unfinished, "finished", lambda self, job: (written.append(job.name), finished(self, job)))
+
+    def again(source: Path, *options: str) -> int:
+        written.clear()
+        killed("writing", "hf-to-megatron", hf("qwen3"), target)
+        assert main(["convert", "hf-to-megatron", str(source), str(target), *options]) == 0
+        assert main(["convert", "verify", str(source), str(target), "--no-logits"]) == (1 if options else 0)
+        (target / "manifest.json").unlink()
+        target.rename(tmp_path / f"done-{len(list(tmp_path.iterdir()))}")
+        return len(written)
+
+    assert again(hf("qwen3")) == JOBS["hf-to-megatron"] - 15
+    assert again(hf("qwen3"), "--dtype", "bfloat16") == JOBS["hf-to-megatron"]
+    assert again(hf("llama")) == 31
+    monkeypatch.setattr(streaming, "_boot", lambda: "another")
+    assert again(hf("qwen3")) == JOBS["hf-to-megatron"]
+
+
+def test_a_torn_line_of_the_journal_is_not_believed(hf: Folder, tmp_path: Path) -> None:
+    target, journal = tmp_path / "target", tmp_path / "target.partial" / "journal"
+    killed("writing", "hf-to-megatron", hf("qwen3"), target)
+    lines = journal.read_bytes()
+    assert lines.count(b"\n") == 16
+    data = next(journal.parent.glob("*.distcp.unfinished"))
+    before = data.read_bytes()
+    journal.write_bytes(lines[:-1])  # the last tensor's line was being written, and its bytes may be anything
+    with data.open("r+b") as file:
+        file.write(bytes(len(before)))
+        for part in json.loads(lines.split(b"\n")[0])["sizes"]:
+            assert part in data.name
+    with data.open("r+b") as file:
+        file.write(before)
+    assert main(["convert", "hf-to-megatron", str(hf("qwen3")), str(target)]) == 0
+    assert main(["convert", "verify", str(hf("qwen3")), str(target), "--no-logits"]) == 0
+    assert os.stat(target).st_size  # noqa: PTH116
