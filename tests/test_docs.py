@@ -22,7 +22,6 @@ from lens_megatron.algorithms.rescue import RescueConfig, rebuild_group
 from lens_megatron.algorithms.transfer import TransferTracker
 from lens_megatron.cli import build_parser, command_names
 from lens_megatron.config import RunConfig, SftConfig, load_run
-from lens_megatron.presets import load_algorithm, preset_names
 from lens_megatron.purification.strategies import Outcome
 from lens_megatron.rollout.sampling import SampleCounts
 from lens_megatron.trainer import _EVERY_STEP
@@ -211,8 +210,3 @@ def test_options_in_the_docs_are_the_commands_own() -> None:
             for option in re.findall(r"(?<!\S)\[?(--[a-z]+)", line):
                 # sub-commands of convert have options of their own
                 assert option in known or name == "convert", f"{name} {option}"
-
-
-def test_every_preset_loads_as_the_docs_say() -> None:
-    for name in preset_names():
-        assert load_algorithm(name) == load_algorithm({"preset": name})
