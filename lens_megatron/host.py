@@ -73,6 +73,7 @@ class Host:
         )
         self.trackers = Trackers(config.tracking, folder.path, config.name, strict.to_tree(RunConfig, config))
         self.transfer = TransferTracker()
+        self._pieces: dict[int, str] = {}  # the text of each token that a prompt had
         self._deleted: dict[str, list[int]] = {}  # at each prompt's last purification
         self.begin_step(0)
 
@@ -148,14 +149,19 @@ class Host:
         metrics["tokens"] = totals["original_tokens"] + totals["purified_tokens"]
         return metrics
 
+    def _piece(self, token: int) -> str:
+        if token not in self._pieces:
+            self._pieces[token] = self.tokenizer.decode([token])
+        return self._pieces[token]
+
     def rollout_rows(self, groups: Sequence[list[Sample]]) -> Iterator[RolloutRow]:
         """Every rollout of the step, with what became of it."""
-        pieces: dict[str, list[str]] = {}
+        pieces: dict[str, list[str]] = {}  # by prompt: its rollouts' rows share one list
         trained = {id(group): samples for group, samples in zip(self._trained, groups, strict=True)}
         for group in self._groups:
             prompt = group.group.prompt
             if prompt.id not in pieces:
-                pieces[prompt.id] = [self.tokenizer.decode([token]) for token in prompt.tokens]
+                pieces[prompt.id] = [self._piece(token) for token in prompt.tokens]
             samples = trained.get(id(group))
             members = {(m.rollout.purified, m.rollout.index): place for place, m in enumerate(group.members)}
             scores_T = self._signals[prompt.id].scores_T if prompt.id in self._signals else None

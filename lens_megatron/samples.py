@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from lens_megatron.algorithms.advantages import AdvantageConfig, group_advantages, overlong_penalty
 from lens_megatron.algorithms.rescue import RebuiltGroup
@@ -54,3 +56,13 @@ def split_groups(groups: Sequence[list[T]], parts: int) -> list[list[list[T]]]:
     parts = min(parts, len(groups))
     bounds = [round(part * len(groups) / parts) for part in range(parts + 1)]
     return [list(groups[start:stop]) for start, stop in pairwise(bounds)]
+
+
+def token_tensor(*parts: Sequence[int]) -> Tensor:
+    """Token ids end to end; torch.tensor takes seven times as long, and a step has a million of them."""
+    return torch.from_numpy(np.fromiter(chain(*parts), np.int64, sum(map(len, parts))))
+
+
+def number_tensor(values: Sequence[float]) -> Tensor:
+    """fp32, rounded as torch.tensor rounds."""
+    return torch.from_numpy(np.fromiter(values, np.float32, len(values)))

@@ -29,7 +29,7 @@ from lens_megatron.mcore.context import sum_over_sequences
 from lens_megatron.mcore.logprobs import TokenScores
 from lens_megatron.mcore.runtime import device
 from lens_megatron.mcore.step import LossFunction, ShardedModel, Trainable, train_step
-from lens_megatron.samples import split_groups
+from lens_megatron.samples import number_tensor, split_groups, token_tensor
 from lens_megatron.types import Sample
 
 
@@ -91,7 +91,7 @@ def evaluate_samples(
         return Evaluated(
             sample=s,
             proximal_R=(
-                torch.tensor(s.behaviour_logprobs)
+                number_tensor(s.behaviour_logprobs)
                 if update.old_logprobs == "engine"
                 else proximal[s.roll_tokens, s.response]
             ),
@@ -115,7 +115,7 @@ def update_policy(
     for _ in range(update.epochs):
         for part in split_groups(groups, update.minibatches):
             batch = [evaluated for group in part for evaluated in group]
-            sequences = [torch.tensor((*e.sample.prompt_tokens, *e.sample.response)) for e in batch]
+            sequences = [token_tensor(e.sample.prompt_tokens, e.sample.response) for e in batch]
             loss_function = minibatch_loss(policy, batch, len(part), sequences, loss, update, temperature)
             result = train_step(
                 policy,
@@ -148,7 +148,7 @@ def minibatch_loss(
     purified = [e.sample.purified for e in batch]
     lengths = [len(e.sample.response) for e in batch]
     denominators = count_denominators(loss, lengths, purified, groups, masks)
-    behaviour = [torch.tensor(e.sample.behaviour_logprobs) for e in batch]
+    behaviour = [number_tensor(e.sample.behaviour_logprobs) for e in batch]
     return loss_of_pack(batch, behaviour, masks, denominators, loss)
 
 
@@ -220,7 +220,7 @@ def _score_responses(
     unique = list(dict.fromkeys(pairs))
     if not unique:
         return {}
-    sequences = [torch.tensor((*prompt, *response)) for prompt, response in unique]
+    sequences = [token_tensor(prompt, response) for prompt, response in unique]
     scores: TokenScores = model.score(sequences, update.tokens_per_microbatch, temperature)
     return {pair: logprobs[len(pair[0]) :] for pair, logprobs in zip(unique, scores.logprobs, strict=True)}
 
