@@ -27,7 +27,7 @@ def on_signals() -> None:
 def _terminated(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: closing must not be cut short
     if workers.is_local_worker():
-        raise SystemExit(128 + number)
+        raise SystemExit(workers.TERMINATED)
     raise RunError("ended by SIGTERM; go on with --resume from the last whole checkpoint")
 
 

@@ -21,7 +21,9 @@ from lens_megatron.errors import RunError, UsageError
 _STARTED_BY = "LENS_MEGATRON_STARTED_BY"  # pid of the process that started this worker
 _GRACE_S = 10.0
 _SETTLE_S = 2.0
+TERMINATED = 128 + signal.SIGTERM  # exit code of a worker that this process told to end
 LOST_PEER = 75  # exit code of a worker that only met another one's end: it says nothing, the other knows why
+_SILENT = (LOST_PEER, TERMINATED, -signal.SIGTERM)
 
 
 def is_worker() -> bool:
@@ -111,9 +113,11 @@ def _report(workers: Sequence[subprocess.Popen[bytes]], errors: Sequence[Path]) 
         if workers[0].poll() is not None and _first_to_know(workers) is not None:
             break
         time.sleep(0.02)
-    if workers[0].poll() and workers[0].returncode not in (LOST_PEER, -signal.SIGTERM):
-        return _exit_code(0, workers[0])
     number = _first_to_know(workers)
+    _end(workers)  # before anything is said: rank 0 may be closing, and say it at the end of that
+    code = workers[0].returncode
+    if number == 0 or (code > 0 and code not in _SILENT):  # below 0 it was ended just now
+        return _exit_code(0, workers[0])
     if number is None:
         print("failed: the workers lost each other; the network or the machine may be at fault", file=sys.stderr)
         return 1
@@ -126,7 +130,7 @@ def _report(workers: Sequence[subprocess.Popen[bytes]], errors: Sequence[Path]) 
 
 
 def _first_to_know(workers: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    return next((n for n, worker in enumerate(workers) if worker.poll() and worker.returncode != LOST_PEER), None)
+    return next((n for n, worker in enumerate(workers) if worker.poll() and worker.returncode not in _SILENT), None)
 
 
 def _exit_code(number: int, worker: subprocess.Popen[bytes]) -> int:
