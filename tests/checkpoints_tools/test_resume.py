@@ -5,42 +5,55 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from checkpoints_tools import streaming
-from checkpoints_tools.streaming import Unfinished
+from checkpoints_tools import megatron_target, megatron_to_hf, streaming
+from checkpoints_tools.streaming import Job, Unfinished
+from lens_megatron import checkpoints
 from lens_megatron.cli import main
 
 Folder = Callable[[str], Path]
 JOBS = {"hf-to-megatron": 39, "megatron-to-hf": 47}  # records; tensors
-# Kills itself, with SIGKILL, after so many written tensors or at a step of the completion.
-KILLED = """
-import os, signal, sys
-from checkpoints_tools import megatron_target, megatron_to_hf, streaming
-from lens_megatron import checkpoints, cli
-def kill(*_): os.kill(os.getpid(), signal.SIGKILL)
-when, left = sys.argv[1], 15
-finished = streaming.Unfinished.finished
-def count(self, job):
-    global left
-    finished(self, job)
-    left -= 1
-    if left == 0: kill()
-if when == "writing": streaming.Unfinished.finished = count
-if when == "completing": megatron_target.write_small = megatron_to_hf.write_small = kill
-if when == "renaming": checkpoints.complete = checkpoints.sync_folder = kill
-sys.exit(cli.main(sys.argv[2:]))
-"""
 
 
 def killed(when: str, *arguments: Path | str) -> None:
-    command = [sys.executable, "-c", KILLED, when, "convert", *map(str, arguments)]
-    assert subprocess.run(command, check=False, timeout=120).returncode == -signal.SIGKILL
+    """The command in a process that kills itself after so many written tensors, or at a step of the completion."""
+    child = os.fork()  # not a new interpreter: its imports would take longer than the test
+    if child == 0:
+        try:
+            _plant_kill(when)
+            main(["convert", *map(str, arguments)])
+        finally:
+            os._exit(0)  # not reached when killed
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def _plant_kill(when: str) -> None:
+    def kill(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    left = 15
+    finished = Unfinished.finished
+
+    def count(self: Unfinished, job: Job) -> None:
+        nonlocal left
+        finished(self, job)
+        left -= 1
+        if left == 0:
+            kill()
+
+    places: dict[str, list[tuple[Any, str, Any]]] = {
+        "writing": [(Unfinished, "finished", count)],
+        "completing": [(megatron_target, "write_small", kill), (megatron_to_hf, "write_small", kill)],
+        "renaming": [(checkpoints, "complete", kill), (checkpoints, "sync_folder", kill)],
+    }
+    for place, name, replacement in places[when]:
+        setattr(place, name, replacement)
 
 
 @pytest.mark.parametrize("when", ["writing", "completing", "renaming"])
@@ -76,9 +89,11 @@ def test_another_source_or_dtype_or_boot_starts_over(
     finished = Unfinished.finished
     monkeypatch.setattr(Unfinished, "finished", lambda self, job: (written.append(job.name), finished(self, job)))
 
-    def again(source: Path, *options: str) -> int:
+    def again(source: Path, *options: str, boot: str = "") -> int:
         written.clear()
         killed("writing", "hf-to-megatron", hf("qwen3"), target)
+        if boot:
+            monkeypatch.setattr(streaming, "_boot", lambda: boot)
         assert main(["convert", "hf-to-megatron", str(source), str(target), *options]) == 0
         assert main(["convert", "verify", str(source), str(target), "--no-logits"]) == (1 if options else 0)
         (target / "manifest.json").unlink()
@@ -88,8 +103,7 @@ def test_another_source_or_dtype_or_boot_starts_over(
     assert again(hf("qwen3")) == JOBS["hf-to-megatron"] - 15
     assert again(hf("qwen3"), "--dtype", "bfloat16") == JOBS["hf-to-megatron"]
     assert again(hf("llama")) == 31
-    monkeypatch.setattr(streaming, "_boot", lambda: "another")
-    assert again(hf("qwen3")) == JOBS["hf-to-megatron"]
+    assert again(hf("qwen3"), boot="another") == JOBS["hf-to-megatron"]
 
 
 def test_a_torn_line_of_the_journal_is_not_believed(hf: Folder, tmp_path: Path) -> None:
