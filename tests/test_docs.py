@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
+import shlex
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,6 +185,16 @@ def test_the_example_run_loads(page: str, tmp_path: Path) -> None:
         path = tmp_path / "RUN.yaml"
         path.write_text(block)
         assert load_run(path, ["steps=10"]).steps == 10
+        for overrides in printed_overrides((ROOT / page).read_text()):
+            load_run(path, overrides)
+
+
+def printed_overrides(text: str) -> list[list[str]]:
+    """What stands behind `train RUN.yaml`, and the example of changes on the command line."""
+    lines = re.findall(r"lens[_-]megatron(?:\.cli)? train RUN\.yaml([^\n#`\[]*)", text)
+    lines += re.findall(r"on the command line: `([^`]+)`", text)
+    assert lines
+    return [[word for word in shlex.split(line) if not word.startswith("--")] for line in lines]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
