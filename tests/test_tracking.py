@@ -8,7 +8,7 @@ import pytest
 
 from lens_megatron import strict, tracking
 from lens_megatron.errors import UsageError
-from lens_megatron.tracking import TrackingConfig, Trackers
+from lens_megatron.tracking import Trackers, TrackingConfig
 
 
 def test_events_hold_the_numbers(tmp_path: Path) -> None:
