@@ -5,8 +5,10 @@ Weights only. Each linear layer's empty `_extra_state` is written too, because l
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -53,6 +55,8 @@ def write(
         unfinished(target, plan, made_from, replace) as partial,
         bytes_bar(target.name, sum(job.bytes for job in plan.jobs)) as on_bytes,
     ):
+        # what writes .metadata; its import is slow, and goes on while the disk is busy
+        threading.Thread(target=importlib.import_module, args=["torch.distributed.checkpoint"], daemon=True).start()
         stream(partial, read, workers, on_bytes)
         common = io.BytesIO()
         torch.save({"trainer": {"step": step}}, common)

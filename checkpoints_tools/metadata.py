@@ -4,35 +4,51 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata
 
 from checkpoints_tools import safe_pickle
 from lens_megatron.errors import UsageError
 
 FILE = ".metadata"
-_CLASSES = (
-    metadata.Metadata,
-    metadata.TensorStorageMetadata,
-    metadata.TensorProperties,
-    metadata._MEM_FORMAT_ENCODING,
-    metadata.ChunkStorageMetadata,
-    metadata.BytesStorageMetadata,
-    metadata.MetadataIndex,
-    metadata.StorageMeta,
-    filesystem._StorageInfo,
-    torch.Size,
-)
+
+
+class _Named:
+    """What a pickled object of torch's holds, without torch.distributed, whose import takes longer than reading."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state if isinstance(state, dict) else {"state": state})
+
+
+class _Index(_Named):
+    state_dict_metadata: dict[str, Any]
+    storage_data: dict[Any, Any]
+
+
+class _Tensor(_Named):
+    properties: Any
+    size: Any
+    chunks: Any
+
+
+_IN_METADATA = {
+    "Metadata": _Index,
+    "TensorStorageMetadata": _Tensor,
+    "_MEM_FORMAT_ENCODING": int,
+    **dict.fromkeys(("TensorProperties", "ChunkStorageMetadata", "BytesStorageMetadata"), _Named),
+    **dict.fromkeys(("MetadataIndex", "StorageMeta"), _Named),
+}
 _DTYPES = [value for value in vars(torch).values() if isinstance(value, torch.dtype)]
 _ALLOWED: dict[tuple[str, str], Any] = {
-    **{(kind.__module__, kind.__name__): kind for kind in _CLASSES},
+    **{("torch.distributed.checkpoint.metadata", name): kind for name, kind in _IN_METADATA.items()},
     **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in _DTYPES},
-    ("torch.serialization", "_get_layout"): lambda name: torch.strided,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Named,
+    ("torch.serialization", "_get_layout"): str,
+    ("torch", "Size"): tuple,
 }
 
 
@@ -67,19 +83,23 @@ def read(folder: Path) -> dict[str, Stored]:
             found = safe_pickle.load(file, _ALLOWED, str(path))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; the checkpoint is not complete") from None
-    if not isinstance(found, metadata.Metadata) or not isinstance(found.storage_data, dict):
-        raise UsageError(f"{path}: not the index of a distributed checkpoint; damaged")
-    places = {(index.fqn, tuple(index.offset or ())): info for index, info in found.storage_data.items()}
-    stored = {}
-    for name, entry in found.state_dict_metadata.items():
-        if isinstance(entry, metadata.TensorStorageMetadata):
-            boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
-            dtype, shape = entry.properties.dtype, tuple(entry.size)
-        else:
-            boxes, dtype, shape = [((), ())], None, ()
-        chunks = [_chunk(path, name, box, places.get((name, box[0]))) for box in boxes]
-        stored[name] = Stored(dtype, shape, tuple(chunks))
-    return stored
+    try:
+        if not isinstance(found, _Index):
+            raise TypeError(type(found).__name__)
+        places = {
+            (index.fqn, tuple(getattr(index, "offset", None) or ())): info for index, info in found.storage_data.items()
+        }
+        return {name: _stored(path, name, entry, places) for name, entry in found.state_dict_metadata.items()}
+    except (AttributeError, TypeError, ValueError, IndexError) as error:
+        raise UsageError(f"{path}: not the index of a distributed checkpoint ({error}); damaged") from None
+
+
+def _stored(path: Path, name: str, entry: Any, places: Mapping[Any, Any]) -> Stored:
+    if not isinstance(entry, _Tensor):
+        return Stored(None, (), (_chunk(path, name, ((), ()), places.get((name, ()))),))
+    boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
+    chunks = [_chunk(path, name, box, places.get((name, box[0]))) for box in boxes]
+    return Stored(entry.properties.state[0], tuple(entry.size), tuple(chunks))
 
 
 def read_common(folder: Path) -> dict[str, Any]:
@@ -108,6 +128,8 @@ def _chunk(path: Path, name: str, box: tuple[tuple[int, ...], tuple[int, ...]], 
 
 def to_bytes(stored: Iterable[tuple[str, Stored]]) -> bytes:
     """The file's content, as torch's own writer leaves it."""
+    from torch.distributed.checkpoint import filesystem, metadata
+
     tensors: dict[str, Any] = {}
     places: dict[Any, Any] = {}
     for name, entry in stored:
