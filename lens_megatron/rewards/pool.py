@@ -78,6 +78,15 @@ class _Worker:
         return float(times.user + times.system)
 
 
+def _environment(custom: bool) -> dict[str, str]:
+    """One thread and no GPU each. The user's functions are found as the trainer finds them, from the working folder too;
+    the shipped kinds are safe from what happens to lie there."""
+    package = str(Path(__file__).resolve().parents[2])
+    path = [package, *(entry for entry in sys.path if entry), *([str(Path.cwd())] if custom else [])]
+    safe = {} if custom else {"PYTHONSAFEPATH": "1"}
+    return {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **safe}
+
+
 class RewardPool:
     """submit(...) -> future of a Judgement; grade_all(...) -> all of them, in order; health(); close()."""
 
@@ -202,9 +211,7 @@ class RewardPool:
     def _start(self, custom: bool) -> None:
         ours, theirs = socket.socketpair()
         settings = f'{{"fd": {theirs.fileno()}, "custom": {json.dumps(custom)}, "config": {self._settings}}}'
-        # the user's functions are found as the trainer finds them; one thread each, the machine is shared
-        path = os.pathsep.join(entry or str(Path.cwd()) for entry in ["", *sys.path])
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {**os.environ, **_environment(custom)}
         command = [sys.executable, "-m", "lens_megatron.rewards.worker", settings]
         with theirs:
             process = subprocess.Popen(
