@@ -35,6 +35,7 @@ import psutil
 import torch
 
 from benchmarks._machine import machine
+from lens_megatron.algorithms.filters import PromptFilter
 from lens_megatron.algorithms.rescue import RescueConfig
 from lens_megatron.rewards.config import RewardConfig
 from lens_megatron.rollout.engine import Finished, Health, Request, VersionSpan
@@ -246,7 +247,7 @@ def sections() -> dict[str, list[tuple[Any, str]]]:
         "choose prompts": [(host.Host, "next_prompts")],
         "purify": [(host, "purify")],
         "rebuild groups": [(host, "rebuild_group")],
-        "filter": [(host.PromptFilter, "accept"), (host.PromptFilter, "finish")],
+        "filter": [(PromptFilter, "accept"), (PromptFilter, "finish")],
         "samples, advantages": [(host, "samples_of_group")],
         "evaluate: tensors, pairs": [(trainer, "evaluate_samples"), (update, "_score_responses")],
         "update: tensors": [(trainer, "update_policy"), (update, "minibatch_loss")],
