@@ -120,9 +120,10 @@ def blow(how: str, command: Command) -> int:
 @pytest.mark.parametrize("how", ["terminate", "interrupt", "driver", "0", "1"])
 def test_ended_from_outside(task: Path, base: Path, tmp_path: Path, how: str) -> None:
     run_dir = as_of(base, 2, tmp_path / "run")
+    RunFolder(run_dir).rewind(2)
     run = str(write_run(tmp_path, run_tree(task, run_dir, steps=400, checkpoint=EVERY_STEP)))
     with started(tmp_path, "train", "--resume", run) as command:
-        command.until(lambda: 2 < len(metrics(run_dir)) < STEPS, "a resumed step")
+        command.until(lambda: len(metrics(run_dir)) > 2, "a resumed step")
         expected = blow(how, command)
         code = command.ends(BOUND_S)
         command.nobody_left()
