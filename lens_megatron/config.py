@@ -62,6 +62,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps is at least 1 (got {self.steps})")
+        if self.rollout.temperature == 0:
+            raise ValueError("rollout.temperature 0 leaves no log-probs to train on: set it above 0")
         if self.update.old_logprobs == "engine" and self.algorithm.loss.engine_correction.mode != "none":
             raise ValueError(
                 "update.old_logprobs: engine leaves loss.engine_correction nothing to correct: set one of them off"

@@ -17,7 +17,7 @@ from lens_megatron.algorithms.rescue import RebuiltGroup, rebuild_group
 from lens_megatron.algorithms.transfer import TransferTracker
 from lens_megatron.config import RunConfig
 from lens_megatron.data.prompts import PromptStream, load_prompts
-from lens_megatron.data.tokenizer import check_tokenizer, load_tokenizer
+from lens_megatron.data.tokenizer import TokenPieces, check_tokenizer, load_tokenizer
 from lens_megatron.errors import RunError, UsageError
 from lens_megatron.model_spec import ModelConfig
 from lens_megatron.purification.strategies import Outcome, Signals, purify
@@ -49,6 +49,10 @@ class Host:
                 f"{config.data.train}: data.prompts_per_step is {config.data.prompts_per_step}, and there are "
                 f"{len(self.stream)} prompts ({self.too_long} more are too long): lower it"
             )
+        self.data_note = (
+            f"{len(self.stream)} prompts; left out as longer than data.max_prompt_tokens: {self.too_long}; "
+            f"system messages without a place in the template: {loaded.systems_dropped}"
+        )
         self.prompt_filter = PromptFilter(config.algorithm.filter, config.data.prompts_per_step, config.seed)
         self.special_ids = frozenset(self.tokenizer.all_special_ids)
         on_gpu = torch.cuda.is_available()
@@ -73,7 +77,7 @@ class Host:
         )
         self.trackers = Trackers(config.tracking, folder.path, config.name, strict.to_tree(RunConfig, config))
         self.transfer = TransferTracker()
-        self._pieces: dict[int, str] = {}  # the text of each token that a prompt had
+        self._pieces = TokenPieces(self.tokenizer)
         self._deleted: dict[str, list[int]] = {}  # at each prompt's last purification
         self.begin_step(0)
 
@@ -149,11 +153,6 @@ class Host:
         metrics["tokens"] = totals["original_tokens"] + totals["purified_tokens"]
         return metrics
 
-    def _piece(self, token: int) -> str:
-        if token not in self._pieces:
-            self._pieces[token] = self.tokenizer.decode([token])
-        return self._pieces[token]
-
     def rollout_rows(self, groups: Sequence[list[Sample]]) -> Iterator[RolloutRow]:
         """Every rollout of the step, with what became of it."""
         pieces: dict[str, list[str]] = {}  # by prompt: its rollouts' rows share one list
@@ -161,7 +160,7 @@ class Host:
         for group in self._groups:
             prompt = group.group.prompt
             if prompt.id not in pieces:
-                pieces[prompt.id] = [self._piece(token) for token in prompt.tokens]
+                pieces[prompt.id] = self._pieces(prompt.tokens)
             samples = trained.get(id(group))
             members = {(m.rollout.purified, m.rollout.index): place for place, m in enumerate(group.members)}
             scores_T = self._signals[prompt.id].scores_T if prompt.id in self._signals else None

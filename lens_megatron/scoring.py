@@ -68,7 +68,7 @@ def check_models(model: str, reference: str) -> None:
 
 def score_prompts(model: str, reference: str, prompts: Sequence[Prompt], config: ScoreConfig) -> ScoreResult:
     """Every process of the layout calls this; every one gets the result. The two models are in memory one at a time."""
-    from lens_megatron.data.tokenizer import load_tokenizer
+    from lens_megatron.data.tokenizer import TokenPieces, load_tokenizer
     from lens_megatron.mcore import runtime
     from lens_megatron.mcore.noise import evaluations_in_other_packings
     from lens_megatron.mcore.step import build_frozen
@@ -89,6 +89,7 @@ def score_prompts(model: str, reference: str, prompts: Sequence[Prompt], config:
         del sharded
     tokenizer = load_tokenizer(str(find_weights(model)))
     special = frozenset(tokenizer.all_special_ids)
+    pieces = TokenPieces(tokenizer)
     scored = []
     for number, prompt in enumerate(prompts):
         policy_T, reference_T = logprobs[model][number], logprobs[reference][number]
@@ -98,7 +99,7 @@ def score_prompts(model: str, reference: str, prompts: Sequence[Prompt], config:
         scored.append(
             ScoredPrompt(
                 ids=list(prompt.tokens),
-                tokens=[tokenizer.decode([token]) for token in prompt.tokens],
+                tokens=pieces(prompt.tokens),
                 policy_logprobs=to_optional(policy_T),
                 reference_logprobs=to_optional(reference_T),
                 scores=to_optional(scores_T),

@@ -28,7 +28,30 @@ _SILENT = (LOST_PEER, TERMINATED, -signal.SIGTERM)
 
 def is_worker() -> bool:
     """True inside torchrun, srun or a process started by `run_workers`."""
+    _adopt_slurm()
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _adopt_slurm() -> None:
+    """Inside srun with several tasks: Slurm's names for ranks, as torch expects them."""
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if (
+        tasks == 1
+        or "RANK" in os.environ
+        or "SLURM_PROCID" not in os.environ
+        or "SLURM_STEP_NODELIST" not in os.environ
+    ):
+        return
+    if "MASTER_ADDR" not in os.environ:
+        names = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
+        os.environ["MASTER_ADDR"] = subprocess.run(names, capture_output=True, text=True, check=True).stdout.split()[0]
+    # one port a job, the same on all its nodes
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
+    os.environ.update(
+        RANK=os.environ["SLURM_PROCID"],
+        WORLD_SIZE=str(tasks),
+        LOCAL_RANK=os.environ.get("SLURM_LOCALID", "0"),
+    )
 
 
 def is_local_worker() -> bool:

@@ -201,3 +201,27 @@ def test_more_processes_than_gpus_is_refused_before_any_starts(run: Any, tmp_pat
     with pytest.raises(UsageError, match="needs 2 processes, this machine has 1 GPUs"):
         run("", "")
     assert not pids(tmp_path)
+
+
+def test_ranks_are_slurms_inside_srun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\necho node7\necho node8\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # restored after the test, whatever is set in it
+        monkeypatch.delenv(name)
+    slurm = {"PROCID": "3", "NTASKS": "4", "LOCALID": "1", "STEP_NODELIST": "node[7-8]", "JOB_ID": "41"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert workers.is_worker()
+    found = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
+    assert found == ["3", "4", "1", "node7", "20041"]
+
+
+def test_a_single_slurm_task_starts_its_own_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert not workers.is_worker()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,33 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
             f"{tokenizer.name_or_path}: the tokenizer has {size} tokens, the model {vocab_size}: "
             "they do not belong together"
         )
+
+
+class TokenPieces:
+    """The text that each token adds after the one before it: together they read like the whole text.
+
+    Word-level tokenizers put spaces between tokens, so a token alone does not tell; what a pair adds does. Remembered,
+    because a step shows every token of every prompt.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._texts: dict[tuple[int, ...], str] = {}
+
+    def __call__(self, ids: Sequence[int]) -> list[str]:
+        return [self._piece(before, token) for before, token in pairwise((None, *ids)) if token is not None]
+
+    def _piece(self, before: int | None, token: int) -> str:
+        alone = self._text((token,))
+        if before is None:
+            return alone
+        first, both = self._text((before,)), self._text((before, token))
+        return both[len(first) :] if both.startswith(first) else alone
+
+    def _text(self, ids: tuple[int, ...]) -> str:
+        if ids not in self._texts:
+            self._texts[ids] = self._tokenizer.decode(list(ids))
+        return self._texts[ids]
 
 
 def stop_tokens(tokenizer: Any) -> tuple[int, ...]:

@@ -34,10 +34,10 @@ class Run:
 
     @property
     def algorithm(self) -> str:
-        """The preset's name, as far as the configuration tells."""
+        """The preset's name, or what the run calls itself."""
         choice = self.config.get("algorithm")
-        if isinstance(choice, Mapping):
-            choice = choice.get("preset")
+        if isinstance(choice, Mapping):  # resolved: the values, under the run's name
+            choice = choice.get("preset") or self.config.get("name")
         return str(choice) if choice else ""
 
 
