@@ -207,6 +207,8 @@ def _converted(gold: str, gold_unit: Unit, given: str, unit: Unit, how: Comparis
 
 def _words_or_expressions(gold: str, given: str, how: Comparison) -> Outcome:
     if _WORDS.search(gold) or _WORDS.search(given):
+        if not _WORDS.search(gold) and not re.search(r"\d", given):
+            return "not understood"  # "no idea" is no number
         return "same" if _spoken(gold) == _spoken(given) != "" else "different"
     return _expressions(gold, given, how)
 

@@ -106,3 +106,8 @@ def test_format_moves_the_reward_and_not_the_verdict() -> None:
     assert (judge(rule, "5", bad).reward, judge(rule, "5", bad).verdict) == (0.75, "correct")
     assert judge(rule, "6", good).reward == 0.25
     assert judge(rule, "6", "<think></think> \\boxed{5}").reward == 0
+
+
+@pytest.mark.parametrize("response", ["no idea", "I do not know.", r"\boxed{\text{none}}", "", r"\boxed{"])
+def test_no_answer_is_unparsable_and_not_wrong(response: str) -> None:
+    assert judge(RewardRule(), "5", response).verdict == "unparsable"
