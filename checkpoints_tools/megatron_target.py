@@ -19,7 +19,7 @@ import torch
 import lens_megatron
 from checkpoints_tools import metadata
 from checkpoints_tools.metadata import Chunk, Stored
-from checkpoints_tools.pieces import MegatronTensor, Piece, Place, megatron_tensors, modules_with_state
+from checkpoints_tools.pieces import MegatronTensor, Piece, Place, megatron_tensors, modules_with_state, part_of
 from checkpoints_tools.show_progress import bytes_bar
 from checkpoints_tools.streaming import Job, Plan, Read, stream, unfinished, write_small
 from checkpoints_tools.torch_records import frame
@@ -118,24 +118,12 @@ def _plan(
             file, offset = place_for(record.size)
             data = offset + len(record.head)
             fixed += [(file, offset, record.head), (file, data + record.data_bytes, record.tail)]
-            pieces = _rows(pieces_of(tensor), part * rows, (part + 1) * rows)
+            pieces = part_of(pieces_of(tensor), part * rows, (part + 1) * rows)
             jobs.append(Job(f"{tensor.place} {part}", file, data, dtype, pieces, tensor.shape[1:]))
             offsets = (*lead, part * rows, *(0 for _ in tensor.shape[1:]))
             chunks.setdefault(key, []).append(Chunk(offsets, box, file, offset, record.size))
     stored = {key: Stored(dtype, shape, tuple(chunks[key])) for key, (dtype, shape) in shapes.items()}
     return Plan(sizes, fixed, jobs), stored
-
-
-def _rows(pieces: tuple[Piece, ...], start: int, stop: int) -> tuple[Piece, ...]:
-    """The pieces that make rows [start, stop) of what `pieces` make."""
-    found, first = [], 0
-    for piece in pieces:
-        last = first + piece.stop - piece.start
-        low, high = max(start, first), min(stop, last)
-        if low < high:
-            found.append(Piece(piece.tensor, piece.start + low - first, piece.start + high - first))
-        first = last
-    return tuple(found)
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:

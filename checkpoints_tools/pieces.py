@@ -88,6 +88,18 @@ def modules_with_state(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...], 
                 yield f"decoder.layers.mlp.experts.experts.{name}", (layer, expert), sizes
 
 
+def part_of(pieces: tuple[Piece, ...], start: int, stop: int) -> tuple[Piece, ...]:
+    """The pieces that make rows [start, stop) of what `pieces` make."""
+    found, first = [], 0
+    for piece in pieces:
+        last = first + piece.stop - piece.start
+        low, high = max(start, first), min(stop, last)
+        if low < high:
+            found.append(Piece(piece.tensor, piece.start + low - first, piece.start + high - first))
+        first = last
+    return tuple(found)
+
+
 def _layer_names(spec: ModelSpec) -> list[str]:
     names = ["self_attention.linear_qkv.layer_norm_weight", "self_attention.linear_qkv.weight"]
     names += ["self_attention.linear_qkv.bias"] if spec.qkv_bias else []

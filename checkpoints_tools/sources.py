@@ -9,14 +9,13 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from checkpoints_tools import metadata
 from checkpoints_tools.metadata import Chunk, Stored
-from checkpoints_tools.pieces import Piece, Place, hf_pieces, megatron_tensors
+from checkpoints_tools.pieces import Piece, Place, hf_pieces, megatron_tensors, part_of
 from checkpoints_tools.torch_records import TensorBytes, find_bytes
 from lens_megatron import checkpoints, hf_config, strict
 from lens_megatron.errors import RunError, UsageError
@@ -28,17 +27,6 @@ from lens_megatron.model_spec import ModelSpec, load_model_spec
 def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, not copied."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-class HfTensors(Protocol):
-    """A checkpoint of either format, as HF tensors."""
-
-    spec: ModelSpec
-    folder: Path
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor: ...
 
 
 class _Files:
@@ -163,14 +151,7 @@ class MegatronSource:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of an HF tensor."""
-        parts, first = [], 0
-        for piece in self.hf_pieces[name]:
-            last = first + piece.stop - piece.start
-            low, high = max(start, first), min(stop, last)
-            if low < high:
-                shift = piece.start - first
-                parts.append(self.piece(Piece(piece.tensor, low + shift, high + shift)))
-            first = last
+        parts = [self.piece(piece) for piece in part_of(self.hf_pieces[name], start, stop)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def piece(self, piece: Piece) -> Tensor:
