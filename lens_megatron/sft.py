@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lens_megatron import strict
 from lens_megatron.config import SftConfig
 from lens_megatron.data.order import PromptOrder
 from lens_megatron.data.supervised import SupervisedExample, load_supervised
@@ -43,6 +44,9 @@ def train_supervised(config: SftConfig, folder: RunFolder | None) -> Path:
         memory=config.memory,
         dtype=_DTYPES.get(config.precision),
     )
+    if folder is not None:  # only now: a start that failed for bad input leaves no run behind
+        folder.write_config(strict.to_tree(SftConfig, config))
+        folder.write_versions()
     with Progress(config.steps, shown=folder is not None) as progress:
         for step in range(config.steps):
             batch = [examples[index] for index in order.take(config.data.prompts_per_step)]

@@ -15,8 +15,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lens_megatron import strict, workers
-    from lens_megatron.config import SftConfig, load_sft
+    from lens_megatron import endings, workers
+    from lens_megatron.config import load_sft
     from lens_megatron.mcore import runtime
     from lens_megatron.mcore.hf_files import check_folder
     from lens_megatron.mcore.layout import check_layout
@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from lens_megatron.run_folder import RunFolder
     from lens_megatron.sft import train_supervised
 
+    endings.on_signals()
     config = load_sft(Path(args.run), args.overrides)
     if not workers.is_worker():
         spec = load_model_spec(config.model)
@@ -31,13 +32,14 @@ def run(args: argparse.Namespace) -> int:
         check_folder(find_weights(config.model), spec)
         if config.parallel.processes > 1:
             return workers.run_workers(config.parallel.processes, ["sft", args.run, *args.overrides])
-    folder = RunFolder.create(config.run_dir) if workers.rank() == 0 else None
-    if folder is not None:
-        folder.write_config(strict.to_tree(SftConfig, config))
-        folder.write_versions()
-    target = train_supervised(config, folder)
-    if folder is not None:
-        folder.close()
+    with endings.lost_peers():
+        folder = RunFolder.create(config.run_dir) if workers.rank() == 0 else None
+        try:
+            target = train_supervised(config, folder)
+        finally:
+            if folder is not None:
+                folder.close()
+            runtime.shutdown()
+    if workers.rank() == 0:
         print(f"weights in {target}")
-    runtime.shutdown()
     return 0
