@@ -4,7 +4,8 @@
 
 Every command is a process of its own and is timed whole, imports included. Before each one the source is evicted from the
 page cache, so that all read from the disk; `cp` is timed up to its return, and again up to the end of a sync, which the
-converters do themselves. Rounds are interleaved, because a shared disk drifts.
+converters do themselves. Rounds are interleaved, and the best of each command counts: other work on the machine only ever
+slows. The load average before every command is kept beside its time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import math
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -60,6 +60,7 @@ def random_tensors(spec: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def timed(command: list[str]) -> dict[str, float]:
     """Seconds and peak resident bytes of one process."""
+    load = os.getloadavg()[0]
     start = time.monotonic()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
@@ -67,7 +68,12 @@ def timed(command: list[str]) -> dict[str, float]:
     if child.returncode:
         raise SystemExit(f"{' '.join(command)}: exit code {child.returncode}")
     cpu = usage.ru_utime + usage.ru_stime
-    return {"seconds": time.monotonic() - start, "cpu_seconds": cpu, "peak_rss_bytes": usage.ru_maxrss * 1024}
+    return {
+        "seconds": time.monotonic() - start,
+        "cpu_seconds": cpu,
+        "peak_rss_bytes": usage.ru_maxrss * 1024,
+        "load": load,
+    }
 
 
 def sync_and_evict(folder: Path) -> float:
@@ -110,15 +116,15 @@ def machine() -> dict[str, Any]:
 
 def report(result: dict[str, Any]) -> str:
     rows = [
-        "| command | seconds, each round | median | against cp | CPU seconds | peak RSS |",
+        "| command | seconds, each round (load average) | best | against cp | CPU seconds | peak RSS |",
         "|---|---|---|---|---|---|",
     ]
     for name, runs in result["rounds"].items():
-        seconds = ", ".join(f"{run['seconds']:.1f}" for run in runs)
+        seconds = ", ".join(f"{run['seconds']:.1f} ({run['load']:.0f})" for run in runs)
         peak = max(run["peak_rss_bytes"] for run in runs) / GIB
         summary = result["summary"][name]
-        cpu = statistics.median(run["cpu_seconds"] for run in runs)
-        times = f"{summary['median']:.1f} | {summary['ratio']:.2f} | {cpu:.1f}"
+        cpu = min(run["cpu_seconds"] for run in runs)
+        times = f"{summary['best']:.1f} | {summary['ratio']:.2f} | {cpu:.1f}"
         rows.append(f"| {name} | {seconds} | {times} | {peak:.2f} GiB |")
     synced = ", ".join(f"{run['seconds_with_sync']:.1f}" for run in result["rounds"]["cp"])
     m = result["machine"]
@@ -129,7 +135,7 @@ def report(result: dict[str, Any]) -> str:
             *rows,
             "",
             f"cp until it is on disk: {synced} s. Conversions include their own sync, {result['imports']:.1f} s of imports.",
-            f"Load average when it began: {result['load_average']:.1f} on {m['cores']} cores (shared with other work).",
+            f"The {m['cores']} cores and the disk were shared with other work, as the load averages say.",
             f"Machine: {m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB; {result['versions']}; {result['date']}.",
             "Command: `python benchmarks/convert.py`; sources are evicted from the page cache before every command.",
             "",
@@ -159,20 +165,18 @@ def main() -> None:
     try:
         source = work / "source"
         subprocess.run([sys.executable, __file__, "--model", args.model, "--make", str(source)], check=True)
-        load = os.getloadavg()[0]
         imports = timed([sys.executable, "-c", "import checkpoints_tools.megatron_to_hf"])["seconds"]
         rounds = [one_round(source, work) for _ in range(args.rounds)]
     finally:
         shutil.rmtree(work)
     by_name = {name: [each[name] for each in rounds] for name in rounds[0]}
-    medians = {name: statistics.median(run["seconds"] for run in runs) for name, runs in by_name.items()}
+    best = {name: min(run["seconds"] for run in runs) for name, runs in by_name.items()}
     result = {
         "model": args.model,
         "bytes": size,
         "rounds": by_name,
-        "summary": {name: {"median": m, "ratio": m / medians["cp"]} for name, m in medians.items()},
+        "summary": {name: {"best": seconds, "ratio": seconds / best["cp"]} for name, seconds in best.items()},
         "imports": imports,
-        "load_average": load,
         "machine": machine(),
         "versions": f"Python {platform.python_version()}, torch {version('torch')}",
         "date": datetime.date.today().isoformat(),
