@@ -6,7 +6,8 @@ masked. A row's token is drawn by inverting its cumulative distribution at a num
 the token's index, so a response depends on its own request only.
 
 Shapes: B rows running, U different prompts in a prefill, R rows entering, P padded prompt length, S slots,
-C cache capacity, K key-value heads, D head size, H hidden, V vocabulary, W longest running row.
+C cache capacity, Q query heads, K key-value heads, G query heads a key-value head, D head size, H hidden, V vocabulary,
+T tokens of a row, W longest running row.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS = 8192  # padded tokens of one prefill: bounds its memory
 CAPACITY_STEP = 64
+ATTENTION = "sdpa_by_group"
 
 
 @dataclass
@@ -121,6 +123,45 @@ class _Decode:
         return keys[:rows, :, : self.width], values[:rows, :, : self.width]
 
 
+def _attention_by_group(
+    module: Any,
+    query_BQTD: torch.Tensor,
+    keys_BKWD: torch.Tensor,
+    values_BKWD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    """A decoding step's query heads that share a key head become its queries: nothing of the cache is copied, where
+    transformers' own function copies all of it once a query head, in every step."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    rows, heads, tokens, size = query_BQTD.shape
+    if tokens > 1:
+        return sdpa_attention_forward(
+            module, query_BQTD, keys_BKWD, values_BKWD, attention_mask, scaling=scaling, **more
+        )
+    out_BKGD = torch.nn.functional.scaled_dot_product_attention(
+        query_BQTD.reshape(rows, keys_BKWD.shape[1], -1, size),
+        keys_BKWD,
+        values_BKWD,
+        attn_mask=attention_mask,
+        scale=scaling,
+    )
+    return out_BKGD.reshape(rows, 1, heads, size), None
+
+
+def _attend_by_group(model: Any) -> None:
+    """In models that use transformers' sdpa."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(ATTENTION, _attention_by_group)
+        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        model.set_attn_implementation(ATTENTION)
+
+
 def uniforms(seeds: Sequence[int], indices: Sequence[int]) -> np.ndarray:
     """Numbers in [0, 1) hashed from (seed, token index) by two rounds of splitmix64."""
     with np.errstate(over="ignore"):
@@ -162,6 +203,7 @@ class EmbeddedEngine:
         if any(kind != "full_attention" for kind in getattr(model.config, "layer_types", None) or []):
             raise UsageError("embedded engine: models with sliding-window layers are not supported; use SGLang")
         self._model = model.eval()
+        _attend_by_group(model)
         self._head = model.get_output_embeddings()
         self._device = self._head.weight.device
         self._weights = HFWeights(model)
