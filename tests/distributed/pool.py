@@ -16,6 +16,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+# Megatron-Core's gradient buffers keep themselves, and so their process groups, alive through hooks on autograd's nodes. A run
+# has one model and never notices; here hundreds would pile up, each with threads of gloo, so the pool starts afresh.
+_MOST_THREADS = 400
+
 
 class CaseFailed(AssertionError):
     """A rank raised, died or did not answer in time."""
@@ -32,6 +36,7 @@ class WorkerPool:
         for _, connection in self._workers:
             connection.send((case, arguments, keywords))
         results: dict[int, Any] = {}
+        threads = 0
         deadline = time.monotonic() + timeout_s
         waiting = {connection: rank for rank, (_, connection) in enumerate(self._workers)}
         while waiting:
@@ -41,12 +46,15 @@ class WorkerPool:
             for connection in ready:
                 rank = waiting.pop(connection)  # type: ignore[arg-type,call-overload]
                 try:
-                    good, value = connection.recv()  # type: ignore[union-attr]
+                    good, value, count = connection.recv()  # type: ignore[union-attr]
                 except EOFError:
                     self._fail(f"{case.__name__}: rank {rank} died")
                 if not good:
                     self._fail(f"{case.__name__} on rank {rank} of {self.world_size}:\n{value}")
                 results[rank] = value
+                threads = max(threads, count)
+        if threads > _MOST_THREADS:
+            self.close()
         return [results[rank] for rank in range(self.world_size)]
 
     def close(self) -> None:
@@ -91,5 +99,5 @@ def _serve(rank: int, world_size: int, rendezvous: str, connection: Connection) 
             answer = (True, case(*arguments, **keywords))
         except BaseException:  # reported to the test, whatever it was
             answer = (False, traceback.format_exc())
-        connection.send(answer)
+        connection.send((*answer, len(list(Path("/proc/self/task").iterdir()))))
     Path(rendezvous).unlink(missing_ok=True)
