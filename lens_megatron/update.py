@@ -123,9 +123,12 @@ def update_policy(
                 loss_function,
                 tokens_per_microbatch=update.tokens_per_microbatch,
                 temperature=temperature,
+                advance_schedule=not any(metrics["skipped"] == 0.0 for metrics in history),
             )
             metrics = finish_metrics(result.metrics)
             metrics.update(grad_norm=result.grad_norm, lr=result.learning_rate, skipped=float(not result.updated))
+            if update.old_logprobs == "engine":  # compared with itself the engine always agrees
+                metrics = {name: value for name, value in metrics.items() if not name.startswith("logprob_diff")}
             history.append(metrics)
     return _mean_over_updates(history)
 
@@ -229,7 +232,9 @@ def _mean_over_updates(history: Sequence[Mapping[str, float]]) -> dict[str, floa
     names = dict.fromkeys(name for metrics in history for name in metrics)
     result = {}
     for name in names:
-        values = [metrics[name] for metrics in history if name in metrics and metrics[name] == metrics[name]]
+        # a mean over nothing (no purified rollout) is left out; a loss that is not a number must stay seen
+        always = name in ("loss", "policy_loss", "grad_norm")
+        values = [m[name] for m in history if name in m and (always or m[name] == m[name])]
         if values:
             result[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
     return result

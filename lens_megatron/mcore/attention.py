@@ -79,7 +79,7 @@ class PackedAttention(MegatronModule):
         query_TND, key_TGD, value_TGD = (x.squeeze(1) if x.dim() == 4 else x for x in (query, key, value))
         if self.cp_group.size() > 1:
             output_TND = self._over_context_ranks(query_TND, key_TGD, value_TGD, packed_seq_params)
-        elif query_TND.is_cuda:
+        elif query_TND.is_cuda and query_TND.dtype != torch.float32:  # flash attention is for half precision
             output_TND = self._flash(query_TND, key_TGD, value_TGD, packed_seq_params)
         else:
             output_TND = self._one_by_one(query_TND, key_TGD, value_TGD, packed_seq_params)

@@ -26,7 +26,7 @@ class MemoryConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
     recompute: Literal["none", "selective", "full"] = "none"  # activations
-    offload_optimizer: float = 0.0  # share of the optimizer's state that lives on the host
+    offload_optimizer: float = 0.0  # share of the optimizer's state on the host; refused on CUDA until it is verified
     offload_reference: bool = True  # the reference lives on the host between uses
 
     def __post_init__(self) -> None:

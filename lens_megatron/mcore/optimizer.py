@@ -19,6 +19,7 @@ from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from lens_megatron.errors import UsageError
 from lens_megatron.mcore.model import MemoryConfig
 from lens_megatron.mcore.runtime import cuda_literals
 
@@ -43,6 +44,8 @@ class OptimizerConfig:
             raise ValueError(f"lr must be above 0 (got {self.lr})")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"min_lr must lie between 0 and lr (got {self.min_lr})")
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            raise ValueError(f"decay_steps={self.decay_steps} must be above warmup_steps={self.warmup_steps}")
 
 
 @dataclass
@@ -52,8 +55,10 @@ class Optimizer:
     inner: Any
     scheduler: OptimizerParamScheduler
 
-    def step(self) -> tuple[float, float, bool]:
+    def step(self, advance_schedule: bool = True) -> tuple[float, float, bool]:
         """Gradient norm before clipping, learning rate used, and whether the weights changed.
+
+        The schedule counts steps of the run: of several updates in one step, only one advances it.
 
         A gradient that is not finite changes nothing: neither weights, nor moments, nor the schedule.
         """
@@ -63,7 +68,7 @@ class Optimizer:
             if overflow or not math.isfinite(norm):
                 return norm, self.learning_rate(), False
             # The schedule moves first: with warm-up over w steps, the first step takes lr/w, not 0.
-            self.scheduler.step(increment=1)
+            self.scheduler.step(increment=int(advance_schedule))
             for part in getattr(self.inner, "chained_optimizers", [self.inner]):
                 parameters = part.get_parameters()
                 if part.config.clip_grad > 0 and parameters:
@@ -113,7 +118,9 @@ def _finish_gradients(chunks: list[torch.nn.Module], num_tokens: torch.Tensor | 
 def build_optimizer(
     wrapped: Sequence[torch.nn.Module], config: Any, settings: OptimizerConfig, memory: MemoryConfig, steps: int
 ) -> Optimizer:
-    offload = memory.offload_optimizer if torch.cuda.is_available() else 0.0
+    if memory.offload_optimizer > 0 and torch.cuda.is_available():
+        # Megatron-Core's hybrid optimizer wants its precision-aware path, and loses weights that are loaded into it
+        raise UsageError("memory.offload_optimizer: not supported yet: set it to 0, and use more GPUs or recompute")
     mcore = McoreOptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -126,13 +133,11 @@ def build_optimizer(
         bf16=config.bf16,
         params_dtype=config.params_dtype,
         use_distributed_optimizer=True,
-        optimizer_cpu_offload=offload > 0,
-        optimizer_offload_fraction=offload,
-        use_torch_optimizer_for_cpu_offload=True,
     )
     with cuda_literals():
         inner = get_megatron_optimizer(mcore, list(wrapped), config_overrides=get_standard_config_overrides(mcore))
-        decay_steps = max(settings.decay_steps or steps, settings.warmup_steps + 1)
+        # one more than the run has, or its last step would train at min_lr, and a run of one step not at all
+        decay_steps = settings.decay_steps or max(steps, settings.warmup_steps) + 1
         scheduler = OptimizerParamScheduler(
             inner,
             init_lr=0.0,

@@ -113,10 +113,11 @@ def train_step(
     *,
     tokens_per_microbatch: int,
     temperature: float = 1.0,
+    advance_schedule: bool = True,
 ) -> StepResult:
     """One update from all `sequences`. `loss` must already be divided by global counts: shares are only summed."""
     sums = accumulate_gradients(policy, sequences, loss, tokens_per_microbatch, temperature)
-    norm, rate, updated = policy.optimizer.step()
+    norm, rate, updated = policy.optimizer.step(advance_schedule)
     return StepResult(norm, rate, updated, sums)
 
 

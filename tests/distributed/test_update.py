@@ -102,3 +102,10 @@ def test_early_signals(workers: Any, folders: tuple[Path, Path]) -> None:
         found = workers(world).run(update_cases.diagnostics, folders[0], layout)[0]
         for name, value in signals.items():
             assert found[name] == pytest.approx(value, rel=1e-3), name
+
+
+def test_schedule_counts_steps_not_updates(workers: Any, folders: tuple[Path, Path]) -> None:
+    """Linear decay over 4 steps, whatever the mini-batches; the last step still trains."""
+    for minibatches in (1, 3):
+        rates = workers(1).run(update_cases.learning_rates, folders[0], minibatches, 4)[0]
+        assert rates == pytest.approx([0.8e-4, 0.6e-4, 0.4e-4, 0.2e-4])

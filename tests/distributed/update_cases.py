@@ -120,3 +120,19 @@ def diagnostics(folder: Path, layout: ParallelConfig) -> dict[str, float]:
     metrics = before_update(policy, evaluated, algorithm.loss, update, 1.0)
     metrics |= update_policy(policy, evaluated, algorithm.loss, update, 1.0)
     return metrics | after_update(policy, evaluated, update, 1.0)
+
+
+def learning_rates(folder: Path, minibatches: int, steps: int) -> list[float]:
+    from lens_megatron.mcore.optimizer import OptimizerConfig
+    from lens_megatron.mcore.step import build_trainable
+    from lens_megatron.update import UpdateConfig, evaluate_samples, update_policy
+
+    spec = start(folder, ParallelConfig())
+    policy = build_trainable(spec, ParallelConfig(), folder, OptimizerConfig(lr=1e-4, schedule="linear"), steps=steps)
+    algorithm = load_algorithm({"preset": "grpo", "loss": {"kl_coef": 0.0}})
+    update = UpdateConfig(minibatches=minibatches, tokens_per_microbatch=64)
+    rates = []
+    for _ in range(steps):
+        evaluated = evaluate_samples(groups_for(algorithm), policy, None, algorithm.loss, update, 1.0)
+        rates.append(update_policy(policy, evaluated, algorithm.loss, update, 1.0)["lr"])
+    return rates
