@@ -6,7 +6,7 @@
 embedded    the real trainer, host, driver, sampler and the embedded engine. One policy; the algorithms take turns on it
             step by step, each with the same prompts in a round, each with its own sampling history. What is reported are
             ratios within a round, their medians over the rounds; of wall time, and of CPU time, which other work on the
-            machine does not stretch.
+            machine stretches less.
 simulated   generation in virtual time on 8 engines (lens_megatron/rollout/simulated.py), swept over what is assumed. No
             model runs. Samples are rebuilt and counted by the real code; the rest of a step is taken to cost what its
             tokens cost, and generation to have a stated share of GRPO's step.

@@ -6,8 +6,8 @@ The real loop, trainer, host, rollout driver (a process of its own), sampler, pa
 and files; only two things are stubs: an engine whose responses are ready at once, and a model whose log-probs are a table
 look-up. The stubs' own time is taken out. Half of the prompts are rescued, so a step holds about 1.5 n rollouts a prompt.
 
-The headline counts CPU seconds: other work on the machine stretches wall time and leaves those alone. Wall seconds stand
-beside them. What the other ranks are sent is pickled and read back once, as a broadcast does it.
+The headline counts CPU seconds, which other work on the machine stretches far less than wall seconds; those stand beside
+them. What the other ranks are sent is pickled and read back once, as a broadcast does it.
 """
 
 from __future__ import annotations
