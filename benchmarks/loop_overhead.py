@@ -182,7 +182,7 @@ class StubOptimizer:
 
     def zero_grad(self) -> None: ...
 
-    def step(self) -> tuple[float, float, bool]:
+    def step(self, *_: Any) -> tuple[float, float, bool]:
         return 1.0, 1e-6, True
 
 
