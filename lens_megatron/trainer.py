@@ -171,13 +171,17 @@ class Trainer:
         if found is not None:
             self.first_step, self.noise_floor = found.step, found.extra["noise_floor"]
         self.progress = Progress(self.config.steps, self.first_step, shown=self.host is not None)
-        if self.host is not None:
-            self.host.folder.rewind(self.first_step)
+
+        def take_up(host: Host) -> None:
+            host.folder.rewind(self.first_step)
             if found is not None:
-                self.host.load_state_dict(found.extra)
+                host.load_state_dict(found.extra)
                 for reason in found.passed_over:
                     self.progress.note(f"passed over a damaged checkpoint: {reason}")
             self.progress.note(f"resuming after step {self.first_step}")
+
+        # a state that does not fit (other data, another filter) is an error of all ranks, not of rank 0 alone
+        self.on_rank_zero(take_up, "take up the run")
 
     def finish(self) -> None:
         """The last checkpoint is whole before the run ends."""

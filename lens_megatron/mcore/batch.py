@@ -54,9 +54,11 @@ def _held_here(pack: Pack) -> Tensor:
     return local_positions(pack.padded_lengths, ranks, parallel_state.get_context_parallel_rank())
 
 
-def pack_tensors(pack: Pack, sequences: Sequence[Tensor]) -> PackedBatch:
-    """This rank's part of a pack. Labels are shifted before context parallelism cuts the sequences."""
-    offsets = flat_offsets(sequences)
+def pack_tensors(pack: Pack, sequences: Sequence[Tensor], offsets: Sequence[int]) -> PackedBatch:
+    """This rank's part of a pack; `offsets` are flat_offsets of all the sequences.
+
+    Labels are shifted before context parallelism cuts the sequences.
+    """
     total = pack.tokens
     tokens, labels, positions = (torch.zeros(total, dtype=torch.long) for _ in range(3))
     target = torch.full((total,), -1, dtype=torch.long)

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from lens_megatron.mcore.batch import PackedBatch, pack_tensors
+from lens_megatron.mcore.batch import PackedBatch, flat_offsets, pack_tensors
 from lens_megatron.mcore.model import HeadRequest, innermost
 from lens_megatron.mcore.packing import Pack, plan_packs
 from lens_megatron.mcore.runtime import cuda_literals
@@ -92,7 +92,8 @@ def _run(
 
         return output, consume_output
 
-    iterators = [((pack, pack_tensors(pack, sequences)) for pack in packs) for _ in chunks]
+    offsets = flat_offsets(sequences)
+    iterators = [((pack, pack_tensors(pack, sequences, offsets)) for pack in packs) for _ in chunks]
     for chunk in chunks:
         chunk.train(training)
     with cuda_literals():
