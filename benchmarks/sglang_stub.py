@@ -1,0 +1,256 @@
+"""A STUB of an SGLang server: the same HTTP schema and no model behind it. For the client's cost and for faults.
+
+python -m benchmarks.sglang_stub --port 0      prints its port on one line, then serves until it is killed
+
+Tokens are arithmetic on the prompt, log-probs are made up, time is slept. tests/sglang holds it against the real server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+FAULTS = (
+    "none",
+    "not_json",
+    "wrong_id",
+    "missing_logprob",
+    "nan",
+    "too_long",
+    "wrong_version",
+    "error_500",
+    "error_400",
+)
+
+
+@dataclass
+class Request:
+    body: dict[str, Any]
+    started: float
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Stub:
+    def __init__(self, version: str, token_seconds: float, slots: int, api_key: str, fault: str, vocab: int) -> None:
+        self.version, self.token_seconds, self.slots = version, token_seconds, slots
+        self.api_key, self.fault, self.vocab = api_key, fault, vocab
+        self.weight_version, self.paused, self.in_session, self.finished_tokens = "default", False, False, 0
+        self.running: dict[str, Request] = {}
+        self.going_on = asyncio.Event()
+        self.going_on.set()
+        self.admitted = asyncio.Semaphore(slots)
+
+    def application(self) -> web.Application:
+        app = web.Application(middlewares=[self.authorised], client_max_size=2**34)
+        app.add_routes(
+            [
+                web.get("/health", self.health),
+                web.get("/server_info", self.server_info),
+                web.get("/model_info", self.model_info),
+                web.get("/v1/loads", self.loads),
+                web.post("/generate", self.generate),
+                web.post("/abort_request", self.abort),
+                web.post("/pause_generation", self.pause),
+                web.post("/continue_generation", self.go_on),
+                web.post("/flush_cache", self.flush),
+                web.post("/begin_weight_update", self.begin),
+                web.post("/end_weight_update", self.end),
+                web.post("/update_weights_from_disk", self.update),
+                web.post("/update_weights_from_tensor", self.update_in_session),
+                web.post("/update_weights_from_distributed", self.update_in_session),
+                web.post("/update_weight_version", self.rename),
+            ]
+        )
+        return app
+
+    @web.middleware
+    async def authorised(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        open_to_all = request.path.startswith("/health") or not self.api_key
+        if not open_to_all and request.headers.get("Authorization") != f"Bearer {self.api_key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        return await handler(request)
+
+    async def health(self, request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def server_info(self, request: web.Request) -> web.Response:
+        sizes = {"tp_size": 1, "dp_size": 1, "pp_size": 1, "max_running_requests": self.slots, "context_length": 10**6}
+        return web.json_response(
+            {"version": self.version, "dtype": "float32", "device": "cpu", "internal_states": [{}], **sizes}
+        )
+
+    async def model_info(self, request: web.Request) -> web.Response:
+        return web.json_response({"model_path": "stub", "is_generation": True, "weight_version": self.weight_version})
+
+    async def loads(self, request: web.Request) -> web.Response:
+        running = min(len(self.running), self.slots)
+        used = self.finished_tokens + sum(self._done(item) for item in self.running.values())
+        row = {
+            "dp_rank": 0,
+            "num_running_reqs": running,
+            "num_waiting_reqs": len(self.running) - running,
+            "num_used_tokens": used,
+            "max_running_requests": self.slots,
+        }
+        return web.json_response({"version": self.version, "loads": [row]})
+
+    async def generate(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if self.fault == "error_500":
+            return web.json_response({"error": {"message": "made-up failure"}}, status=500)
+        if self.fault == "error_400":
+            return web.json_response({"error": {"message": "made-up refusal"}}, status=400)
+        await self.going_on.wait()
+        item = self.running[body["rid"]] = Request(body, time.monotonic())
+        try:
+            async with self.admitted:
+                item.started = time.monotonic()
+                wanted = body["sampling_params"]["max_new_tokens"]
+                try:
+                    await asyncio.wait_for(item.ended.wait(), wanted * self.token_seconds)
+                    count, reason = self._done(item), {"type": "abort", "message": "Aborted"}
+                except asyncio.TimeoutError:
+                    count, reason = wanted, {"type": "length", "length": wanted}
+        finally:
+            self.running.pop(body["rid"], None)
+        self.finished_tokens += count
+        return self._answer(body, count, reason)
+
+    def _done(self, item: Request) -> int:
+        if self.token_seconds == 0:
+            return 0
+        return min(
+            int((time.monotonic() - item.started) / self.token_seconds), item.body["sampling_params"]["max_new_tokens"]
+        )
+
+    def _answer(self, body: dict[str, Any], count: int, reason: dict[str, Any]) -> web.Response:
+        prompt = body["input_ids"]
+        tokens = [(prompt[-1] + 7 * place) % self.vocab for place in range(count)]
+        triples: list[list[Any]] = [
+            [-1.6094379425048828 - place % 97 / 64, token, None] for place, token in enumerate(tokens)
+        ]
+        meta: dict[str, Any] = {
+            "id": body["rid"],
+            "finish_reason": reason,
+            "prompt_tokens": len(prompt),
+            "weight_version": self.weight_version,
+            "num_retractions": 0,
+            "output_token_logprobs": triples,
+            "completion_tokens": count,
+            "cached_tokens": 0,
+            "weight_versions": [{"version": self.weight_version, "start": 0, "end": count}],
+            "e2e_latency": 0.0,
+        }
+        if body.get("logprob_start_len") == 0:
+            meta["input_token_logprobs"] = [[None if place == 0 else -2.0, t, None] for place, t in enumerate(prompt)]
+        if self.fault == "wrong_id":
+            meta["id"] = "somebody-else"
+        elif self.fault == "missing_logprob":
+            triples.pop()
+        elif self.fault == "nan":
+            triples[0][0] = float("nan")
+        elif self.fault == "too_long":
+            tokens.append(1)
+            triples.append([-1.0, 1, None])
+            meta["completion_tokens"] = meta["weight_versions"][0]["end"] = len(tokens)
+        elif self.fault == "wrong_version":
+            meta["weight_version"] = meta["weight_versions"][0]["version"] = "somebody-elses"
+        text = (
+            "<html>gateway</html>"
+            if self.fault == "not_json"
+            else json.dumps({"output_ids": tokens, "meta_info": meta})
+        )
+        return web.Response(text=text, content_type="application/json")
+
+    async def abort(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        for name, item in self.running.items():
+            if body.get("abort_all") or (body.get("rid") and name.startswith(body["rid"])):
+                item.ended.set()
+        return web.Response()
+
+    async def pause(self, request: web.Request) -> web.Response:
+        mode = (await request.json()).get("mode", "abort")
+        self.going_on.clear()
+        self.paused = True
+        if mode == "abort":
+            for item in self.running.values():
+                item.ended.set()
+        return web.json_response({"status": "ok", "message": "Generation paused successfully."})
+
+    async def go_on(self, request: web.Request) -> web.Response:
+        self.paused = False
+        self.going_on.set()
+        return web.json_response({"status": "ok", "message": "Generation continued successfully."})
+
+    async def flush(self, request: web.Request) -> web.Response:
+        idle = not self.running
+        return web.Response(text="Cache flushed.\n" if idle else "Flush cache failed.\n", status=200 if idle else 400)
+
+    async def begin(self, request: web.Request) -> web.Response:
+        return self._session(not self.in_session, True)
+
+    async def end(self, request: web.Request) -> web.Response:
+        return self._session(self.in_session, False)
+
+    def _session(self, fits: bool, then: bool) -> web.Response:
+        if fits:
+            self.in_session = then
+        return _success(fits, "ok" if fits else "the session is in another state")
+
+    async def update(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if body.get("weight_version") is not None:
+            self.weight_version = body["weight_version"]
+        return _success(True, "Succeeded to update model weights.")
+
+    async def update_in_session(self, request: web.Request) -> web.Response:
+        if not self.in_session:
+            return _success(False, "weight update outside a session")
+        return await self.update(request)
+
+    async def rename(self, request: web.Request) -> web.Response:
+        self.weight_version = (await request.json())["new_version"]
+        return _success(True, f"Weight version updated to {self.weight_version}")
+
+
+def _success(yes: bool, message: str) -> web.Response:
+    return web.json_response({"success": yes, "message": message}, status=200 if yes else 400)
+
+
+async def serve(stub: Stub, port: int) -> None:
+    runner = web.AppRunner(stub.application(), access_log=None, keepalive_timeout=5.0)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", port, backlog=4096)
+    await site.start()
+    print(runner.addresses[0][1], flush=True)
+    await asyncio.Event().wait()
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--version", default="0.5.21")
+    parser.add_argument("--token-seconds", type=float, default=0.001)
+    parser.add_argument("--slots", type=int, default=2048)
+    parser.add_argument("--api-key", default="")  # a stub guards nothing
+    parser.add_argument("--fault", choices=FAULTS, default="none")
+    parser.add_argument("--vocab", type=int, default=50000)
+    args = parser.parse_args(arguments)
+
+    async def run() -> None:
+        stub = Stub(args.version, args.token_seconds, args.slots, args.api_key, args.fault, args.vocab)
+        await serve(stub, args.port)
+
+    asyncio.run(run())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

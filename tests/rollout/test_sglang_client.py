@@ -1,0 +1,187 @@
+"""The client against the stub server: what it asks, what it refuses, and how it ends. tests/sglang has the real server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from lens_megatron.errors import RunError
+from lens_megatron.rollout.event_loop import EventLoop
+from lens_megatron.rollout.sglang_client import Refused, SGLangClient, Unreachable
+from lens_megatron.rollout.sglang_schema import BadAnswer, parse_generation, parse_version
+
+
+@contextlib.contextmanager
+def stub_server(*options: str) -> Iterator[str]:
+    command = [sys.executable, "-m", "benchmarks.sglang_stub", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[EventLoop]:
+    loop = EventLoop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture
+def connect(loop: EventLoop) -> Iterator[Callable[..., SGLangClient]]:
+    made: list[SGLangClient] = []
+
+    def connect(url: str, **options: Any) -> SGLangClient:
+        made.append(SGLangClient(url, **options))
+        return made[-1]
+
+    yield connect
+    for client in made:
+        loop.run(client.close())
+
+
+def test_verbs_and_an_update_in_order(loop: EventLoop, connect: Callable[..., SGLangClient]) -> None:
+    with stub_server("--api-key", "secret") as url:
+        server = connect(url, api_key="secret")
+        assert loop.run(server.server_info()).has_sessions
+        assert loop.run(server.weight_version()) == "default"
+        answer = loop.run(server.generate("a", (5, 6), 9))
+        assert len(answer.tokens) == 9 and answer.finish == "length" and answer.versions == (("default", 0, 9),)
+        with pytest.raises(Refused, match="outside a session"):
+            loop.run(server.update_weights_from_tensor([b"AAAA", b"BBBB"], "1"))
+        loop.run(server.pause_generation("abort"))
+        loop.run(server.flush_cache())
+        loop.run(server.begin_weight_update())
+        loop.run(server.update_weights_from_tensor([b"A" * 3 * 2**20], "1"))
+        loop.run(server.update_weights_from_distributed(["a"], ["bfloat16"], [[2, 3]], "g", "1", "flattened_bucket"))
+        loop.run(server.end_weight_update())
+        loop.run(server.continue_generation())
+        assert loop.run(server.prompt_logprobs("b", (5, 6, 7))) == ((-2.0, -2.0), "1")
+        with pytest.raises(Refused, match=r"401.*Unauthorized"):
+            loop.run(connect(url).weight_version())
+
+
+def test_an_abort_gives_the_part_so_far(loop: EventLoop, connect: Callable[..., SGLangClient]) -> None:
+    with stub_server("--token-seconds", "0.01") as url:
+        server = connect(url)
+        running = loop.start(server.generate("one/", (5,), 10_000))
+        time.sleep(0.3)
+        with pytest.raises(Refused, match=r"flush_cache, tried for 0\.3 s"):
+            loop.run(server.flush_cache(timeout_s=0.3))
+        loop.run(server.abort_request("one/"))
+        answer = running.result(5)
+        assert answer.finish == "abort" and 0 < len(answer.tokens) < 10_000
+
+
+def test_a_server_that_does_not_answer_is_given_up_in_time(
+    loop: EventLoop, connect: Callable[..., SGLangClient]
+) -> None:
+    with stub_server("--token-seconds", "10") as url:
+        began = time.monotonic()
+        with pytest.raises(Unreachable, match=r"no answer within 0\.5 s"):
+            loop.run(connect(url).generate("a", (5,), 10, timeout_s=0.5))
+        assert time.monotonic() - began < 3
+        lost = connect(url)
+        running = loop.start(lost.generate("b", (5,), 10))
+        time.sleep(0.3)
+    with pytest.raises(Unreachable, match="/generate"):
+        running.result(5)
+    with pytest.raises(Unreachable, match="Cannot connect"):
+        loop.run(lost.weight_version())
+
+
+@pytest.mark.parametrize(
+    "fault, says",
+    [
+        ("not_json", "no JSON"),
+        ("wrong_id", "answered as 'somebody-else'"),
+        ("missing_logprob", "other tokens than output_ids"),
+        ("nan", "no finite number"),
+        ("too_long", "10 tokens, 9 were asked for"),
+        ("error_500", r"refused \(500\): made-up failure"),
+        ("error_400", r"refused \(400\): made-up refusal"),
+    ],
+)
+def test_garbage_is_refused_in_one_line(
+    fault: str, says: str, loop: EventLoop, connect: Callable[..., SGLangClient]
+) -> None:
+    with stub_server("--fault", fault) as url:
+        with pytest.raises(RunError, match=says) as caught:
+            loop.run(connect(url).generate("a", (5,), 9))
+        assert url in str(caught.value) and "\n" not in str(caught.value)
+
+
+def answer(**changes: Any) -> dict[str, Any]:
+    meta = {
+        "id": "a",
+        "finish_reason": {"type": "stop", "matched": 3},
+        "prompt_tokens": 2,
+        "completion_tokens": 2,
+        "weight_version": "1",
+        "weight_versions": [{"version": "0", "start": 0, "end": 1}, {"version": "1", "start": 1, "end": 2}],
+        "output_token_logprobs": [[-0.5, 9, None], [-0.25, 3, None]],
+    }
+    return {"output_ids": changes.pop("output_ids", [9, 3]), "meta_info": {**meta, **changes}}
+
+
+def test_versions_are_kept_by_token() -> None:
+    parsed = parse_generation(answer(), "a", (5, 6), 4, (3,), False)
+    assert parsed.versions == (("0", 0, 1), ("1", 1, 2)) and parsed.logprobs == (-0.5, -0.25)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"id": "b"},
+        {"output_ids": [9, 4]},
+        {"output_ids": None},
+        {"prompt_tokens": 3},
+        {"completion_tokens": 3},
+        {"finish_reason": None},
+        {"finish_reason": {"type": "timeout"}},
+        {"finish_reason": {"type": "length"}},  # two tokens of four
+        {"finish_reason": {"type": "stop"}, "output_ids": [9, 8], "output_token_logprobs": [[-1.0, 9], [-1.0, 8]]},
+        {"output_token_logprobs": [[0.5, 9, None], [-0.25, 3, None]]},
+        {"output_token_logprobs": [[None, 9, None], [-0.25, 3, None]]},
+        {"output_token_logprobs": [["-0.5", 9, None], [-0.25, 3, None]]},
+        {"output_token_logprobs": [[float("-inf"), 9, None], [-0.25, 3, None]]},
+        {"output_token_logprobs": [[-0.5], [-0.25, 3, None]]},
+        {"output_token_logprobs": None},
+        {"weight_version": None},
+        {"weight_versions": [{"version": "0", "start": 0, "end": 1}]},
+        {"weight_versions": [{"version": "0", "start": 0, "end": 1}, {"version": "1", "start": 0, "end": 2}]},
+        {"weight_versions": [{"version": 0, "start": 0, "end": 2}]},
+    ],
+)
+def test_an_answer_that_is_not_what_was_asked_for_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(BadAnswer):
+        parse_generation(answer(**changes), "a", (5, 6), 4, (3,), False)
+
+
+def test_an_abort_before_the_first_token_is_empty() -> None:
+    meta = {"id": "a", "finish_reason": {"type": "abort"}, "weight_version": "1", "completion_tokens": 0}
+    parsed = parse_generation({"output_ids": [], "meta_info": meta}, "a", (5, 6), 4, (), False)
+    assert parsed.finish == "abort" and parsed.tokens == ()
+
+
+def test_versions_of_the_server() -> None:
+    assert parse_version("0.5.15.post1") == (0, 5, 15) and parse_version("0.5.21rc2") == (0, 5, 21)
+    with pytest.raises(BadAnswer):
+        parse_version(None)
+
+
+def test_closing_the_loop_ends_what_runs() -> None:
+    loop = EventLoop()
+    sleeping = loop.start(asyncio.sleep(1000))
+    loop.close()
+    assert sleeping.cancelled()
