@@ -1,5 +1,7 @@
 """Shapes and types of the pure functions are checked at run time in the tests, at no cost in a run."""
 
+import signal
+
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -9,3 +11,7 @@ install_import_hook(["lens_megatron.algorithms", "lens_megatron.purification"], 
 # a shared machine stalls now and then, which is no property of the code under test
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
+
+# a shell's background jobs ignore Ctrl-C, and so would every process that the tests start and interrupt
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
