@@ -127,6 +127,11 @@ def _write(path: Path, tree: dict[str, Any]) -> str:
 
 
 def _run(command: str, *arguments: str) -> None:
-    code = subprocess.call([sys.executable, "-m", "lens_megatron.cli", command, *arguments])
+    with subprocess.Popen([sys.executable, "-m", "lens_megatron.cli", command, *arguments]) as process:
+        try:
+            code = process.wait()
+        except BaseException:  # told to end: so is the part that runs, which closes its files and workers
+            process.terminate()
+            raise
     if code:
         raise RunError(f"lens-megatron {command} {' '.join(arguments)} ended with exit code {code}")

@@ -18,11 +18,13 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from lens_megatron import endings
     from lens_megatron.errors import UsageError
     from lens_megatron.quickstart import quickstart
 
     if args.steps < 1:
         raise UsageError(f"--steps is at least 1 (got {args.steps})")
+    endings.on_signals()
     folder = Path(args.dir)
     outcomes = quickstart(folder, args.steps)
     table = Table(title="share of rollouts that succeed, and of prompts without any success")
