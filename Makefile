@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart install test lint format clean
+.PHONY: quickstart install test test-sglang lint format clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,11 @@ quickstart: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# The real SGLang server, on CPU, in an environment of its own outside the checkout (LENS_SGLANG_VENV names another).
+test-sglang: install
+	$(BIN)/python -m tests.sglang.venv
+	$(BIN)/python -m pytest -m sglang
 
 lint: install
 	$(BIN)/ruff format --check .

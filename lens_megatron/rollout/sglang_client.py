@@ -59,6 +59,8 @@ class ServerError(RunError):
 class Unreachable(ServerError):
     """No answer; what the server did is unknown."""
 
+    timed_out = False
+
 
 class Refused(ServerError):
     """An answer with an error status."""
@@ -325,7 +327,9 @@ class SGLangClient:
             ) as response:
                 text = await response.read()
         except asyncio.TimeoutError:
-            raise Unreachable(f"{where}: no answer within {limit:g} s") from None
+            timeout_error = Unreachable(f"{where}: no answer within {limit:g} s")
+            timeout_error.timed_out = True
+            raise timeout_error from None
         except (aiohttp.ClientError, OSError) as error:
             raise Unreachable(f"{where}: {type(error).__name__}: {error}") from None
         if response.status != 200:

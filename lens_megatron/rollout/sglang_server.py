@@ -1,0 +1,161 @@
+"""SGLang servers as processes: started, watched, started again, ended. sglang itself is never imported.
+
+A server's arguments and its key are in a file that its owner alone can read (`logs/sglang_0.yaml`), so that its command
+line, which everybody sees, has neither. What it prints is in `logs/sglang_0.log`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lens_megatron.errors import UsageError
+from lens_megatron.rollout.sglang_config import ServerConfig
+
+UNSYNCED = "unsynced"  # weight version of a server that no sync has reached since its start
+CLOSE_SECONDS = 15.0
+# of torchrun and the trainer: a server that saw them would join the trainer's processes, or take its allocator
+_NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+                  "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ServerAddress:
+    """Where a server is, and which start of it this is: after a restart it is another one, with other weights."""
+
+    name: str
+    url: str
+    api_key: str | None
+    start: int
+    version: tuple[int, int, int] = (0, 0, 0)
+    tp: int = 1
+    dp: int = 1
+    pp: int = 1
+
+
+class ServerProcess:
+    """One server of this machine."""
+
+    def __init__(self, name: str, config: ServerConfig, model: str, logs: Path, arguments: Mapping[str, Any]) -> None:
+        """`arguments` stand under the config's own."""
+        self.name, self._config, self._model = name, config, model
+        self._arguments = {**arguments, **{key.replace("-", "_"): value for key, value in config.args.items()}}
+        self.log, self._settings = logs / f"{name}.log", logs / f"{name}.yaml"
+        self.api_key = secrets.token_urlsafe(32)
+        self.starts = 0
+        self.url = ""
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns at once; a port is free now, and a server that finds it taken ends and is started anew."""
+        self.stop()
+        port = free_port(self._config.host)
+        self.url = f"http://{self._config.host}:{port}"
+        self._write_settings(port)
+        environment = {
+            **{name: value for name, value in os.environ.items() if name not in _NOT_INHERITED},
+            **self._config.env,
+        }
+        guard = [sys.executable, "-m", "lens_megatron.rollout.sglang_guard", *self.command()]
+        self.log.touch(mode=0o600)
+        with self.log.open("ab") as log:
+            log.write(f"--- start {self.starts} of {self.name} on {self.url}\n".encode())
+            log.flush()
+            try:
+                self._process = subprocess.Popen(
+                    guard, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
+                )
+            except OSError as error:
+                raise UsageError(f"rollout.server: {guard[0]} cannot be started ({error.strerror})") from None
+        self.starts += 1
+
+    def command(self) -> list[str]:
+        own = [self._config.python or sys.executable, "-m", "sglang.launch_server"]
+        return [*(self._config.command or own), "--config", str(self._settings)]
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process is None or self._process.poll() is not None
+
+    @property
+    def exit_code(self) -> int | None:
+        return None if self._process is None else self._process.poll()
+
+    def last_words(self) -> str:
+        """The line of the log that most likely says why it ended."""
+        lines = self._lines_of_this_start()
+        telling = [line for line in lines if "Error" in line or "error:" in line]
+        return (telling or lines or ["it printed nothing"])[-1].strip()[:300]
+
+    def _lines_of_this_start(self) -> list[str]:
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        return [line for line in text.rpartition("--- start ")[2].splitlines()[1:] if line.strip()]
+
+    def stop(self) -> None:
+        """Ends it and everything that it started."""
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # the guard itself hangs
+            self._process.wait()
+        self._process = None
+
+    def _write_settings(self, port: int) -> None:
+        config = self._config
+        settings = {
+            **self._arguments,
+            "model-path": self._model,
+            "host": config.host,
+            "port": port,
+            "tp-size": config.tp,
+            "ep-size": config.ep,
+            "dp-size": config.dp,
+            "api-key": self.api_key,
+            "weight-version": UNSYNCED,
+        }
+        self._settings.unlink(missing_ok=True)  # an older one may be readable by others
+        descriptor = os.open(self._settings, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            yaml.safe_dump({name.replace("_", "-"): value for name, value in settings.items()}, file)
+
+
+def free_port(host: str) -> int:
+    with socket.socket() as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError as error:
+            raise UsageError(f"rollout.server.host: {host} is no address of this machine ({error.strerror})") from None
+        return probe.getsockname()[1]
+
+
+def started_servers(
+    config: ServerConfig, count: int, model: str, logs: Path, first_gpu: int, common: Mapping[str, Any]
+) -> list[ServerProcess]:
+    """Each on GPUs of its own; where there are none, `base_gpu_id` means nothing."""
+    logs.mkdir(parents=True, exist_ok=True)
+    first = config.first_gpu if config.first_gpu is not None else first_gpu
+    return [
+        ServerProcess(f"sglang_{number}", config, model, logs, {**common, "base_gpu_id": first + number * config.gpus})
+        for number in range(count)
+    ]
+
+
+def read_api_key(config: ServerConfig) -> str | None:
+    if config.api_key_file is None:
+        return None
+    return Path(config.api_key_file).expanduser().read_text(encoding="utf-8").strip()

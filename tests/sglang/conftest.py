@@ -1,0 +1,50 @@
+"""What the tests with a real SGLang server share; other folders import these fixtures by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lens_megatron.rollout.event_loop import EventLoop
+from lens_megatron.rollout.sglang_client import SGLangClient
+from lens_megatron.rollout.sglang_server import ServerProcess
+from tests.rollout import tiny
+
+from .server import servers
+
+
+def save_tiny(seed: int, folder: Path) -> None:
+    net = tiny.model(seed, tied=False)
+    net.config.max_position_embeddings = 1024  # its rotary embedding has no limit of its own
+    net.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tests/rollout/tiny.model(0), untied, as an HF folder with room for longer responses."""
+    folder = tmp_path_factory.mktemp("sglang") / "model"
+    save_tiny(0, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """One server for the whole session: whoever changes its weights puts them back."""
+    with servers(tiny_folder, tmp_path_factory.mktemp("logs")) as (server,):
+        yield server
+
+
+@pytest.fixture(scope="session")
+def loop() -> Iterator[EventLoop]:
+    loop = EventLoop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture
+def client(real_server: ServerProcess, loop: EventLoop) -> Iterator[SGLangClient]:
+    client = SGLangClient(real_server.url, real_server.api_key, timeout_s=60.0)
+    yield client
+    loop.run(client.close())

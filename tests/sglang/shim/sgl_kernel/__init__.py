@@ -1,0 +1,6 @@
+"""SGLang's CUDA kernels, as a stand-in. `scalar_type` stays absent: sglang has its own way without it."""
+
+from _stand_in import Submodules, stand_in
+
+__getattr__ = stand_in(__name__)
+Submodules(__name__, absent=("scalar_type",))

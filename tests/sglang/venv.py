@@ -1,0 +1,61 @@
+"""The environment of the real SGLang server on a machine without a GPU; built once, kept outside the checkout.
+
+python -m tests.sglang.venv        builds it where it is missing, and prints its python
+
+LENS_SGLANG_VENV names another folder. The default one is keyed by its requirements, so that clones share it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+VERSION = "0.5.21"
+
+
+def folder() -> Path:
+    if named := os.environ.get("LENS_SGLANG_VENV"):
+        return Path(named)
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    key = hashlib.sha256(f"{VERSION} {python} {_requirements().read_text()}".encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "lens-megatron" / f"sglang-{VERSION}-{key}"
+
+
+def python() -> Path:
+    return folder() / "bin" / "python"
+
+
+def is_built() -> bool:
+    return (folder() / ".installed").exists()
+
+
+def build() -> Path:
+    """Its python; a build that was cut short starts afresh, and two at once wait for each other."""
+    place = folder()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with (place.parent / f"{place.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not is_built():
+            print(f"building the SGLang environment in {place} (3.3 GB, some minutes)", file=sys.stderr, flush=True)
+            shutil.rmtree(place, ignore_errors=True)
+            subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+            pip = [str(python()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            subprocess.run([*pip, "-r", str(_requirements())], check=True, stdout=sys.stderr)
+            subprocess.run([*pip, "--no-deps", f"sglang=={VERSION}"], check=True, stdout=sys.stderr)
+            (place / ".installed").touch()
+    return python()
+
+
+def _requirements() -> Path:
+    return HERE / "requirements.txt"
+
+
+if __name__ == "__main__":
+    print(build())
