@@ -17,6 +17,7 @@ settings.load_profile("no_deadline")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A conformance test that was skipped proves nothing: with `-m sglang` it fails the run."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
