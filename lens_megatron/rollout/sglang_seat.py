@@ -1,0 +1,143 @@
+"""One SGLang server as the engine sees it: where it is in its life, whose weights it has, what runs on it.
+
+starting -> quarantined -> ready          a sync (or a resync from a snapshot) makes it ready
+ready -> quarantined                      at the next update, or when it carries weights that no sync vouches for
+any -> starting                           it died or hung, and may be started again
+any -> gone                               it may not
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from lens_megatron.errors import RunError
+from lens_megatron.rollout.engine import Request
+from lens_megatron.rollout.sglang_client import Refused, SGLangClient, Unreachable
+from lens_megatron.rollout.sglang_config import ServerConfig
+from lens_megatron.rollout.sglang_schema import OLDEST_SUPPORTED, Generation, ServerInfo
+from lens_megatron.rollout.sglang_server import ServerAddress, ServerProcess
+
+State = Literal["starting", "quarantined", "ready", "gone"]
+HEALTH_RETRY_SECONDS = 0.25
+DEFAULT_SLOTS = 64  # of a server that does not tell how many requests it runs at once
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way: at most one attempt of it is alive at any time, so it cannot be done twice."""
+
+    request: Request
+    attempts: int = 0
+    cancelled: bool = False  # by us: it must come back, and nothing more
+    server_id: str = ""  # of this attempt; the server knows no other
+    epoch: int = 0  # of its server's weights when the attempt began
+    task: asyncio.Task[None] | None = None
+
+
+class Seat:
+    def __init__(self, name: str, url: str, api_key: str | None, process: ServerProcess | None, config: ServerConfig):
+        self.name, self.process, self.config = name, process, config
+        self.client = SGLangClient(url, api_key, config.control_timeout_s)
+        self.api_key = api_key
+        self.state: State = "starting"
+        self.reason = ""  # of not being ready
+        self.starts = 0
+        self.info: ServerInfo | None = None
+        self.slots = 0
+        self.accepted: set[str] = set()  # weight versions that a sync of this start vouches for
+        self.epoch = 0  # grows with every update
+        self.jobs: set[Job] = set()
+        self.used_tokens, self.quiet_since = -1, time.monotonic()
+        self.held: list[tuple[Job, Generation]] = []  # came back during an update, to be judged at its end
+
+    @property
+    def address(self) -> ServerAddress:
+        info = self.info
+        version, tp, dp, pp = (info.version, info.tp, info.dp, info.pp) if info else ((0, 0, 0), 1, 1, 1)
+        return ServerAddress(self.name, self.client.url, self.api_key, self.starts, version, tp, dp, pp)
+
+    @property
+    def kv_tokens(self) -> int | None:
+        """Tokens that its cache holds."""
+        value = self.info.raw.get("max_total_num_tokens") if self.info else None
+        return value if isinstance(value, int) and value > 0 else None
+
+    async def bring_up(self) -> None:
+        """Starts it where it is ours, and waits until it answers; then it is quarantined."""
+        self.state, self.accepted, self.info = "starting", set(), None
+        if self.process is not None:
+            await asyncio.to_thread(self.process.start)
+            await self.client.close()
+            self.client = SGLangClient(self.process.url, self.api_key, self.config.control_timeout_s)
+        self.starts += 1
+        await self._until_ready()
+        info = await self.client.server_info()
+        if info.version < OLDEST_SUPPORTED:
+            have, least = (".".join(map(str, version)) for version in (info.version, OLDEST_SUPPORTED))
+            raise RunError(f"{self.name} ({self.client.url}) is SGLang {have}: at least {least} is needed")
+        self.info, self.slots = info, info.most_running or DEFAULT_SLOTS
+        self.state, self.reason = "quarantined", "it has had no weights yet"
+        self.used_tokens, self.quiet_since = -1, time.monotonic()
+
+    async def _until_ready(self) -> None:
+        deadline = time.monotonic() + self.config.start_timeout_s
+        while not await self.client.is_healthy(min(30.0, self.config.start_timeout_s)):
+            if self.process is not None and self.process.has_ended:
+                raise RunError(
+                    f"{self.name} ended while starting (exit code {self.process.exit_code}): "
+                    f"{self.process.last_words()}; {self.process.log} tells more"
+                )
+            if time.monotonic() > deadline:
+                where = f"; see {self.process.log}" if self.process else ""
+                raise RunError(
+                    f"{self.name} ({self.client.url}) was not ready within start_timeout_s = "
+                    f"{self.config.start_timeout_s:g}{where}"
+                )
+            await asyncio.sleep(HEALTH_RETRY_SECONDS)
+
+    def quarantine(self, reason: str) -> None:
+        if self.state == "ready":
+            self.state, self.reason = "quarantined", reason
+
+    def accept(self, version: int) -> None:
+        """A sync vouches for its weights."""
+        self.accepted.add(str(version))
+        self.state, self.reason, self.epoch = "ready", "", self.epoch + 1
+        self.used_tokens, self.quiet_since = -1, time.monotonic()
+
+    async def still_has_its_weights(self) -> bool:
+        """After a lost connection: whether this is the same server with weights that a sync vouches for."""
+        if self.process is not None and self.process.has_ended:
+            return False
+        try:
+            return await self.client.weight_version(min(10.0, self.config.silence_s)) in self.accepted
+        except RunError:
+            return False
+
+    async def trouble(self) -> str | None:
+        """What is wrong with it, asked while rollouts run on it; None when it gets on."""
+        if self.process is not None and self.process.has_ended:
+            return f"ended (exit code {self.process.exit_code}): {self.process.last_words()}"
+        if self.state != "ready" or not self.jobs:
+            self.quiet_since = time.monotonic()
+            return None
+        try:
+            used = (await self.client.load(self.config.silence_s)).used_tokens
+        except Refused as error:
+            return str(error)
+        except Unreachable as error:
+            return None if await self.still_has_its_weights() else str(error)
+        now = time.monotonic()
+        if used != self.used_tokens:
+            self.used_tokens, self.quiet_since = used, now
+        elif now - self.quiet_since > self.config.silence_s:
+            return f"has sampled nothing for silence_s = {self.config.silence_s:g} with {len(self.jobs)} rollouts"
+        return None
+
+    async def close(self) -> None:
+        await self.client.close()
+        if self.process is not None:
+            await asyncio.to_thread(self.process.stop)
