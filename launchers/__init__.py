@@ -1,1 +1,1 @@
-"""Launching on one machine, on Slurm, and scaling studies."""
+"""Where a run runs: on this machine or on Slurm, through nemo-run. See docs/slurm.md."""

@@ -68,11 +68,18 @@ def _dispatch(arguments: Sequence[str]) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(names)}"
         raise UsageError(f"unknown command {name!r}; {hint}")
     try:
-        parsed = build_parser(name).parse_args(arguments[1:])
+        parsed = _parse(build_parser(name), arguments[1:])
     except SystemExit as stop:  # --help printed what was asked for
         return int(stop.code or 0)
     workers.end_with_starter()
     return int(_module(name).run(parsed))
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """key=value before, between and after options; argparse cannot mix when there are subcommands."""
+    if any(action.nargs == argparse.PARSER for action in parser._actions):
+        return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

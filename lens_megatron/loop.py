@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from lens_megatron.config import RunConfig
+from lens_megatron.stopping import Order
 from lens_megatron.trainer import Trainer
 
 
-def train(config: RunConfig, trainer: Trainer) -> None:
+def train(config: RunConfig, trainer: Trainer) -> Order | None:
+    """What ended the run before its last step, if anything did."""
+    order: Order | None = None
     with trainer.progress:
         trainer.sync_weights(version=trainer.first_step)
         for step in range(trainer.first_step, config.steps):
@@ -27,6 +30,10 @@ def train(config: RunConfig, trainer: Trainer) -> None:
                 trainer.sync_weights(version=step + 1)
             # the step's files before its checkpoint: a resumed run rewinds what it cannot vouch for, and misses nothing
             trainer.finish_step(groups, metrics)
+            order = trainer.told_to_end()
             with trainer.phase("save"):
-                trainer.save(step + 1)
+                trainer.save(step + 1, last=order is not None)
+            if order is not None:
+                break
         trainer.finish()
+    return order

@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -44,12 +45,13 @@ class RunFolder:
         return folder
 
     @classmethod
-    def resume(cls, path: str | Path) -> RunFolder:
-        """A folder with a run in it. Call `rewind` with the step of the checkpoint that was loaded."""
+    def resume(cls, path: str | Path, patience_s: float = 0.0) -> RunFolder:
+        """A folder with a run in it. Call `rewind` with the step of the checkpoint that was loaded. `patience_s`: for an
+        earlier life of the same job to let go of it."""
         folder = cls(path)
         if not folder.holds_run():
             raise UsageError(f"run_dir {folder.path} holds no run to resume")
-        folder._prepare()
+        folder._prepare(patience_s)
         return folder
 
     @classmethod
@@ -188,30 +190,48 @@ class RunFolder:
 
     # --- the folder itself
 
-    def _prepare(self) -> None:
+    def _prepare(self, patience_s: float = 0.0) -> None:
         try:
             for folder in (self.path, self.path / "rollouts", self.checkpoints, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / "run.lock").open("w")
         except OSError as error:
             raise UsageError(f"run_dir {self.path} cannot be written: {error.strerror}; choose another") from None
-        self._take_lock(self._lock)
+        self._take_lock(self._lock, time.monotonic() + patience_s)
         for leftover in self.path.glob("**/.*.partial"):
             leftover.unlink(missing_ok=True)
 
-    def _take_lock(self, lock: IO[str]) -> None:
+    def _take_lock(self, lock: IO[str], deadline: float) -> None:
         """Two runs in one folder (a requeued job whose first life still breathes) would mix their files."""
         import fcntl
 
+        while True:
+            try:
+                # a record lock: not inherited by forked children, so an orphan of a killed run does not hold it
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() < deadline:
+                    time.sleep(0.2)
+                    continue
+                raise UsageError(
+                    f"run_dir {self.path} is in use by another running process: stop it, or choose another run_dir"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            return
+
+    def in_use(self) -> bool:
+        """Whether a process of this machine (of all machines, where the file system carries locks) runs in it."""
+        import fcntl
+
         try:
-            # a record lock: not inherited by forked children, so an orphan of a killed run does not hold it
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with (self.path / "run.lock").open("r+") as lock:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise UsageError(
-                f"run_dir {self.path} is in use by another running process: stop it, or choose another run_dir"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+            return True
+        except OSError:  # no such file, or no locks
+            return False
+        return False
 
     def _write_kept(self, name: str, text: str) -> None:
         path = self.path / name

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lens_megatron import stopping
 from lens_megatron.config import RunConfig
 from lens_megatron.diagnostics import after_update, before_update
 from lens_megatron.errors import UsageError
@@ -25,6 +26,7 @@ from lens_megatron.purification.noise_floor import measured_noise_floor
 from lens_megatron.purification.scores import interference_scores
 from lens_megatron.purification.strategies import Signals
 from lens_megatron.run_folder import RunFolder
+from lens_megatron.stopping import Order
 from lens_megatron.types import Prompt, Sample
 from lens_megatron.update import Evaluated, evaluate_samples, update_policy
 
@@ -157,9 +159,15 @@ class Trainer:
         for _ in tensors:  # the other ranks' part is done by iterating
             pass
 
-    def save(self, step: int) -> None:
+    def told_to_end(self) -> Order | None:
+        """By signal or file; rank 0 looks, all ranks leave after the same step. The last step is an end anyway."""
+        if self.step + 1 == self.config.steps:
+            return None
+        return self.on_rank_zero(lambda host: stopping.order(host.folder.path), "look for an order to end")
+
+    def save(self, step: int, last: bool = False) -> None:
         """When one is due; written in the background. The engine's weights are not in it: they are synced at resume."""
-        if self._saver.due(step, last=step == self.config.steps):
+        if self._saver.due(step, last or step == self.config.steps):
             state = {} if self.host is None else self.host.state_dict()
             # rank 0's metrics: it alone writes the manifest, and chooses what to keep by it
             self._saver.save(step, {**state, "noise_floor": self.noise_floor}, self._last_metrics)
@@ -178,7 +186,7 @@ class Trainer:
                 host.load_state_dict(found.extra)
                 for reason in found.passed_over:
                     self.progress.note(f"passed over a damaged checkpoint: {reason}")
-            self.progress.note(f"resuming after step {self.first_step}")
+                self.progress.note(f"resuming after step {self.first_step}")
 
         # a state that does not fit (other data, another filter) is an error of all ranks, not of rank 0 alone
         self.on_rank_zero(take_up, "take up the run")

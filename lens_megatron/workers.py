@@ -16,13 +16,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from lens_megatron import stopping
 from lens_megatron.errors import RunError, UsageError
 
 _STARTED_BY = "LENS_MEGATRON_STARTED_BY"  # pid of the process that started this worker
+MEETING = "LENS_MEGATRON_MEETING"  # file of a launched job where rank 0 writes its port
+_MEETING_S = 600.0  # for rank 0 to be started and to import torch
+_meeting_point: object = None  # rank 0's, open as long as it lives
 _GRACE_S = 10.0
 _SETTLE_S = 2.0
 TERMINATED = 128 + signal.SIGTERM  # exit code of a worker that this process told to end
 LOST_PEER = 75  # exit code of a worker that only met another one's end: it says nothing, the other knows why
+_WELL = (0, *stopping.EXIT_CODES.values())
 _SILENT = (LOST_PEER, TERMINATED, -signal.SIGTERM)
 
 
@@ -45,13 +50,35 @@ def _adopt_slurm() -> None:
     if "MASTER_ADDR" not in os.environ:
         names = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
         os.environ["MASTER_ADDR"] = subprocess.run(names, capture_output=True, text=True, check=True).stdout.split()[0]
-    # one port a job, the same on all its nodes
+    if (meeting := os.environ.get(MEETING)) is not None:
+        port = _meet(Path(meeting), os.environ["MASTER_ADDR"], int(os.environ["SLURM_PROCID"]))
+        os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    # without a launcher: one port a job, the same on all its nodes
     os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
     os.environ.update(
         RANK=os.environ["SLURM_PROCID"],
         WORLD_SIZE=str(tasks),
         LOCAL_RANK=os.environ.get("SLURM_LOCALID", "0"),
     )
+
+
+def _meet(place: Path, address: str, rank: int) -> int:
+    """The port where the ranks meet. Rank 0 opens it, whichever is free, and writes it down in a file that all see."""
+    global _meeting_point
+    if rank == 0:
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        store = _meeting_point = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        partial = place.with_name(place.name + ".partial")
+        partial.write_text(str(store.port))
+        partial.rename(place)
+        return store.port
+    deadline = time.monotonic() + _MEETING_S
+    while place.name not in os.listdir(place.parent):  # a listing: NFS remembers for long that a file is not there
+        if time.monotonic() > deadline:
+            raise RunError(f"rank {rank}: rank 0 did not say within {_MEETING_S:.0f} s where to meet ({place})")
+        time.sleep(0.1)
+    return int(place.read_text())
 
 
 def is_local_worker() -> bool:
@@ -120,10 +147,11 @@ def _start(number: int, processes: int, port: int, command: Sequence[str], error
 
 def _wait(workers: Sequence[subprocess.Popen[bytes]], errors: Sequence[Path]) -> int:
     while True:
+        stopping.pass_on(workers[0].pid)
         codes = [worker.poll() for worker in workers]
-        if all(code == 0 for code in codes):
-            return 0
-        if any(codes):
+        if all(code in _WELL for code in codes):
+            return workers[0].returncode
+        if any(code not in (None, *_WELL) for code in codes):
             return _report(workers, errors)
         time.sleep(0.05)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lens_megatron.config import RunConfig
     from lens_megatron.model_spec import ModelConfig
+
+_PATIENCE_S = 120.0  # of a job that is queued again, for its earlier life to end
 
 SUMMARY = "train with LENS or a rival; starts local workers itself, or joins torchrun/srun"
 EXAMPLE = "lens-megatron train RUN.yaml algorithm=lens steps=100 parallel.tp=2"
@@ -17,10 +20,20 @@ EXAMPLE = "lens-megatron train RUN.yaml algorithm=lens steps=100 parallel.tp=2"
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint of run_dir")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint of run_dir")
+    how.add_argument(
+        "--continue",
+        action="store_true",
+        dest="go_on",
+        help="resume if run_dir holds a run, else start: for queued jobs",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
+    from lens_megatron import stopping
+
+    stopping.hold_signal()
     from lens_megatron import endings, workers
     from lens_megatron.config import load_run
     from lens_megatron.mcore.hf_files import check_folder
@@ -34,29 +47,38 @@ def run(args: argparse.Namespace) -> int:
         check_layout(model.spec, config.parallel, config.parallel.processes)
         check_folder(find_weights(config.model), model.spec)
         if config.parallel.processes > 1:
-            resume = ["--resume"] if args.resume else []
-            return workers.run_workers(config.parallel.processes, ["train", *resume, args.run, *args.overrides])
+            how = ["--resume"] if args.resume else ["--continue"] if args.go_on else []
+            return workers.run_workers(config.parallel.processes, ["train", *how, args.run, *args.overrides])
     with endings.lost_peers():
-        _train(config, model, args.resume)
-    return 0
+        return _train(config, model, args.resume, args.go_on)
 
 
-def _train(config: RunConfig, model: ModelConfig, resume: bool) -> None:
-    from lens_megatron import loop, strict, workers
+def _train(config: RunConfig, model: ModelConfig, resume: bool, go_on: bool) -> int:
+    from lens_megatron import loop, stopping, strict, workers
     from lens_megatron.config import RunConfig
     from lens_megatron.run_folder import RunFolder
     from lens_megatron.trainer import Trainer
 
     folder = None
     if workers.rank() == 0:
-        folder = RunFolder.resume(config.run_dir) if resume else RunFolder.create(config.run_dir)
+        if resume or (go_on and RunFolder(config.run_dir).holds_run()):
+            folder = RunFolder.resume(config.run_dir, _PATIENCE_S if go_on else 0.0)
+        else:
+            folder = RunFolder.create(config.run_dir)
+        if not go_on:
+            stopping.forget_stop(folder.path)
     trainer = Trainer(config, model, folder)
     try:
         if folder is not None:  # only now: a start that failed for bad input leaves no run to be resumed
             folder.write_config(strict.to_tree(RunConfig, config))
             folder.write_versions()
-        if resume:
+        if resume or go_on:
             trainer.resume()
-        loop.train(config, trainer)
+        order = loop.train(config, trainer)
     finally:
         trainer.close()
+    if order is None:
+        return 0
+    if folder is not None:
+        print(f"told to {order}: ended with a whole checkpoint; --resume goes on from it", file=sys.stderr)
+    return stopping.EXIT_CODES[order]

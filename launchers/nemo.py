@@ -1,0 +1,134 @@
+"""nemo-run: executors from sites, whole batch scripts, submission. The only file that imports it, inside functions."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launchers import script
+from launchers.script import Job
+from lens_megatron.errors import RunError, UsageError
+
+_REWRITTEN = "/nemo_run"  # without a container, nemo-run replaces it all over the script by its own folder
+
+
+def import_nemo_run() -> Any:
+    try:
+        import nemo_run
+    except ImportError as error:
+        raise UsageError(f"launch needs nemo-run ({error}): pip install 'lens-megatron[slurm]'") from None
+    return nemo_run
+
+
+def executor(job: Job) -> Any:
+    """nemo-run's SlurmExecutor for a job: no launcher, one srun task a rank."""
+    run = import_nemo_run()
+    site, shape = job.site, job.shape
+    more: dict[str, Any] = {name.lstrip("-").replace("-", "_"): value for name, value in site.sbatch.items()}
+    if site.reservation is not None:
+        more["reservation"] = site.reservation
+    if job.links > 1:
+        more["kill_on_invalid_dep"] = "yes"
+    whole = run.SlurmExecutor(
+        account=site.account,
+        partition=site.partition,
+        qos=site.qos,
+        constraint=site.constraint,
+        time=site.time,
+        nodes=shape.nodes,
+        ntasks_per_node=shape.ranks_per_node,
+        gpus_per_node=shape.gpus_per_node if site.gpus_per_node else None,
+        cpus_per_task=site.cpus_per_rank,
+        exclusive=site.exclusive or None,
+        signal=f"USR1@{site.end_notice_s}" if site.end_notice_s else None,
+        container_image=site.image,
+        container_mounts=script.mounts(job, site) if site.image else [],
+        container_env=script.environment_names(site.env) if site.image else None,
+        additional_parameters=more or None,
+        srun_args=script.trainer_step(job),
+        setup_lines=script.setup_lines(job),
+        job_name_prefix="lens.",
+        dependency_type="afterany",
+        packager=run.Packager(),
+        launcher=None,
+        poll_estimated_start_time=False,
+        tunnel=run.LocalTunnel(job_dir=""),
+    )
+    whole.job_details.folder = str(job.run_dir / "logs")
+    return whole
+
+
+def batch_script(job: Job) -> str:
+    """The whole script, as it would be submitted."""
+    import_nemo_run()
+    from nemo_run.core.execution.slurm import SlurmBatchRequest
+
+    whole = executor(job)
+    whole.experiment_dir = whole.job_dir = whole.tunnel.job_dir = str(job.launch / "nemo")
+    request = SlurmBatchRequest(
+        launch_cmd=["sbatch", "--requeue", "--parsable"],
+        jobs=[job.name],
+        command_groups=[[script.command(job)]],
+        executor=whole,
+        max_retries=0,
+        extra_env={},
+    )
+    return str(request.materialize())
+
+
+def submit(jobs: Sequence[Job]) -> list[str]:
+    """Slurm's ids of a chain of jobs, each waiting for the end of the one before."""
+    run = import_nemo_run()
+    path = str(jobs[0].run_dir) + str(jobs[0].work_dir)
+    if jobs[0].site.image is None and _REWRITTEN in path:
+        raise UsageError(f"nemo-run rewrites {_REWRITTEN!r} in paths: choose a run_dir and a working folder without it")
+    said = io.StringIO()
+    logging.getLogger("nemo_run").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        experiment = run.Experiment(jobs[0].name, log_level="ERROR", enable_goodbye_message=False)
+        try:
+            with experiment:
+                before: list[str] = []
+                for job in jobs:
+                    task = run.Script(path=str(job.launch / "rank.sh"))
+                    name = job.name if job.links == 1 else f"{job.name}-{job.link}"
+                    before = [experiment.add(task, executor=executor(job), name=name, dependencies=before)]
+                experiment.run(detach=True)
+        except Exception as error:  # invoke's, torchx's, AssertionError: nemo-run has no error of its own here
+            raise submission_error(f"{error}\n{said.getvalue()}") from None
+    handles = [str(job.handle) for job in experiment.jobs]
+    ids = [handle.partition("://")[2].split("/")[1] if handle else "" for handle in handles]
+    if not all(ids):
+        raise submission_error(said.getvalue())
+    scripts = sorted(Path(experiment._exp_dir).glob("*_sbatch.sh"))
+    for number, path_ in enumerate(scripts, 1):
+        name = "sbatch.sh" if len(scripts) == 1 else f"sbatch-{number}.sh"
+        (jobs[0].launch / name).write_text(path_.read_text())
+    return ids
+
+
+def submission_error(said: str) -> RunError | UsageError:
+    """sbatch's own words, out of what nemo-run makes of them."""
+    refusals = re.findall(r"sbatch: error: (.*)", said)
+    reasons = [line for line in refusals if not line.startswith("Batch job submission failed")] or refusals
+    final = [line.partition(": ")[2] for line in refusals if line.startswith("Batch job submission failed")]
+    if reasons:
+        return UsageError("Slurm refused the job: " + "; ".join(dict.fromkeys([*reasons, *final])))
+    last = [line for line in said.splitlines() if line.strip()]
+    return RunError(f"nemo-run did not submit the job: {last[-1] if last else 'it gave no reason'}")
+
+
+def run_locally(arguments: Sequence[str], name: str) -> bool:
+    """`lens-megatron ARGUMENTS` through nemo-run's LocalExecutor, its output on this terminal; whether it ended well."""
+    run = import_nemo_run()
+    task = run.Script(path="-m", entrypoint=sys.executable, args=["lens_megatron.cli", *arguments])
+    with run.Experiment(name, log_level="WARNING", enable_goodbye_message=False) as experiment:
+        experiment.add(task, executor=run.LocalExecutor(launcher=None), name=name, tail_logs=True)
+        experiment.run(detach=False, tail_logs=True)
+    return all(job.state.name == "SUCCEEDED" for job in experiment.jobs)

@@ -1,0 +1,230 @@
+"""The shell of a job: what goes around nemo-run's one srun. Pure text; tests compare whole scripts with golden files.
+
+The batch script writes two small scripts into the run folder, for the trainer's ranks and for the nodes of the servers,
+checks that every node sees that folder, starts the servers in a step of their own, and leaves the trainer's step to
+nemo-run. However the trainer ends, `end_of_job` says how in `launch/outcome` and queues the job again when it is to go on.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launchers.shape import JobShape
+from launchers.site import Place, SiteConfig
+from lens_megatron.stopping import EXIT_CODES
+
+_AGAIN, _STOP = EXIT_CODES["make room"], EXIT_CODES["stop"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One Slurm job of a run. All paths absolute, as the nodes see them."""
+
+    name: str
+    run_dir: Path
+    work_dir: Path  # relative paths in RUN.yaml are meant from here
+    python: Path  # this command's interpreter
+    site: SiteConfig
+    shape: JobShape
+    link: int = 1  # of a chain
+    links: int = 1
+
+    @property
+    def launch(self) -> Path:
+        return self.run_dir / "launch"
+
+
+def trainer_step(job: Job) -> list[str]:
+    """srun's arguments for the trainer; nemo-run adds the log, the container's image and --kill-on-bad-exit."""
+    shape = job.shape
+    arguments = [
+        f"--nodes={shape.trainer_nodes}",
+        f"--ntasks={shape.ranks}",
+        f"--ntasks-per-node={shape.ranks_per_node}",
+        "--distribution=block",  # neighbours in rank order share a node: that is where tensor parallelism belongs
+        "--overlap",
+    ]
+    if shape.trainer_nodes < shape.nodes:
+        arguments.append("--relative=0")
+    if job.site.cpus_per_rank is not None:  # srun no longer takes it from the job
+        arguments.append(f"--cpus-per-task={job.site.cpus_per_rank}")
+    if job.site.image is None:
+        arguments.append(f"--chdir={job.work_dir}")
+    return arguments
+
+
+def mounts(job: Job, place: Place) -> list[str]:
+    """A folder that a configured mount already holds is not mounted again."""
+    own = [folder for folder in dict.fromkeys((str(job.run_dir), str(job.work_dir))) if folder != "/"]
+    there = [mount.split(":")[1] for mount in place.mounts]
+    missing = [f for f in own if not any(f == m or f.startswith(m.rstrip("/") + "/") for m in there)]
+    return [*place.mounts, *(f"{folder}:{folder}" for folder in missing)]
+
+
+def command(job: Job) -> str:
+    """What nemo-run's srun starts once a rank."""
+    return f"bash {shlex.quote(str(job.launch / 'rank.sh'))}"
+
+
+def setup_lines(job: Job) -> str:
+    """Between nemo-run's own preparations and its srun."""
+    parts = [
+        "set +evx",
+        *job.site.setup,
+        *_exports(job),
+        _FUNCTIONS.format(again=_AGAIN, stop=_STOP, requeue=_requeue(job)),
+        "trap end_of_job EXIT",
+        *(_chain_check(job) if job.link > 1 else ()),
+        'rm -f "$LAUNCH/outcome" "$LAUNCH/servers.stop"',
+        _here_document(job.launch / "rank.sh", _rank_script(job)),
+        _every_node_sees(job),
+        *(_servers(job) if job.shape.servers is not None else ()),
+    ]
+    return "\n\n" + "\n".join(parts) + "\n"
+
+
+_FUNCTIONS = """
+life=$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}
+export LENS_MEGATRON_MEETING=$LAUNCH/meeting.$life  # where rank 0 says on which port it is to be met
+
+outcome() {{ echo "$1" > "$LAUNCH/outcome.partial" && mv "$LAUNCH/outcome.partial" "$LAUNCH/outcome"; }}
+
+end_of_job() {{
+  code=$?
+  trap - EXIT
+  set +e
+  if [ -n "$servers" ]; then touch "$LAUNCH/servers.stop"; wait "$servers"; fi
+  told=$(cat "$LAUNCH/told.$life" 2> /dev/null)
+  if [ $code -ne 0 ]; then
+    case "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %L)" in
+      0:00|INVALID|-*) outcome "unfinished $life" ;;  # out of time, and the notice came to nothing
+      *) outcome "failed $code $life" ;;
+    esac
+    exit $code
+  fi
+  case "$told" in
+    {again})
+      outcome "unfinished $life"
+      {requeue} ;;
+    {stop}) outcome "stopped $life" ;;
+    *) outcome "done $life" ;;
+  esac
+  exit 0
+}}"""
+
+
+def _requeue(job: Job) -> str:
+    if job.links > 1 or not job.site.requeue:
+        return ":"  # another job goes on
+    return f'scontrol requeue "$SLURM_JOB_ID" && sleep 60; exit {_AGAIN}'
+
+
+def _exports(job: Job) -> list[str]:
+    environment = {"OMP_NUM_THREADS": "1", **job.site.env} if job.site.cpus_per_rank is None else job.site.env
+    return [
+        *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
+        f"RUN={shlex.quote(str(job.run_dir))}",
+        'LAUNCH=$RUN/launch; servers=""',
+        "# by Slurm's own address of the first node: names need not resolve, and a container has no scontrol",
+        'export MASTER_ADDR=$(scontrol -o show node "$head_node" | sed -n "s/.*NodeAddr=\\([^ ]*\\).*/\\1/p")',
+    ]
+
+
+def _chain_check(job: Job) -> list[str]:
+    return [
+        f"# job {job.link} of {job.links}: after one that ended the run there is nothing to do",
+        'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then case "$(cat "$LAUNCH/outcome" 2> /dev/null)" in',
+        '  done*|stopped*) trap - EXIT; echo "the run has ended: $(cat "$LAUNCH/outcome")"; exit 0 ;;',
+        '  failed*) trap - EXIT; echo "error: the job before failed: $(cat "$LAUNCH/outcome")"; exit 1 ;;',
+        "esac; fi",
+    ]
+
+
+def _rank_script(job: Job) -> str:
+    program = _program(job.site, job)
+    told = f"{job.launch}/told.$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"
+    return f"""# one rank of the trainer
+trap "" USR1  # the program finds it when it is ready: see lens_megatron/stopping.py
+cd {shlex.quote(str(job.work_dir))} || exit 2
+{program} train --continue {shlex.quote(str(job.launch / "run.yaml"))}
+code=$?
+case $code in  # told to end: no failure, and no reason for srun to kill the other ranks
+  {_AGAIN}|{_STOP}) if [ "$SLURM_PROCID" = 0 ]; then echo $code > "{told}"; fi; exit 0 ;;
+esac
+exit $code"""
+
+
+def _program(place: Place, job: Job) -> str:
+    if place.venv is not None:
+        return shlex.quote(f"{place.venv.rstrip('/')}/bin/lens-megatron")
+    return "lens-megatron" if place.image is not None else f"{shlex.quote(str(job.python))} -m lens_megatron.cli"
+
+
+def _every_node_sees(job: Job) -> str:
+    """A folder that some node does not have must not look like a hang of the others."""
+    looks = [
+        f'[ -e "{job.launch}/token" ] || say "does not see {job.run_dir}: run_dir must lie on storage that all nodes share"'
+    ]
+    if job.site.image is None:
+        interpreter = f"{job.site.venv.rstrip('/')}/bin/lens-megatron" if job.site.venv else str(job.python)
+        looks.append(
+            f'[ -x "{interpreter}" ] || say "has no {interpreter}: venv must lie on storage that all nodes share"'
+        )
+        looks.append(
+            f'[ -d "{job.work_dir}" ] || say "does not see the folder {job.work_dir} that the job was launched from"'
+        )
+    check = "; ".join(['say() { echo "error: node ${SLURMD_NODENAME:-$(hostname)} $1" >&2; exit 2; }', *looks])
+    nodes = job.shape.nodes
+    step = f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --overlap --chdir=/"
+    return f"{step} bash -c {shlex.quote(check)} || exit 2"
+
+
+def _servers(job: Job) -> list[str]:
+    servers = job.shape.servers
+    assert servers is not None
+    place = job.site.servers_place
+    flags = [
+        f"--nodes={servers.nodes}",
+        f"--ntasks={servers.nodes}",
+        "--ntasks-per-node=1",
+        f"--relative={servers.first_node}",
+        "--overlap",
+        "--kill-on-bad-exit=0",  # a lost server is the trainer's to judge
+        *_container(job, place),
+    ]
+    environment = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in place.env.items())
+    python = f"{place.venv.rstrip('/')}/bin/python" if place.venv else "python3" if place.image else str(job.python)
+    supervise = [
+        shlex.quote(python),
+        shlex.quote(str(job.launch / "supervisor.py")),
+        shlex.quote(str(job.launch / "servers.json")),
+        f"--per-node={servers.per_node}",
+        f"--nodes-each={servers.nodes_each}",
+    ]
+    script = f"""# the SGLang servers of one node
+trap "" USR1
+{environment}exec {" ".join(supervise)}"""
+    log = '--output "$RUN/logs/servers-$life-%n.out"'
+    return [
+        _here_document(job.launch / "servers.sh", script),
+        f"srun {' '.join(map(shlex.quote, flags))} {log} bash {shlex.quote(str(job.launch / 'servers.sh'))} &",
+        "servers=$!",
+    ]
+
+
+def _container(job: Job, place: Place) -> Sequence[str]:
+    if place.image is None:
+        return ()
+    return (f"--container-image={place.image}", f"--container-mounts={','.join(mounts(job, place))}")
+
+
+def _here_document(path: Path, text: str) -> str:
+    return f"cat > {shlex.quote(str(path))} <<'END_OF_SCRIPT'\n{text}\nEND_OF_SCRIPT"
+
+
+def environment_names(environment: Mapping[str, str]) -> list[str]:
+    """For pyxis, which lets the image's own values win unless a name is listed."""
+    return [*environment, "MASTER_ADDR", "LENS_MEGATRON_MEETING"]
