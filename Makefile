@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart install test test-sglang lint format clean
+.PHONY: quickstart install test test-sglang test-slurm lint format clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +27,15 @@ test: install
 test-sglang: install
 	$(BIN)/python -m tests.sglang.venv
 	$(BIN)/python -m pytest -m sglang
+
+# A real Slurm of two nodes on this machine, started by the tests. It needs root; otherwise they are skipped and say why.
+test-slurm: $(VENV)/.slurm
+	$(BIN)/python -m pytest -rs -m "slurm or not slurm" tests/launchers tests/slurm
+
+$(VENV)/.slurm: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev,slurm]'
+	-$(BIN)/python -m tests.slurm.packages
+	@touch $@
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -16,6 +16,7 @@ from launchers.shape import JobShape
 from launchers.site import Place, SiteConfig
 from lens_megatron.stopping import EXIT_CODES
 
+_SERVERS_END_S = 60
 _AGAIN, _STOP = EXIT_CODES["make room"], EXIT_CODES["stop"]
 
 
@@ -75,7 +76,7 @@ def setup_lines(job: Job) -> str:
         "set +evx",
         *job.site.setup,
         *_exports(job),
-        _FUNCTIONS.format(again=_AGAIN, stop=_STOP, requeue=_requeue(job)),
+        _FUNCTIONS.format(again=_AGAIN, stop=_STOP, patience=_SERVERS_END_S, requeue=_requeue(job)),
         "trap end_of_job EXIT",
         *(_chain_check(job) if job.link > 1 else ()),
         'rm -f "$LAUNCH/outcome" "$LAUNCH/servers.stop"',
@@ -96,7 +97,11 @@ end_of_job() {{
   code=$?
   trap - EXIT
   set +e
-  if [ -n "$servers" ]; then touch "$LAUNCH/servers.stop"; wait "$servers"; fi
+  if [ -n "$servers" ]; then
+    touch "$LAUNCH/servers.stop"
+    for second in $(seq {patience}); do kill -0 "$servers" 2> /dev/null || break; sleep 1; done
+    kill "$servers" 2> /dev/null
+  fi
   told=$(cat "$LAUNCH/told.$life" 2> /dev/null)
   if [ $code -ne 0 ]; then
     case "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %L)" in
@@ -193,6 +198,7 @@ def _servers(job: Job) -> list[str]:
         f"--relative={servers.first_node}",
         "--overlap",
         "--kill-on-bad-exit=0",  # a lost server is the trainer's to judge
+        *([f"--cpus-per-task={cpus * job.shape.ranks_per_node}"] if (cpus := job.site.cpus_per_rank) else ()),
         *_container(job, place),
     ]
     environment = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in place.env.items())

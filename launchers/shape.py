@@ -46,7 +46,8 @@ class JobShape:
     def gpus_per_node(self) -> int:
         """Most that any node of the job needs."""
         servers = self.servers
-        return max(self.ranks_per_node, min(servers.gpus * servers.per_node, 10**6) if servers else 0)
+        of_servers = servers.gpus * servers.per_node // servers.nodes_each if servers else 0
+        return max(self.ranks_per_node, of_servers)
 
 
 def job_shape(spec: ModelSpec, layout: ParallelConfig, site: SiteConfig, servers: Servers | None) -> JobShape:

@@ -74,7 +74,7 @@ def _meet(place: Path, address: str, rank: int) -> int:
         partial.rename(place)
         return store.port
     deadline = time.monotonic() + _MEETING_S
-    while place.name not in os.listdir(place.parent):  # a listing: NFS remembers for long that a file is not there
+    while place not in place.parent.iterdir():  # a listing: NFS remembers for long that a file is not there
         if time.monotonic() > deadline:
             raise RunError(f"rank {rank}: rank 0 did not say within {_MEETING_S:.0f} s where to meet ({place})")
         time.sleep(0.1)

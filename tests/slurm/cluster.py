@@ -46,7 +46,12 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True, seconds: float = 30.0) -> str:
         done = subprocess.run(
-            command, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=seconds, check=False
+            command,
+            env={**os.environ, **self.environment},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
         )
         assert done.returncode == 0 or not check, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr
@@ -76,7 +81,9 @@ class Cluster:
     def hide(self, folder: Path, node: str) -> None:
         """An empty folder in the place of `folder`, on one node alone."""
         pid = (self.root / "run" / f"slurmd.{node}.pid").read_text().strip()
-        subprocess.run(["nsenter", f"--mount=/proc/{pid}/ns/mnt", "mount", "-t", "tmpfs", "none", str(folder)], check=True)
+        subprocess.run(
+            ["nsenter", f"--mount=/proc/{pid}/ns/mnt", "mount", "-t", "tmpfs", "none", str(folder)], check=True
+        )
 
     def show(self, folder: Path, node: str) -> None:
         pid = (self.root / "run" / f"slurmd.{node}.pid").read_text().strip()
@@ -154,9 +161,7 @@ class Cluster:
                 f"AccountingStoragePort={ports[3]}\nAccountingStoragePass={socket_}"
             )
             settings = self.root / "slurmdbd.conf"
-            settings.write_text(
-                _SLURMDBD.format(root=self.root, socket=socket_, port=ports[3], database_port=ports[4])
-            )
+            settings.write_text(_SLURMDBD.format(root=self.root, socket=socket_, port=ports[3], database_port=ports[4]))
             settings.chmod(0o600)
         text = _SLURM.format(root=self.root, socket=socket_, port=ports[2], nodes=nodes, accounts=accounts)
         (self.root / "slurm.conf").write_text(text)

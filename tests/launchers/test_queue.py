@@ -1,0 +1,70 @@
+"""What is said of a job that failed, from its logs and from Slurm's words."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from launchers import queue
+from launchers.nemo import submission_error
+from lens_megatron.errors import RunError, UsageError
+
+
+def write_logs(folder: Path, *texts: str) -> Path:
+    (folder / "logs").mkdir(parents=True)
+    for age, text in enumerate(reversed(texts)):  # the last is the newest
+        path = folder / "logs" / f"log-{age}.out"
+        path.write_text(text)
+        os.utime(path, (1_000_000 - age, 1_000_000 - age))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["step 1/3\nstep 2/3\n"], ""),
+        (
+            ["step 1/3\nfailed: the disk is full\nsrun: error: node1: task 0: Exited with exit code 1\n"],
+            "failed: the disk is full",
+        ),
+        (["error: old\n", "step 1\nfailed: new\n"], "failed: new"),
+        (["failed: why\n", "srun: error: node2: task 1: Killed\n"], "failed: why"),
+        (["Traceback (most recent call last):\n  File\nValueError: bad\n"], "ValueError: bad"),
+        (
+            ["/x/slurm_script: line 3: lens-megatron: command not found\n"],
+            "/x/slurm_script: line 3: lens-megatron: command not found",
+        ),
+        (["no error: here is none\n"], ""),
+    ],
+)
+def test_last_error(texts: list[str], expected: str, tmp_path: Path) -> None:
+    assert queue.last_error(write_logs(tmp_path, *texts)) == expected
+
+
+def test_what_nobody_remembers_is_read_from_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "run_command", lambda command: None)  # no Slurm here any more
+    write_logs(tmp_path, "failed: the reason\n")
+    assert queue.status(tmp_path, ["7"]).state == "unknown"
+    (tmp_path / "launch").mkdir()
+    for text, state, reason in (
+        ("done 7.0\n", "done", ""),
+        ("stopped 7.1\n", "stopped", ""),
+        ("unfinished 7.0\n", "unfinished", ""),
+        ("failed 1 7.2\n", "failed", "failed: the reason"),
+    ):
+        (tmp_path / "launch" / "outcome").write_text(text)
+        found = queue.status(tmp_path, ["7"])
+        assert (found.state, found.reason, found.active) == (state, reason, False)
+
+
+def test_sbatchs_words() -> None:
+    said = (
+        "x\nsbatch: error: invalid partition specified: q\n"
+        "sbatch: error: Batch job submission failed: Invalid partition name specified\n"
+    )
+    refused = submission_error(said)
+    assert isinstance(refused, UsageError)
+    assert str(refused) == "Slurm refused the job: invalid partition specified: q; Invalid partition name specified"
+    assert isinstance(submission_error("something else\n"), RunError)

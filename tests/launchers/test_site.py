@@ -1,0 +1,48 @@
+"""SITE.yaml: strict, and refused before anything is queued."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launchers.site import load_site, split_overrides
+from lens_megatron.errors import UsageError
+from tests.launchers.jobs import SITES
+
+
+@pytest.mark.parametrize("path", sorted(SITES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_sites_load(path: Path) -> None:
+    assert load_site(path).account == "my-account"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("partion: gpu", "unknown key 'partion'; did you mean 'partition'"),
+        ("servers: {imag: x}", "unknown key 'servers.imag'; did you mean 'image'"),
+        ("time: 4 hours", "'4 hours' is not"),
+        ("gpus_per_node: 0", "set ranks_per_node"),
+        ("{gpus_per_node: 4, ranks_per_node: 8}", "8 ranks do not find a GPU each"),
+        ("{image: x.sqsh, mounts: [/data]}", "'/data' is not FROM:TO"),
+        ("mounts: ['/a:/b']", "without a container nothing is mounted"),
+        ("env: {'A-B': c}", "'A-B' is no name of a variable"),
+        ("sbatch: {partition: gpu}", "partition is decided by 'partition'"),
+        ("sbatch: {--signal: B:USR1@30}", "--signal is decided by 'end_notice_s'"),
+        ("end_notice_s: 100000", "Slurm takes 0 to 65535"),
+        ("nodes: 0", "nodes must be at least 1"),
+    ],
+)
+def test_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_site(path)
+    assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_overrides_are_told_apart() -> None:
+    run, site = split_overrides(["steps=3", "site.time=01:00:00", "site.env.A=b"])
+    assert run == ["steps=3"] and site == ["time=01:00:00", "env.A=b"]
+    changed = load_site(None, site)
+    assert (changed.time, changed.env) == ("01:00:00", {"A": "b"})

@@ -1,0 +1,37 @@
+"""python -m tests.slurm.packages: installs what the test cluster is made of, as root on Debian; elsewhere says what to do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+from tests.slurm.cluster import missing, missing_accounting
+
+_SLURM = ("slurm-wlm", "munge")
+_ACCOUNTING = ("slurmdbd", "mariadb-server")
+
+
+def install(*packages: str) -> None:
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    command = ["apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *packages]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:  # lists of a fresh image are empty
+        subprocess.run(["apt-get", "update", "--quiet"], env=environment, capture_output=True, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{' '.join(packages)}: not installed: {(done.stderr.strip().splitlines() or ['apt-get failed'])[-1]}")
+
+
+def main() -> None:
+    can = os.geteuid() == 0 and shutil.which("apt-get") is not None
+    if missing() and can:
+        install(*_SLURM)
+    if missing_accounting() and can:
+        install(*_ACCOUNTING)
+    for reason in filter(None, (missing(), missing_accounting())):
+        print(f"tests will be skipped: {reason}")
+
+
+if __name__ == "__main__":
+    main()
