@@ -25,6 +25,7 @@ from lens_megatron.progress import Progress
 from lens_megatron.purification.noise_floor import measured_noise_floor
 from lens_megatron.purification.scores import interference_scores
 from lens_megatron.purification.strategies import Signals
+from lens_megatron.reference_scores import ReferenceScores, identity_of
 from lens_megatron.run_folder import RunFolder
 from lens_megatron.stopping import Order
 from lens_megatron.types import Prompt, Sample
@@ -65,6 +66,10 @@ class Trainer:
             self.reference = build_frozen(model.spec, config.parallel, source, config.memory, dtype)
             if config.memory.offload_reference:
                 self.reference.move(torch.device("cpu"))
+            identity = from_rank_zero(  # rank 0's view of the files: on another node their times may differ
+                lambda: identity_of(source, dtype, config.parallel), "look at the reference", config.timeout_s
+            )
+            self.reference_scores = ReferenceScores(identity)
         self.noise_floor: float | None = None
         self.first_step = 0
         self._last_metrics: dict[str, float] = {}  # of the step that ended last; rank 0's
@@ -123,8 +128,12 @@ class Trainer:
             evaluations = evaluations_in_other_packings(self.policy, sequences[:_NOISE_PROMPTS], budget)
             self.noise_floor = measured_noise_floor(evaluations, rescue.noise_quantile)
         policy = self.policy.score(sequences, budget).logprobs
-        with self.reference_at_hand() as model:
-            reference = model.score(sequences, budget).logprobs
+
+        def by_reference(unseen: Sequence[Prompt]) -> list[torch.Tensor]:
+            with self.reference_at_hand() as model:
+                return model.score([torch.tensor(prompt.tokens) for prompt in unseen], budget).logprobs
+
+        reference = self.reference_scores.of(prompts, by_reference)
         return [
             Signals(scores_T=interference_scores(p, r), measured_floor=self.noise_floor)
             for p, r in zip(policy, reference, strict=True)
@@ -170,7 +179,10 @@ class Trainer:
         if self._saver.due(step, last or step == self.config.steps):
             state = {} if self.host is None else self.host.state_dict()
             # rank 0's metrics: it alone writes the manifest, and chooses what to keep by it
-            self._saver.save(step, {**state, "noise_floor": self.noise_floor}, self._last_metrics)
+            state["noise_floor"] = self.noise_floor
+            if self.reference is not None:
+                state["reference_scores"] = self.reference_scores.state_dict()
+            self._saver.save(step, state, self._last_metrics)
         self._saver.poll()
 
     def resume(self) -> None:
@@ -178,6 +190,8 @@ class Trainer:
         found = resume(self.policy, self._checkpoints)
         if found is not None:
             self.first_step, self.noise_floor = found.step, found.extra["noise_floor"]
+            if self.reference is not None and "reference_scores" in found.extra:
+                self.reference_scores.load_state_dict(found.extra["reference_scores"])
         self.progress = Progress(self.config.steps, self.first_step, shown=self.host is not None)
 
         def take_up(host: Host) -> None:
@@ -205,6 +219,8 @@ class Trainer:
             }
             if self.noise_floor is not None:
                 tree["noise_floor"] = self.noise_floor
+            if self.reference is not None and (known := self.reference_scores.counted()) is not None:
+                tree["purification/reference_known"] = known
             self.host.folder.write_rollouts(self.step + 1, list(self.host.rollout_rows(groups)))
             tree.update(self.progress.times())
             self.host.folder.append_metrics(tree)

@@ -40,7 +40,7 @@ def write_task(folder: Path) -> Path:
     (shape / "config.json").write_text(json.dumps({**toy.model_config(), **tiny}))
     weights = random_weights(hf_shapes(load_model_spec(shape)), seed=1, std=0.2)
     write_hf_folder(folder / "model", weights, companions_from=shape)
-    toy.write_jsonl(folder / "train.jsonl", toy.prompt_rows(40, seed=0))
+    toy.write_jsonl(folder / "train.jsonl", toy.prompt_rows(24, seed=0))
     return folder
 
 

@@ -60,6 +60,8 @@ def test_same_seed_same_metrics(base: Path, variants: Any) -> None:
     assert any(tree["ratio_purified"] not in (None, 1.0) for tree in expected)
     assert any(tree["sampling/speculated_rollouts"] > 0 for tree in expected)
     assert len({tree["loss"] for tree in expected}) == len(expected)
+    # 24 prompts, 4 a step: the second epoch asks the reference nothing
+    assert [tree["purification/reference_known"] for tree in expected] == [0] * 6 + [1] * 2
 
 
 def without_engine_noise(tree: dict[str, Any]) -> dict[str, Any]:
