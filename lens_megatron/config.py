@@ -18,6 +18,7 @@ from lens_megatron.mcore.model import MemoryConfig
 from lens_megatron.mcore.optimizer import OptimizerConfig
 from lens_megatron.rewards.config import RewardConfig
 from lens_megatron.rollout.sampling import SamplingConfig
+from lens_megatron.rollout.sglang_config import ServerConfig
 from lens_megatron.tracking import TrackingConfig
 from lens_megatron.update import UpdateConfig
 
@@ -29,9 +30,11 @@ class RolloutConfig(SamplingConfig):
     """`rollout:`; what is sampled is SamplingConfig's, what samples it is here."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-    engine: Literal["embedded"] = "embedded"
+    engine: Literal["embedded", "sglang"] = "embedded"
     slots: int = 128  # rollouts that the embedded engine runs at once
     threads: int = 1  # of the embedded engine, on CPU
+    servers: int = 1  # of SGLang, to be started
+    server: ServerConfig = field(default_factory=ServerConfig)  # of SGLang
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class RunConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     precision: Precision = "auto"  # auto: bf16 on GPU, fp32 on CPU
     update: UpdateConfig = field(default_factory=UpdateConfig)
+    placement: Literal["disaggregated", "colocated"] = "disaggregated"  # SGLang on GPUs of its own, or on the trainer's
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
@@ -64,6 +68,8 @@ class RunConfig:
             raise ValueError(f"steps is at least 1 (got {self.steps})")
         if self.rollout.temperature == 0:
             raise ValueError("rollout.temperature 0 leaves no log-probs to train on: set it above 0")
+        if self.rollout.servers < 1:
+            raise ValueError(f"rollout.servers is at least 1 (got {self.rollout.servers})")
         if self.update.old_logprobs == "engine" and self.algorithm.loss.engine_correction.mode != "none":
             raise ValueError(
                 "update.old_logprobs: engine leaves loss.engine_correction nothing to correct: set one of them off"

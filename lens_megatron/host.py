@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
@@ -22,7 +23,7 @@ from lens_megatron.errors import RunError, UsageError
 from lens_megatron.model_spec import ModelConfig
 from lens_megatron.purification.strategies import Outcome, Signals, purify
 from lens_megatron.rollout.driver import RolloutDriver
-from lens_megatron.rollout.factory import embedded_sampler
+from lens_megatron.rollout.factory import embedded_sampler, sglang_sampler
 from lens_megatron.rollout.sampling import SampleCounts, SamplingConfig
 from lens_megatron.rollout_table import RolloutRow
 from lens_megatron.run_folder import RunFolder
@@ -30,7 +31,8 @@ from lens_megatron.samples import samples_of_group
 from lens_megatron.tracking import Trackers
 from lens_megatron.types import Prompt, Sample
 
-_SAMPLERS = {"embedded": embedded_sampler}
+_SAMPLERS: dict[str, Any] = {"embedded": embedded_sampler, "sglang": sglang_sampler}
+_IMPORT_SECONDS = 120.0  # of the rollout driver, before it starts or meets any server
 _BATCHES_A_STEP = 1000  # room in the sampler's step number for the batches that a filter may ask for
 
 
@@ -70,8 +72,10 @@ class Host:
                 config.algorithm.rescue,
                 config.rewards,
                 config.seed,
+                **_of_the_servers(config, folder),
             ),
             threads=config.rollout.threads,
+            start_seconds=config.rollout.server.start_timeout_s + _IMPORT_SECONDS,
             silence_seconds=config.timeout_s,
             command_seconds=config.timeout_s,
         )
@@ -224,6 +228,28 @@ class Host:
         self.driver.close()
         self.trackers.close()
         self.folder.close()
+
+
+def _of_the_servers(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
+    """What a sampler that works with servers is told besides."""
+    rollout, colocated = config.rollout, config.placement == "colocated"
+    if rollout.engine != "sglang":
+        return {}
+    first_gpu = 0 if colocated else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    first_gpu = rollout.server.first_gpu if rollout.server.first_gpu is not None else first_gpu
+    needed, there = first_gpu + rollout.servers * rollout.server.gpus, torch.cuda.device_count()
+    if not rollout.server.urls and 0 < there < needed:
+        raise UsageError(
+            f"rollout.servers: {rollout.servers} of {rollout.server.gpus} GPUs from GPU {first_gpu} on need {needed} GPUs, "
+            f"this machine has {there}: lower rollout.servers or rollout.server.tp, or set placement: colocated"
+        )
+    return {
+        "servers": rollout.servers,
+        "server": rollout.server,
+        "logs": folder.path / "logs",
+        "first_gpu": first_gpu,
+        "colocated": colocated,
+    }
 
 
 def buckets(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lens_megatron.rollout.engine import Health
     from lens_megatron.rollout.sampler import Sampler
     from lens_megatron.rollout.sampling import SampleResult, SamplingConfig
+    from lens_megatron.rollout.sglang_server import ServerAddress
     from lens_megatron.types import Prompt, PurifiedPrompt
 
 BEAT_SECONDS = 1.0
@@ -70,6 +71,17 @@ class RolloutDriver:
     @property
     def pid(self) -> int | None:
         return self._process.pid
+
+    def servers(self) -> list[ServerAddress]:
+        """Of an engine that works with servers: those that answer. Weights reach them past this process."""
+        return self._call("servers")
+
+    def begin_update(self, version: int) -> None:
+        self._call("begin_update", version)
+
+    def end_update(self, synced: Sequence[ServerAddress]) -> None:
+        """`synced`: the servers that hold the version of begin_update whole."""
+        self._call("end_update", synced)
 
     def load_weights(self, buckets: Iterable[Mapping[str, torch.Tensor]], version: int) -> None:
         """All weights by Hugging Face name, bucket by bucket; one bucket is held at a time."""
@@ -269,6 +281,8 @@ def _execute(sampler: Sampler, buffer: SharedBuffer | None, command: str, args: 
     if command == "update":
         assert buffer is not None
         return engine.update(buffer.read(*args))
+    if command == "servers":
+        return getattr(engine, command)()  # only some engines work with servers
     targets: dict[str, Callable[..., Any]] = {
         "begin_update": engine.begin_update,
         "end_update": engine.end_update,

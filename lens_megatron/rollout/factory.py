@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
@@ -13,6 +16,7 @@ from lens_megatron.rewards.config import RewardConfig
 from lens_megatron.rewards.judgement import Judgement
 from lens_megatron.rollout.sampler import Sampler
 from lens_megatron.rollout.sampling import RescueRules, SamplingConfig
+from lens_megatron.rollout.sglang_config import ServerConfig
 from lens_megatron.types import Prompt, Rollout
 
 
@@ -79,3 +83,43 @@ def embedded_sampler(
     tokenizer = load_tokenizer(str(folder))
     engine = EmbeddedEngine.from_config(AutoConfig.from_pretrained(str(folder)), slots, device, dtype)
     return Sampler(engine, TextReward(tokenizer, rewards), rescue_rules(rescue), sampling, stop_tokens(tokenizer), seed)
+
+
+def sglang_sampler(
+    folder: Path,
+    slots: int,  # the servers know their own
+    device: str,
+    dtype: str,
+    sampling: SamplingConfig,
+    rescue: RescueConfig,
+    rewards: RewardConfig,
+    seed: int,
+    *,
+    servers: int,
+    server: ServerConfig,
+    logs: Path,
+    first_gpu: int,
+    colocated: bool,
+) -> Sampler:
+    """SGLang's servers, started or found, without weights of the run until the first sync."""
+    from lens_megatron.data.tokenizer import load_tokenizer, stop_tokens
+    from lens_megatron.rollout.sglang_engine import SGLangEngine
+    from lens_megatron.rollout.sglang_seat import seats
+
+    tokenizer = load_tokenizer(str(folder))
+    # token ids in, token ids out; a server that shares its GPUs with the trainer must be able to let go of its memory
+    common = {"dtype": dtype, "skip_tokenizer_init": True, **({"enable_memory_saver": True} if colocated else {})}
+    found = seats(server, servers, str(folder), logs, first_gpu, common, seed)
+    where = "" if server.urls else f"; logs in {logs}"
+    print(f"waiting for {len(found)} SGLang server{'s' * (len(found) > 1)}{where}", file=sys.stderr, flush=True)
+    began = time.monotonic()
+    engine = SGLangEngine(found, server)
+    print(f"SGLang is ready after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    stop = tuple(sorted({*stop_tokens(tokenizer), *_ends_of_the_model(folder)}))
+    return Sampler(engine, TextReward(tokenizer, rewards), rescue_rules(rescue), sampling, stop, seed)
+
+
+def _ends_of_the_model(folder: Path) -> set[int]:
+    """End tokens of config.json, at which SGLang stops whatever it is asked."""
+    listed = json.loads((folder / "config.json").read_text()).get("eos_token_id")
+    return set(listed) if isinstance(listed, list) else set() if listed is None else {listed}

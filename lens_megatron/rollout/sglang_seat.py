@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from lens_megatron.errors import RunError
 from lens_megatron.rollout.engine import Request
 from lens_megatron.rollout.sglang_client import Refused, SGLangClient, Unreachable
 from lens_megatron.rollout.sglang_config import ServerConfig
 from lens_megatron.rollout.sglang_schema import OLDEST_SUPPORTED, Generation, ServerInfo
-from lens_megatron.rollout.sglang_server import ServerAddress, ServerProcess
+from lens_megatron.rollout.sglang_server import ServerAddress, ServerProcess, read_api_key, server_processes
 
 State = Literal["starting", "quarantined", "ready", "gone"]
 HEALTH_RETRY_SECONDS = 0.25
@@ -141,3 +143,14 @@ class Seat:
         await self.client.close()
         if self.process is not None:
             await asyncio.to_thread(self.process.stop)
+
+
+def seats(
+    config: ServerConfig, count: int, model: str, logs: Path, first_gpu: int, common: Mapping[str, Any], seed: int
+) -> list[Seat]:
+    """Of the servers at config.urls; without any, of `count` servers to be started here with the `common` arguments."""
+    if config.urls:
+        key = read_api_key(config)
+        return [Seat(f"sglang_{number}", url, key, None, config) for number, url in enumerate(config.urls)]
+    processes = server_processes(config, count, model, logs, first_gpu, common, seed)
+    return [Seat(process.name, "", process.api_key, process, config) for process in processes]

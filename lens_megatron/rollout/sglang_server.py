@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from lens_megatron.errors import UsageError
+from lens_megatron.rollout.engine import derive_seed
 from lens_megatron.rollout.sglang_config import ServerConfig
 
 UNSYNCED = "unsynced"  # weight version of a server that no sync has reached since its start
@@ -46,20 +47,30 @@ class ServerAddress:
 class ServerProcess:
     """One server of this machine."""
 
-    def __init__(self, name: str, config: ServerConfig, model: str, logs: Path, arguments: Mapping[str, Any]) -> None:
-        """`arguments` stand under the config's own."""
-        self.name, self._config, self._model = name, config, model
+    def __init__(
+        self,
+        name: str,
+        config: ServerConfig,
+        model: str,
+        logs: Path,
+        arguments: Mapping[str, Any],
+        api_key: str,
+        seed: int = 0,
+        port: int | None = None,
+    ) -> None:
+        """`arguments` stand under the config's own; without `port` each start finds a free one."""
+        self.name, self._config, self._model, self._seed, self._port = name, config, model, seed, port
         self._arguments = {**arguments, **{key.replace("-", "_"): value for key, value in config.args.items()}}
         self.log, self._settings = logs / f"{name}.log", logs / f"{name}.yaml"
-        self.api_key = secrets.token_urlsafe(32)
+        self.api_key = api_key
         self.starts = 0
         self.url = ""
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Returns at once; a port is free now, and a server that finds it taken ends and is started anew."""
+        """Returns at once."""
         self.stop()
-        port = free_port(self._config.host)
+        port = self._port or free_port(self._config.host)
         self.url = f"http://{self._config.host}:{port}"
         self._write_settings(port)
         environment = {
@@ -118,6 +129,8 @@ class ServerProcess:
     def _write_settings(self, port: int) -> None:
         config = self._config
         settings = {
+            # servers of one seed would give a prompt's rollouts the same random numbers, and so would a second start
+            "random_seed": derive_seed(self._seed, self.name, self.starts) % 2**31,
             **self._arguments,
             "model-path": self._model,
             "host": config.host,
@@ -128,10 +141,8 @@ class ServerProcess:
             "api-key": self.api_key,
             "weight-version": UNSYNCED,
         }
-        self._settings.unlink(missing_ok=True)  # an older one may be readable by others
-        descriptor = os.open(self._settings, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            yaml.safe_dump({name.replace("_", "-"): value for name, value in settings.items()}, file)
+        named = {name.replace("_", "-"): value for name, value in settings.items()}
+        write_private(self._settings, yaml.safe_dump(named))
 
 
 def free_port(host: str) -> int:
@@ -143,16 +154,44 @@ def free_port(host: str) -> int:
         return probe.getsockname()[1]
 
 
-def started_servers(
-    config: ServerConfig, count: int, model: str, logs: Path, first_gpu: int, common: Mapping[str, Any]
+def server_processes(
+    config: ServerConfig,
+    count: int,
+    model: str,
+    logs: Path,
+    first_gpu: int,
+    common: Mapping[str, Any],
+    seed: int = 0,
+    first_port: int | None = None,
 ) -> list[ServerProcess]:
-    """Each on GPUs of its own; where there are none, `base_gpu_id` means nothing."""
+    """Not started yet, with one key; each on GPUs of its own (where there are none, `base_gpu_id` means nothing)."""
     logs.mkdir(parents=True, exist_ok=True)
-    first = config.first_gpu if config.first_gpu is not None else first_gpu
+    first, key = config.first_gpu if config.first_gpu is not None else first_gpu, new_api_key()
     return [
-        ServerProcess(f"sglang_{number}", config, model, logs, {**common, "base_gpu_id": first + number * config.gpus})
+        ServerProcess(
+            f"sglang_{number}",
+            config,
+            model,
+            logs,
+            {**common, "base_gpu_id": first + number * config.gpus},
+            key,
+            seed,
+            None if first_port is None else first_port + number,
+        )
         for number in range(count)
     ]
+
+
+def new_api_key() -> str:
+    return secrets.token_urlsafe(32)
+
+
+def write_private(path: Path, text: str) -> None:
+    """A file that its owner alone can read, from its first byte on."""
+    path.unlink(missing_ok=True)  # an older one may be readable by others
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
 
 
 def read_api_key(config: ServerConfig) -> str | None:

@@ -9,9 +9,12 @@ import pytest
 
 from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import SGLangClient
-from lens_megatron.rollout.sglang_server import ServerProcess
+from lens_megatron.rollout.sglang_config import ServerConfig
+from lens_megatron.rollout.sglang_engine import SGLangEngine
+from lens_megatron.rollout.sglang_server import UNSYNCED, ServerProcess
 from tests.rollout import tiny
 
+from .engines import sglang_engine
 from .server import servers
 
 
@@ -37,6 +40,17 @@ def real_server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
+def one_engine(real_server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangEngine]:
+    """An engine of the session's server, which it does not own; whoever uses it gives it weights first."""
+    folder = tmp_path_factory.mktemp("key")
+    (folder / "key").write_text(real_server.api_key)
+    limits = {"control_timeout_s": 60.0, "silence_s": 60.0, "start_timeout_s": 10.0}
+    config = ServerConfig(urls=(real_server.url,), api_key_file=str(folder / "key"), **limits)
+    with sglang_engine(folder, folder, config) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
 def loop() -> Iterator[EventLoop]:
     loop = EventLoop()
     yield loop
@@ -44,7 +58,10 @@ def loop() -> Iterator[EventLoop]:
 
 
 @pytest.fixture
-def client(real_server: ServerProcess, loop: EventLoop) -> Iterator[SGLangClient]:
+def client(real_server: ServerProcess, loop: EventLoop, tiny_folder: Path) -> Iterator[SGLangClient]:
+    """Of the session's server, with the weights that it was started with."""
     client = SGLangClient(real_server.url, real_server.api_key, timeout_s=60.0)
+    if loop.run(client.weight_version()) != UNSYNCED:
+        loop.run(client.update_weights_from_disk(str(tiny_folder), UNSYNCED))
     yield client
     loop.run(client.close())

@@ -18,7 +18,7 @@ from typing import Any
 from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import SGLangClient
 from lens_megatron.rollout.sglang_config import ServerConfig
-from lens_megatron.rollout.sglang_server import ServerProcess, started_servers
+from lens_megatron.rollout.sglang_server import ServerProcess, server_processes
 
 from . import venv
 
@@ -65,7 +65,7 @@ def servers(
 ) -> Iterator[list[ServerProcess]]:
     """`count` servers of an HF folder, ready to answer; their logs are in `folder`."""
     common = {"skip_tokenizer_init": True, **arguments}
-    started = started_servers(config or cpu_config(), count, str(model), folder, 0, common)
+    started = server_processes(config or cpu_config(), count, str(model), folder, 0, common)
     try:
         for server in started:
             server.start()
