@@ -11,16 +11,14 @@ from lens_megatron import presets, strict
 from lens_megatron.algorithms.algorithm import AlgorithmConfig
 from lens_megatron.checkpoints import CheckpointConfig
 from lens_megatron.data.config import DataConfig
-from lens_megatron.diagnostics import DiagnosticsConfig
 from lens_megatron.errors import UsageError
 from lens_megatron.mcore.layout import ParallelConfig
-from lens_megatron.mcore.model import MemoryConfig
-from lens_megatron.mcore.optimizer import OptimizerConfig
+from lens_megatron.mcore.settings import MemoryConfig, OptimizerConfig
 from lens_megatron.rewards.config import RewardConfig
 from lens_megatron.rollout.sampling import SamplingConfig
 from lens_megatron.rollout.sglang_config import ServerConfig
 from lens_megatron.tracking import TrackingConfig
-from lens_megatron.update import UpdateConfig
+from lens_megatron.update_config import DiagnosticsConfig, UpdateConfig
 
 Precision = Literal["auto", "fp32", "bf16"]
 

@@ -10,29 +10,14 @@ both, of which only norms are kept, so that no second gradient buffer is needed:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
 
 import torch
 
 from lens_megatron.algorithms.loss_config import LossConfig
 from lens_megatron.mcore.step import Trainable, accumulate_gradients
-from lens_megatron.update import Evaluated, UpdateConfig, minibatch_loss
-
-
-@dataclass(frozen=True)
-class DiagnosticsConfig:
-    """`diagnostics:`. Each time costs three backward and two forward passes over the batch."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-    every: int = 0  # steps; 0: never
-
-    def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ValueError(f"every is 0 or more (got {self.every})")
-
-    def due(self, step: int) -> bool:
-        return self.every > 0 and step % self.every == 0
+from lens_megatron.update import Evaluated, minibatch_loss
+from lens_megatron.update_config import UpdateConfig
 
 
 def before_update(

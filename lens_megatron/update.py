@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,23 +30,7 @@ from lens_megatron.mcore.runtime import device
 from lens_megatron.mcore.step import LossFunction, ShardedModel, Trainable, train_step
 from lens_megatron.samples import number_tensor, split_groups, token_tensor
 from lens_megatron.types import Sample
-
-
-@dataclass(frozen=True)
-class UpdateConfig:
-    """`update:` of RUN.yaml."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-    minibatches: int = 1  # updates a batch of groups is split into
-    epochs: int = 1  # passes over the batch
-    tokens_per_microbatch: int = 16384  # over all context-parallel ranks
-    # megatron: pi_old scored by the trainer.  engine: the engine's own log-probs stand for it
-    old_logprobs: Literal["megatron", "engine"] = "megatron"
-
-    def __post_init__(self) -> None:
-        for name in ("minibatches", "epochs", "tokens_per_microbatch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 (got {getattr(self, name)})")
+from lens_megatron.update_config import UpdateConfig
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,12 @@ def test_a_reader_that_goes_away_is_no_error(buffering: list[str], command: str)
 
 
 HEAVY = ("torch", "megatron", "transformers", "sglang", "numpy", "huggingface_hub")
+# What the command that starts the workers goes through; they import the rest themselves.
+LAUNCH = (
+    "import lens_megatron.workers, lens_megatron.endings, lens_megatron.mcore.hf_files, lens_megatron.mcore.layout; "
+    "from lens_megatron.config import load_run; from pathlib import Path; "
+    "load_run(Path('RUN.yaml'), ['diagnostics.every=5', 'memory.recompute=full', 'optimizer.lr=1e-5'])"
+)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +150,18 @@ HEAVY = ("torch", "megatron", "transformers", "sglang", "numpy", "huggingface_hu
     ],
 )
 def test_light_imports(code: str, tmp_path: Path) -> None:
-    check = f"{code}\nimport sys\nheavy = {HEAVY!r}\nraise SystemExit(str([m for m in heavy if m in sys.modules] or 0))"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.stderr.strip() == "0", done.stderr
+    assert imported(HEAVY, code, tmp_path) == "0"
+
+
+def test_reading_a_run_imports_neither_megatron_nor_transformers(tmp_path: Path) -> None:
+    (tmp_path / "RUN.yaml").write_text("{model: m, run_dir: r, algorithm: lens, data: {train: t.jsonl}}")
+    heavy = ("megatron", "transformers", "sglang", "pyarrow", "torch._dynamo")
+    assert imported(heavy, LAUNCH, tmp_path) == "0"
+    assert imported(("torch",), LAUNCH, tmp_path) == "['torch']"  # the check can see what is there
+
+
+def imported(heavy: tuple[str, ...], code: str, folder: Path) -> str:
+    """Which of these `code` imports; "0" when none."""
+    check = f"{code}\nimport sys\nraise SystemExit(str([m for m in {heavy!r} if m in sys.modules] or 0))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=folder, check=False)
+    return done.stderr.strip()

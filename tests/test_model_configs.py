@@ -85,7 +85,7 @@ def test_advised_layouts_are_possible_and_fit(name: str) -> None:
 
 @pytest.mark.slow
 def test_advised_memory_settings_are_those_of_a_run() -> None:
-    from lens_megatron.mcore.model import MemoryConfig  # imports megatron
+    from lens_megatron.mcore.settings import MemoryConfig
 
     for name in PUBLISHED:
         for layout in load_model_config(name).layouts:

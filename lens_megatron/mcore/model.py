@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +17,8 @@ from lens_megatron.mcore.head import token_logprobs_and_entropy
 from lens_megatron.mcore.layer_spec import block_spec, transformer_engine_available
 from lens_megatron.mcore.layout import ParallelConfig, padded_vocab_size
 from lens_megatron.mcore.runtime import cuda_literals
+from lens_megatron.mcore.settings import MemoryConfig
 from lens_megatron.model_spec import ModelSpec
-
-
-@dataclass(frozen=True)
-class MemoryConfig:
-    """`memory:` of RUN.yaml. What is computed again or kept on the host instead of held on the GPU."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-    recompute: Literal["none", "selective", "full"] = "none"  # activations
-    offload_optimizer: float = 0.0  # share of the optimizer's state on the host; refused on CUDA until it is verified
-    offload_reference: bool = True  # the reference lives on the host between uses
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.offload_optimizer <= 1.0:
-            raise ValueError(f"offload_optimizer is a share between 0 and 1 (got {self.offload_optimizer})")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -20,32 +20,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from lens_megatron.errors import UsageError
-from lens_megatron.mcore.model import MemoryConfig
 from lens_megatron.mcore.runtime import cuda_literals
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """`optimizer:` of RUN.yaml. AdamW; norms and biases are not decayed."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-    lr: float = 1.0e-6
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1.0e-8
-    clip_grad: float = 1.0  # global norm; 0 turns clipping off
-    warmup_steps: int = 0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    decay_steps: int | None = None  # for linear and cosine; default: all the steps of the run
-    min_lr: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"lr must be above 0 (got {self.lr})")
-        if not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"min_lr must lie between 0 and lr (got {self.min_lr})")
-        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
-            raise ValueError(f"decay_steps={self.decay_steps} must be above warmup_steps={self.warmup_steps}")
+from lens_megatron.mcore.settings import MemoryConfig, OptimizerConfig
 
 
 @dataclass

@@ -17,10 +17,11 @@ from lens_megatron.mcore.hf_bridge import export_hf, load_hf
 from lens_megatron.mcore.hf_files import check_folder
 from lens_megatron.mcore.layout import ParallelConfig
 from lens_megatron.mcore.logprobs import TokenScores, score_sequences
-from lens_megatron.mcore.model import MemoryConfig, build_chunks, transformer_config
-from lens_megatron.mcore.optimizer import Optimizer, OptimizerConfig, build_optimizer, with_gradient_buffers
+from lens_megatron.mcore.model import build_chunks, transformer_config
+from lens_megatron.mcore.optimizer import Optimizer, build_optimizer, with_gradient_buffers
 from lens_megatron.mcore.pipeline import forward_backward, plan_for_this_layout
 from lens_megatron.mcore.runtime import cuda_literals, default_dtype, device
+from lens_megatron.mcore.settings import MemoryConfig, OptimizerConfig
 from lens_megatron.model_spec import ModelSpec
 
 # (log-probs [T], entropies [T], the pack) -> this micro-batch's share of the loss, and metrics to be summed.

@@ -39,7 +39,7 @@ def score(
 
 
 def _policy(folder: Path, layout: ParallelConfig, memory: Any = None) -> Any:
-    from lens_megatron.mcore.optimizer import OptimizerConfig
+    from lens_megatron.mcore.settings import OptimizerConfig
     from lens_megatron.mcore.step import build_trainable
 
     spec = start(folder, layout)
@@ -78,7 +78,7 @@ def gradients(
     recompute: str = "none",
 ) -> tuple[dict[str, float], dict[str, Tensor], float]:
     """Metrics, HF-named gradients, and how far replicas of one gradient lie apart, on rank 0."""
-    from lens_megatron.mcore.model import MemoryConfig
+    from lens_megatron.mcore.settings import MemoryConfig
     from lens_megatron.mcore.step import accumulate_gradients
 
     policy = _policy(folder, layout, MemoryConfig(recompute=recompute))  # type: ignore[arg-type]
@@ -151,7 +151,7 @@ def bf16_update(
     folder: Path, layout: ParallelConfig, sequences: Sequence[Tensor], data: reference.LossData, budget: int
 ) -> tuple[float, float, dict[str, Tensor]]:
     """Share of bf16 weights that one small update changed, share of fp32 main weights, and the exported weights."""
-    from lens_megatron.mcore.optimizer import OptimizerConfig
+    from lens_megatron.mcore.settings import OptimizerConfig
     from lens_megatron.mcore.step import build_trainable, train_step
 
     spec = start(folder, layout)

@@ -31,7 +31,7 @@ class Answer:
 
 
 def policy(folder: Path, layout: ParallelConfig, dtype: torch.dtype | None = None) -> Any:
-    from lens_megatron.mcore.optimizer import OptimizerConfig
+    from lens_megatron.mcore.settings import OptimizerConfig
     from lens_megatron.mcore.step import build_trainable
 
     spec = cases.start(folder, layout)

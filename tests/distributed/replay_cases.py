@@ -43,8 +43,8 @@ def replay(
 
     A second model is built in between: its routers must not take this one's experts.
     """
-    from lens_megatron.mcore.model import MemoryConfig
     from lens_megatron.mcore.routing import replay_routing
+    from lens_megatron.mcore.settings import MemoryConfig
     from lens_megatron.mcore.step import accumulate_gradients, build_frozen
 
     spec = cases.start(folder, layout)

@@ -59,9 +59,10 @@ def preset_gradients(
 ) -> dict[str, tuple[dict[str, float], dict[str, Tensor]]]:
     """For each preset the metrics and the HF-named gradient of one mini-batch with all its groups, on rank 0."""
     from lens_megatron.algorithms.loss_metrics import finish_metrics
-    from lens_megatron.mcore.optimizer import OptimizerConfig
+    from lens_megatron.mcore.settings import OptimizerConfig
     from lens_megatron.mcore.step import accumulate_gradients, build_frozen, build_trainable
-    from lens_megatron.update import UpdateConfig, evaluate_samples, minibatch_loss
+    from lens_megatron.update import evaluate_samples, minibatch_loss
+    from lens_megatron.update_config import UpdateConfig
 
     spec = start(folder, layout)
     policy = build_trainable(spec, layout, folder, OptimizerConfig(), steps=1)
@@ -84,9 +85,10 @@ def preset_gradients(
 
 def trap_of_equation_5(folder: Path, layout: ParallelConfig) -> dict[str, float]:
     """Metrics of the first update of LENS: pi_theta is pi_old, so only the prompt can move a ratio from 1."""
-    from lens_megatron.mcore.optimizer import OptimizerConfig
+    from lens_megatron.mcore.settings import OptimizerConfig
     from lens_megatron.mcore.step import build_trainable
-    from lens_megatron.update import UpdateConfig, evaluate_samples, update_policy
+    from lens_megatron.update import evaluate_samples, update_policy
+    from lens_megatron.update_config import UpdateConfig
 
     spec = start(folder, layout)
     policy = build_trainable(spec, layout, folder, OptimizerConfig(), steps=1)
@@ -98,7 +100,7 @@ def trap_of_equation_5(folder: Path, layout: ParallelConfig) -> dict[str, float]
 
 def embedding_norms(folder: Path, layout: ParallelConfig, sequences: list[Tensor], budget: int) -> list[Tensor]:
     from lens_megatron.mcore.embedding_gradients import embedding_gradient_norms
-    from lens_megatron.mcore.optimizer import OptimizerConfig
+    from lens_megatron.mcore.settings import OptimizerConfig
     from lens_megatron.mcore.step import build_trainable
 
     spec = start(folder, layout)
@@ -108,9 +110,10 @@ def embedding_norms(folder: Path, layout: ParallelConfig, sequences: list[Tensor
 
 def diagnostics(folder: Path, layout: ParallelConfig) -> dict[str, float]:
     from lens_megatron.diagnostics import after_update, before_update
-    from lens_megatron.mcore.optimizer import OptimizerConfig
+    from lens_megatron.mcore.settings import OptimizerConfig
     from lens_megatron.mcore.step import build_trainable
-    from lens_megatron.update import UpdateConfig, evaluate_samples, update_policy
+    from lens_megatron.update import evaluate_samples, update_policy
+    from lens_megatron.update_config import UpdateConfig
 
     spec = start(folder, layout)
     policy = build_trainable(spec, layout, folder, OptimizerConfig(lr=1e-3), steps=1)
@@ -123,9 +126,10 @@ def diagnostics(folder: Path, layout: ParallelConfig) -> dict[str, float]:
 
 
 def learning_rates(folder: Path, minibatches: int, steps: int) -> list[float]:
-    from lens_megatron.mcore.optimizer import OptimizerConfig
+    from lens_megatron.mcore.settings import OptimizerConfig
     from lens_megatron.mcore.step import build_trainable
-    from lens_megatron.update import UpdateConfig, evaluate_samples, update_policy
+    from lens_megatron.update import evaluate_samples, update_policy
+    from lens_megatron.update_config import UpdateConfig
 
     spec = start(folder, ParallelConfig())
     policy = build_trainable(spec, ParallelConfig(), folder, OptimizerConfig(lr=1e-4, schedule="linear"), steps=steps)

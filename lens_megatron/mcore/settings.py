@@ -1,0 +1,44 @@
+"""`memory:` and `optimizer:` of RUN.yaml. Without Megatron, whose import takes longer than reading a configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """`memory:` of RUN.yaml. What is computed again or kept on the host instead of held on the GPU."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    recompute: Literal["none", "selective", "full"] = "none"  # activations
+    offload_optimizer: float = 0.0  # share of the optimizer's state on the host; refused on CUDA until it is verified
+    offload_reference: bool = True  # the reference lives on the host between uses
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.offload_optimizer <= 1.0:
+            raise ValueError(f"offload_optimizer is a share between 0 and 1 (got {self.offload_optimizer})")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """`optimizer:` of RUN.yaml. AdamW; norms and biases are not decayed."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    lr: float = 1.0e-6
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1.0e-8
+    clip_grad: float = 1.0  # global norm; 0 turns clipping off
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    decay_steps: int | None = None  # for linear and cosine; default: all the steps of the run
+    min_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr must be above 0 (got {self.lr})")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"min_lr must lie between 0 and lr (got {self.min_lr})")
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            raise ValueError(f"decay_steps={self.decay_steps} must be above warmup_steps={self.warmup_steps}")
