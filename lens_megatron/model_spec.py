@@ -105,7 +105,6 @@ class AdvisedLayout:
     ep: int = 1
     ends_count_as_layers: bool = False
     recompute: Literal["none", "selective", "full"] = "full"
-    offload_optimizer: float = 0.0  # share of the fp32 weights and Adam's moments kept in host memory
     offload_reference: bool = True  # the reference in host memory between its uses
 
     def __post_init__(self) -> None:
@@ -126,7 +125,7 @@ class AdvisedLayout:
     def run_values(self) -> dict[str, dict[str, Any]]:
         """The sections of RUN.yaml that choose this layout."""
         parallel = {key: getattr(self, key) for key in ("tp", "pp", "cp", "ep", "dp", "ends_count_as_layers")}
-        memory = {key: getattr(self, key) for key in ("recompute", "offload_optimizer", "offload_reference")}
+        memory = {key: getattr(self, key) for key in ("recompute", "offload_reference")}
         return {"parallel": parallel, "memory": memory}
 
 

@@ -95,9 +95,10 @@ def test_advised_memory_settings_are_those_of_a_run() -> None:
 def test_small_models_are_advised_for_one_gpu_and_eight() -> None:
     for name, published in PUBLISHED.items():
         gpus = {layout.gpus for layout in load_model_config(name).layouts}
-        assert (1 in gpus) == (published < 9e9), name
-        assert (8 in gpus) == (published < 72e9), name  # 72B needs 72.3 of 72 GiB on eight, even with offload
-        assert published < 2e9 or 64 in gpus, name
+        assert (1 in gpus) == (published < 4e9), name
+        assert (8 in gpus) == (published < 20e9), name
+        assert min(gpus) <= 4 or published > 9e9, name
+        assert published < 2e9 or max(gpus) >= 64, name
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -122,7 +123,7 @@ def test_a_tied_embedding_is_copied_to_the_last_pipeline_stage() -> None:
 def test_one_gpu_takes_eighteen_bytes_a_parameter() -> None:
     config = load_model_config("qwen2.5-3b")
     one = config.layouts[0]
-    assert (one.gpus, one.offload_optimizer) == (1, 0.0)
+    assert one.gpus == 1
     held = training_bytes(config.spec, one)
     assert held.weights + held.gradients + held.optimizer == 18 * count_parameters(config.spec)
 
@@ -177,6 +178,5 @@ def test_the_documentation_lists_every_model_and_layout_as_computed() -> None:
         for layout in config.layouts:
             peak, host = training_bytes(config.spec, layout).peak, host_bytes(config.spec, layout) / layout.gpus
             where = f"| {layout.tp} | {layout.pp} | {layout.ep} | {layout.dp} | {layout.recompute} |"
-            offload = "yes" if layout.offload_optimizer else "no"
-            row = f"| {name} | {layout.gpus} x 80 GB {where} {offload} | {peak / GIB:.1f} | {host / GIB:.1f} |"
+            row = f"| {name} | {layout.gpus} x 80 GB {where} {peak / GIB:.1f} | {host / GIB:.1f} |"
             assert row in text, row

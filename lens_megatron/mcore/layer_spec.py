@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -16,7 +16,8 @@ from lens_megatron.mcore.attention import PackedAttention
 
 
 def transformer_engine_available() -> bool:
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    """As Megatron-Core sees it: an installed package that does not import (built for another torch or CUDA) is none."""
+    return torch.cuda.is_available() and HAVE_TE
 
 
 class PlainRMSNorm(torch.nn.RMSNorm):

@@ -129,7 +129,7 @@ def training_bytes(spec: ModelSpec, layout: AdvisedLayout, tokens_per_microbatch
     return TrainingBytes(
         weights=WEIGHT_BYTES * parameters,
         gradients=GRADIENT_BYTES * parameters,
-        optimizer=int(OPTIMIZER_BYTES * sharded * (1 - layout.offload_optimizer)),
+        optimizer=OPTIMIZER_BYTES * sharded,
         reference=WEIGHT_BYTES * parameters,
         reference_stays=not layout.offload_reference,
         training_activations=kept * held.layers * in_flight + 2 * one_layer,
@@ -138,12 +138,10 @@ def training_bytes(spec: ModelSpec, layout: AdvisedLayout, tokens_per_microbatch
 
 
 def host_bytes(spec: ModelSpec, layout: AdvisedLayout) -> int:
-    """Host memory of all nodes together, for what is offloaded: each GPU keeps its own part there."""
+    """Host memory of all nodes together, for an offloaded reference: each GPU keeps its own part there."""
     gpus_per_stage = layout.gpus // layout.pp
     held = sum(stage.dense + stage.expert for stage in stage_parameters(spec, layout)) * gpus_per_stage
-    reference = WEIGHT_BYTES * held if layout.offload_reference else 0
-    # the distributed optimizer keeps each parameter's state once
-    return reference + int(OPTIMIZER_BYTES * count_parameters(spec) * layout.offload_optimizer)
+    return WEIGHT_BYTES * held if layout.offload_reference else 0
 
 
 def _activation_bytes(spec: ModelSpec, layout: AdvisedLayout, tokens: int) -> tuple[int, int, int]:
