@@ -36,15 +36,15 @@ def flat_offsets(sequences: Sequence[Tensor]) -> list[int]:
     return [0, *accumulate(len(sequence) for sequence in sequences)]
 
 
-def own_places(pack: Pack, sequences: Sequence[Tensor]) -> Tensor:
+def own_places(pack: Pack, offsets: Sequence[int]) -> Tensor:
     """[T]: the flat place of the token that each of this rank's positions holds; -1 for padding."""
-    offsets = flat_offsets(sequences)
     place = torch.full((pack.tokens,), -1, dtype=torch.long)
     start = 0
     for number, padded in enumerate(pack.padded_lengths):
         if pack.sequences:
             index = pack.sequences[number]
-            place[start : start + len(sequences[index])] = torch.arange(offsets[index], offsets[index + 1])
+            first, last = offsets[index], offsets[index + 1]
+            place[start : start + last - first] = torch.arange(first, last)
         start += padded
     return place[_held_here(pack)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,14 +31,14 @@ def embedding_gradient_norms(
     offsets = flat_offsets(sequences)
     norms_F = torch.zeros(offsets[-1])
     first = innermost(policy.chunks[0])
-    waiting: list[Pack] = []  # packs reach the first stage's embedding in order
+    waiting: deque[Pack] = deque()  # packs reach the first stage's embedding in order
 
     def keep_norms(gradient: Tensor, place_T: Tensor) -> None:
         norms_T = _whole_sequence(gradient.squeeze(1), policy.config.sequence_parallel).float().norm(dim=-1).cpu()
         norms_F[place_T[place_T >= 0]] = norms_T[place_T >= 0]
 
     def on_embedding(module: torch.nn.Module, arguments: Any, output: Tensor) -> None:
-        place_T = own_places(waiting.pop(0), sequences)
+        place_T = own_places(waiting.popleft(), offsets)
         output.register_hook(lambda gradient: keep_norms(gradient, place_T))
 
     def negative_log_likelihood(output_2T: Tensor, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -48,12 +48,7 @@ def plan_packs(
         )
     if room < 1:
         raise UsageError(f"update.tokens_per_microbatch: {budget} tokens hold no sequence in this layout; set more")
-    step = dp * multiple
-    count = _round_up(max(1, -(-sum(padded) // room)), step)
-    bins = _spread(padded, count)
-    while any(load > room for load, _ in bins):
-        count += step
-        bins = _spread(padded, count)
+    bins = _fewest_bins(padded, room, dp * multiple)
     # Heaviest first, dealt there and back again, so that the ranks' sums are even.
     ordered = sorted(bins, key=lambda bin_: (-bin_[0], bin_[1]))
     ranks: list[list[Pack]] = [[] for _ in range(dp)]
@@ -61,6 +56,27 @@ def plan_packs(
         lap, seat = divmod(place, dp)
         ranks[seat if lap % 2 == 0 else dp - 1 - seat].append(_pack(members, padded, cp, tp))
     return ranks
+
+
+def _fewest_bins(padded: Sequence[int], room: int, step: int) -> list[tuple[int, list[int]]]:
+    """As few as hold everything, in steps of `step`, found in about log(n) tries: with one more a try, a batch with many
+    long sequences took time that grew with its square."""
+
+    def spread(steps: int) -> list[tuple[int, list[int]]] | None:
+        bins = _spread(padded, steps * step)
+        return bins if all(load <= room for load, _ in bins) else None
+
+    too_few = max(1, -(-sum(padded) // (room * step))) - 1  # less than all the room that is needed
+    steps, stride = too_few + 1, 1
+    while (bins := spread(steps)) is None:
+        too_few, steps, stride = steps, steps + stride, 2 * stride
+    while steps - too_few > 1:
+        middle = (too_few + steps) // 2
+        if (fewer := spread(middle)) is None:
+            too_few = middle
+        else:
+            steps, bins = middle, fewer
+    return bins
 
 
 def _spread(padded: Sequence[int], count: int) -> list[tuple[int, list[int]]]:

@@ -11,6 +11,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from lens_megatron.errors import UsageError
+from lens_megatron.mcore import packing
 from lens_megatron.mcore.packing import Pack, local_positions, plan_packs
 
 LENGTHS = st.lists(st.integers(1, 300), max_size=40)
@@ -92,6 +93,21 @@ def test_balanced(lengths: list[int], dp: int, extra: int) -> None:
     assert max(flat) - min(flat) <= max(lengths)
     sums = [sum(rank) for rank in loads]
     assert max(sums) - min(sums) <= max(lengths)
+
+
+def test_the_number_of_packs_is_found_in_few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two of these share a pack, though by their sum they could: one more pack a try would take 980 tries."""
+    tries = 0
+    spread = packing._spread
+
+    def counted(lengths: list[int], count: int) -> Any:
+        nonlocal tries
+        tries += 1
+        return spread(lengths, count)
+
+    monkeypatch.setattr(packing, "_spread", counted)
+    assert len(plan_packs([51] * 2000, 100)[0]) == 2000
+    assert tries <= 2 * math.ceil(math.log2(2000))
 
 
 def test_one_long_sequence_does_not_share_while_others_wait() -> None:
