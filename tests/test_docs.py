@@ -221,3 +221,16 @@ def test_options_in_the_docs_are_the_commands_own() -> None:
             for option in re.findall(r"(?<!\S)\[?(--[a-z]+)", line):
                 # sub-commands of convert have options of their own
                 assert option in known or name == "convert", f"{name} {option}"
+
+
+# --- installation
+
+
+def test_the_line_for_containers_names_every_dependency() -> None:
+    """There nothing is installed by the project itself (--no-deps)."""
+    (project,) = re.findall(
+        r"^dependencies = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL
+    )
+    needed = set(re.findall(r'^  "([\w-]+)', project, re.MULTILINE)) - {"torch"}
+    (line,) = re.findall(r"pip install -c /tmp/keep\.txt ((?:.*\\\n)*.*)", (ROOT / "docs" / "install.md").read_text())
+    assert {re.split("[<>=]", word)[0] for word in shlex.split(line.replace("\\\n", " "))} == needed

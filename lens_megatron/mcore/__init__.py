@@ -1,12 +1,17 @@
 """Everything that touches Megatron-Core, and nothing else does.
 
-layout.py      which ranks hold what; refused with the reason before anything is allocated
-runtime.py     process groups, devices, and what Megatron-Core needs to run without CUDA
+layout.py, settings.py   which ranks hold what, refused with the reason before anything is allocated; memory and optimizer
+runtime.py               process groups, devices, and what Megatron-Core needs to run without CUDA
+rendezvous.py, agreement.py                      rank 0 works while others wait; ranks that fail together
 attention.py, layer_spec.py, model.py, head.py   the sharded model, down to token log-probs and entropies
-hf_names.py, hf_files.py, hf_bridge.py           HF weights in and out, slice by slice
-packing.py, batch.py                             ragged sequences into equal micro-batches for every rank
-pipeline.py, logprobs.py, noise.py               forward-only passes over Megatron's schedules
+hf_names.py, hf_slices.py, hf_bridge.py          HF weights in and out, slice by slice; one table for both directions
+hf_index.py, hf_files.py, hf_companions.py, hf_copies.py   HF folders: looked at, read and written; copies while training
+packing.py, batch.py, context.py                 ragged sequences into equal micro-batches for every rank
+pipeline.py, logprobs.py, noise.py, routing.py   passes over Megatron's schedules; experts recorded and replayed
+embedding_gradients.py                           what each prompt token's embedding weighs
 optimizer.py, step.py                            training steps
+checkpoint.py, checkpoint_optimizer.py, checkpoint_writer.py, checkpoint_run.py   saved and loaded in any layout
+checkpoint_index.py, safe_pickle.py, stored_dtypes.py   what is in a checkpoint, read without running anything of it
 """
 
 import warnings
