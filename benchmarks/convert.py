@@ -2,10 +2,10 @@
 
     python benchmarks/convert.py --model qwen3-1.7b --folder /scratch --out benchmarks/results/convert
 
-Every command is a process of its own and is timed whole, imports included. Before each one the source is evicted from the
-page cache, so that all read from the disk; `cp` is timed up to its return, and again up to the end of a sync, which the
-converters do themselves. Rounds are interleaved, and the best of each command counts: other work on the machine only ever
-slows. The load average before every command is kept beside its time.
+Every command is a process of its own and is timed whole, imports included, until its bytes are on disk: the converters sync
+by themselves, `cp` is followed by an fsync of what it wrote, and its time without that is kept too. Before each command the
+source is evicted from the page cache (cold) or read into it (warm). Rounds are interleaved, and the best of each command
+counts: other work on the machine only ever slows. The load average before every command is kept beside its time.
 """
 
 from __future__ import annotations
@@ -89,17 +89,34 @@ def sync_and_evict(folder: Path) -> float:
     return seconds
 
 
-def one_round(source: Path, work: Path) -> dict[str, dict[str, float]]:
+def read_through(folder: Path) -> None:
+    """Into the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                while file.read(2**24):
+                    pass
+
+
+def one_round(source: Path, work: Path, cache: str) -> dict[str, dict[str, float]]:
+    """`cache`: cold, nothing of a source is in memory; warm, all of it is. Nothing of a target ever is."""
     copied, checkpoint, back = work / "copied", work / "checkpoint", work / "back"
     program = [sys.executable, "-m", "lens_megatron.cli", "convert"]
     found = {}
-    sync_and_evict(source)
+
+    def prepare(folder: Path) -> None:
+        sync_and_evict(folder)
+        if cache == "warm":
+            read_through(folder)
+
+    prepare(source)
     found["cp"] = timed(["cp", "-r", str(source), str(copied)])
-    found["cp"]["seconds_with_sync"] = found["cp"]["seconds"] + sync_and_evict(copied)
+    found["cp"]["seconds_until_return"] = found["cp"]["seconds"]
+    found["cp"]["seconds"] += sync_and_evict(copied)
     shutil.rmtree(copied)
-    sync_and_evict(source)
+    prepare(source)
     found["hf-to-megatron"] = timed([*program, "hf-to-megatron", str(source), str(checkpoint)])
-    sync_and_evict(checkpoint)
+    prepare(checkpoint)
     found["megatron-to-hf"] = timed([*program, "megatron-to-hf", str(checkpoint), str(back)])
     shutil.rmtree(checkpoint)
     shutil.rmtree(back)
@@ -114,30 +131,43 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu[0] if cpu else platform.machine(), "cores": os.cpu_count(), "memory_gib": round(memory / GIB, 1)}
 
 
+def summary(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Best times; ratios of a conversion to `cp` and its sync, and to `cp` alone."""
+    best = {name: min(run["seconds"] for run in of_name) for name, of_name in runs.items()}
+    returned = min(run["seconds_until_return"] for run in runs["cp"])
+    return {
+        name: {"best": seconds, "to_cp_with_sync": seconds / best["cp"], "to_cp_alone": seconds / returned}
+        for name, seconds in best.items()
+    }
+
+
 def report(result: dict[str, Any]) -> str:
-    rows = [
-        "| command | seconds, each round (load average) | best | against cp | CPU seconds | peak RSS |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, runs in result["rounds"].items():
-        seconds = ", ".join(f"{run['seconds']:.1f} ({run['load']:.0f})" for run in runs)
-        peak = max(run["peak_rss_bytes"] for run in runs) / GIB
-        summary = result["summary"][name]
-        cpu = min(run["cpu_seconds"] for run in runs)
-        times = f"{summary['best']:.1f} | {summary['ratio']:.2f} | {cpu:.1f}"
-        rows.append(f"| {name} | {seconds} | {times} | {peak:.2f} GiB |")
-    synced = ", ".join(f"{run['seconds_with_sync']:.1f}" for run in result["rounds"]["cp"])
+    lines = [f"# Conversion of {result['model']} ({result['bytes'] / GIB:.2f} GiB in bf16) against cp", ""]
+    for cache, runs in result["rounds"].items():
+        lines += [
+            f"{cache.capitalize()} cache:",
+            "",
+            "| command | seconds, each round (load average) | best | to cp + fsync | to cp alone | CPU s | peak RSS |",
+            "|---|---|---:|---:|---:|---:|---:|",
+        ]
+        for name, of_name in runs.items():
+            seconds = ", ".join(f"{run['seconds']:.1f} ({run['load']:.0f})" for run in of_name)
+            peak = max(run["peak_rss_bytes"] for run in of_name) / GIB
+            found = result["summary"][cache][name]
+            times = f"{found['best']:.1f} | {found['to_cp_with_sync']:.2f} | {found['to_cp_alone']:.2f}"
+            cpu = min(run["cpu_seconds"] for run in of_name)
+            lines.append(f"| {name} | {seconds} | {times} | {cpu:.1f} | {peak:.2f} GiB |")
+        alone = ", ".join(f"{run['seconds_until_return']:.1f}" for run in runs["cp"])
+        lines += ["", f"cp until it returns, which is before its bytes are on disk: {alone} s.", ""]
     m = result["machine"]
     return "\n".join(
         [
-            f"# Conversion of {result['model']} ({result['bytes'] / GIB:.2f} GiB in bf16) against cp",
-            "",
-            *rows,
-            "",
-            f"cp until it is on disk: {synced} s. Conversions include their own sync, {result['imports']:.1f} s of imports.",
-            f"The {m['cores']} cores and the disk were shared with other work, as the load averages say.",
+            *lines,
+            "All seconds are of a process from its start until its bytes are on disk;",
+            f"{result['imports']:.1f} s of a conversion's are Python and imports.",
+            "Cold: nothing of the source is in the page cache; warm: all of it is.",
             f"Machine: {m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB; {result['versions']}; {result['date']}.",
-            "Command: `python benchmarks/convert.py`; sources are evicted from the page cache before every command.",
+            f"Command: `python benchmarks/convert.py --model {result['model']}`.",
             "",
         ]
     )
@@ -166,16 +196,18 @@ def main() -> None:
         source = work / "source"
         subprocess.run([sys.executable, __file__, "--model", args.model, "--make", str(source)], check=True)
         imports = timed([sys.executable, "-c", "import checkpoints_tools.megatron_to_hf"])["seconds"]
-        rounds = [one_round(source, work) for _ in range(args.rounds)]
+        rounds: dict[str, dict[str, list[dict[str, float]]]] = {}
+        for _ in range(args.rounds):
+            for cache in ("cold", "warm"):
+                for name, run in one_round(source, work, cache).items():
+                    rounds.setdefault(cache, {}).setdefault(name, []).append(run)
     finally:
         shutil.rmtree(work)
-    by_name = {name: [each[name] for each in rounds] for name in rounds[0]}
-    best = {name: min(run["seconds"] for run in runs) for name, runs in by_name.items()}
     result = {
         "model": args.model,
         "bytes": size,
-        "rounds": by_name,
-        "summary": {name: {"best": seconds, "ratio": seconds / best["cp"]} for name, seconds in best.items()},
+        "rounds": rounds,
+        "summary": {cache: summary(runs) for cache, runs in rounds.items()},
         "imports": imports,
         "machine": machine(),
         "versions": f"Python {platform.python_version()}, torch {version('torch')}",

@@ -7,15 +7,16 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from checkpoints_tools import megatron_target
-from checkpoints_tools.companions import companions_of
 from checkpoints_tools.pieces import MegatronTensor, Piece
-from checkpoints_tools.sources import open_megatron
+from checkpoints_tools.sources import MegatronSource, Raw, as_bytes, open_megatron
 from lens_megatron import checkpoints
 from lens_megatron.errors import UsageError
+from lens_megatron.mcore.hf_companions import companions_of
+from lens_megatron.mcore.stored_dtypes import Dtype
 
 
 def parse_weights(text: str | None, count: int) -> list[float]:
@@ -41,21 +42,36 @@ def average(sources: Sequence[Path], target: Path, weights: Sequence[float], wor
     for other in opened[1:]:
         checkpoints.check_same_model(other.folder, other.manifest, first.manifest.model)
 
-    def read(piece: Piece) -> Tensor:
-        parts = (source.piece(piece).double() * weight for source, weight in zip(opened, weights, strict=True))
-        return functools.reduce(torch.add, parts)
-
     megatron_target.write(
         target,
         first.spec,
         _same_rows,
         lambda tensor: first.place_dtype(tensor.place),
-        read,
+        _Mean(opened, weights),
         [[source.stamp() for source in opened], list(weights)],
         step=newest.manifest.step,
         companions=companions_of(newest.folder / "hf", None),
         workers=workers,
     )
+
+
+class _Mean:
+    """Rows of the weighted mean, as something to stream from."""
+
+    def __init__(self, sources: Sequence[MegatronSource], weights: Sequence[float]) -> None:
+        self.files = sources[0].files
+        self._parts = list(zip(sources, weights, strict=True))
+
+    def extents(self, piece: Piece) -> None:
+        return None
+
+    def piece_dtype(self, piece: Piece) -> Dtype:
+        return self._parts[0][0].piece_dtype(piece)
+
+    def raw(self, piece: Piece) -> Raw:
+        parts = (source.tensor(piece).double() * weight for source, weight in self._parts)
+        mean = functools.reduce(torch.add, parts).to(getattr(torch, self.piece_dtype(piece).name))
+        return np.frombuffer(as_bytes(mean.contiguous()), np.uint8).reshape(piece.stop - piece.start, -1)
 
 
 def prune_optimizer(path: Path, workers: int) -> Path:
@@ -69,7 +85,7 @@ def prune_optimizer(path: Path, workers: int) -> Path:
         source.spec,
         _same_rows,
         lambda tensor: source.place_dtype(tensor.place),
-        source.piece,
+        source,
         source.stamp(),
         step=manifest.step,
         companions=companions_of(folder / "hf", None),

@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools import metadata
-from checkpoints_tools.metadata import Stored
 from checkpoints_tools.sources import HfSource, find_checkpoint
 from lens_megatron import checkpoints, strict
 from lens_megatron.errors import UsageError
+from lens_megatron.mcore import checkpoint_index
+from lens_megatron.mcore.checkpoint_index import Stored
 from lens_megatron.model_spec import ModelSpec
 from lens_megatron.planning.parameters import count_parameters
 
@@ -27,7 +27,7 @@ def _megatron(folder: Path) -> dict[str, Any]:
     manifest = checkpoints.read_manifest(folder)
     spec = strict.build(ModelSpec, manifest.model, str(folder / checkpoints.MANIFEST))
     damage = checkpoints.damage(folder, manifest)
-    stored = {} if damage and metadata.FILE in damage else metadata.read(folder)
+    stored = {} if damage and checkpoint_index.FILE in damage else checkpoint_index.read(folder)
     kinds = {"weights": 0, "optimizer": 0, "other": 0}
     for name, entry in stored.items():
         kinds[_kind(name, entry)] += entry.bytes
@@ -41,13 +41,13 @@ def _megatron(folder: Path) -> dict[str, Any]:
         "layout": manifest.layout,
         "world_size": manifest.world_size,
         "dtype": manifest.dtype,
-        "stored_dtypes": sorted({str(entry.dtype).removeprefix("torch.") for entry in weights}),
+        "stored_dtypes": sorted({entry.dtype.name for entry in weights if entry.dtype}),
         "optimizer": manifest.optimizer,
         "parameters": count_parameters(spec),
         "bytes": {**kinds, "total": sum(manifest.files.values())},
         "model": manifest.model,
         "metrics": manifest.metrics,
-        "trainer": {} if damage else metadata.read_common(folder).get("trainer", {}),
+        "trainer": {} if damage else checkpoint_index.read_common(folder).get("trainer", {}),
         "version": manifest.version,
         "run_config": _run_config(folder),
         "files": manifest.files,
@@ -58,13 +58,13 @@ def _megatron(folder: Path) -> dict[str, Any]:
 def _hf(folder: Path) -> dict[str, Any]:
     source = HfSource(folder)
     sizes = {name: math.prod(shape) * source.dtype(name).itemsize for name, shape in source.shapes.items()}
-    dtypes = sorted({str(source.dtype(name)).removeprefix("torch.") for name in source.shapes})
+    dtypes = sorted({source.dtype(name).name for name in source.shapes})
     return {
         "path": str(folder),
         "format": "hf",
         "whole": True,
         "damage": None,
-        "dtype": max(dtypes, key=lambda kind: sum(sizes[n] for n in sizes if str(source.dtype(n)).endswith(kind))),
+        "dtype": max(dtypes, key=lambda kind: sum(sizes[n] for n in sizes if source.dtype(n).name == kind)),
         "stored_dtypes": dtypes,
         "optimizer": False,
         "parameters": count_parameters(source.spec),
@@ -72,7 +72,7 @@ def _hf(folder: Path) -> dict[str, Any]:
         "model": strict.to_tree(ModelSpec, source.spec),
         "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
         "tensors": {
-            name: {"shape": list(shape), "dtype": str(source.dtype(name)).removeprefix("torch."), "bytes": sizes[name]}
+            name: {"shape": list(shape), "dtype": source.dtype(name).name, "bytes": sizes[name]}
             for name, shape in source.shapes.items()
         },
     }
@@ -112,8 +112,8 @@ def _kind(name: str, entry: Stored) -> str:
 
 
 def _tensor(entry: Stored) -> dict[str, Any]:
-    dtype = str(entry.dtype).removeprefix("torch.")
-    return {"shape": list(entry.shape), "dtype": dtype, "bytes": entry.bytes, "chunks": len(entry.chunks)}
+    assert entry.dtype is not None
+    return {"shape": list(entry.shape), "dtype": entry.dtype.name, "bytes": entry.bytes, "chunks": len(entry.chunks)}
 
 
 def _run_config(folder: Path) -> dict[str, Any] | None:

@@ -5,26 +5,23 @@ Weights only. Each linear layer's empty `_extra_state` is written too, because l
 
 from __future__ import annotations
 
-import importlib
-import io
 import json
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import lens_megatron
-from checkpoints_tools import metadata
-from checkpoints_tools.metadata import Chunk, Stored
+from checkpoints_tools import index_writer
 from checkpoints_tools.pieces import MegatronTensor, Piece, Place, megatron_tensors, modules_with_state, part_of
 from checkpoints_tools.show_progress import bytes_bar
-from checkpoints_tools.streaming import Job, Plan, Read, stream, unfinished, write_small
-from checkpoints_tools.torch_records import frame
+from checkpoints_tools.streaming import Job, Plan, Source, stream, unfinished, write_small
+from checkpoints_tools.torch_records import frame, plain_archive
 from lens_megatron import checkpoints
 from lens_megatron.checkpoints import Manifest
+from lens_megatron.mcore import checkpoint_index
+from lens_megatron.mcore.checkpoint_index import Chunk, Stored
+from lens_megatron.mcore.stored_dtypes import Dtype
 from lens_megatron.model_spec import ModelSpec
 
 _FILE_BYTES = 4 * 2**30
@@ -35,8 +32,8 @@ def write(
     target: Path,
     spec: ModelSpec,
     pieces_of: Callable[[MegatronTensor], tuple[Piece, ...]],
-    dtype_of: Callable[[MegatronTensor], torch.dtype],
-    read: Read,
+    dtype_of: Callable[[MegatronTensor], Dtype],
+    source: Source,
     made_from: Any,
     *,
     step: int,
@@ -50,29 +47,26 @@ def write(
     exists, and makes way once the new one is complete."""
     dtypes = {tensor.place: dtype_of(tensor) for tensor in megatron_tensors(spec)}
     plan, stored = _plan(spec, pieces_of, dtypes)
-    made_from = [made_from, sorted(f"{place} {dtype}" for place, dtype in dtypes.items()), asdict(spec)]
+    made_from = [made_from, sorted(f"{place} {dtype.name}" for place, dtype in dtypes.items()), asdict(spec)]
     with (
         unfinished(target, plan, made_from, replace) as partial,
         bytes_bar(target.name, sum(job.bytes for job in plan.jobs)) as on_bytes,
     ):
-        # what writes .metadata; its import is slow, and goes on while the disk is busy
-        threading.Thread(target=importlib.import_module, args=["torch.distributed.checkpoint"], daemon=True).start()
-        stream(partial, read, workers, on_bytes)
-        common = io.BytesIO()
-        torch.save({"trainer": {"step": step}}, common)
+        stream(partial, source, workers, on_bytes)
+        common = plain_archive({"trainer": {"step": step}})
         backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         backend |= {"common_backend": "torch", "common_backend_version": 1}
-        small = {"common.pt": common.getvalue(), "extra.json": extra, "metadata.json": json.dumps(backend).encode()}
+        small = {"common.pt": common, "extra.json": extra, "metadata.json": json.dumps(backend).encode()}
         small |= {f"hf/{name}": content for name, content in companions.items()}
         sizes = dict(plan.sizes) | write_small(partial.folder, small)
         partial.close()
-        sizes |= write_small(partial.folder, {metadata.FILE: metadata.to_bytes(stored.items())})
+        sizes |= write_small(partial.folder, {checkpoint_index.FILE: index_writer.to_bytes(stored)})
         manifest = Manifest(
             step=step,
             model=asdict(spec),
             layout=dict(_ONE_RANK),
             world_size=1,
-            dtype=str(_main_dtype(plan)).removeprefix("torch."),
+            dtype=_main_dtype(plan).name,
             optimizer=False,
             files=sizes,
             metrics=dict(metrics or {}),
@@ -82,15 +76,14 @@ def write(
 
 
 def _plan(
-    spec: ModelSpec, pieces_of: Callable[[MegatronTensor], tuple[Piece, ...]], dtypes: Mapping[Place, torch.dtype]
+    spec: ModelSpec, pieces_of: Callable[[MegatronTensor], tuple[Piece, ...]], dtypes: Mapping[Place, Dtype]
 ) -> tuple[Plan, dict[str, Stored]]:
     sizes: dict[str, int] = {}
     fixed: list[tuple[str, int, bytes]] = []
     jobs: list[Job] = []
     chunks: dict[str, list[Chunk]] = {}
-    shapes: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {}
-    empty = io.BytesIO()
-    torch.save([None], empty)
+    shapes: dict[str, tuple[Dtype | None, tuple[int, ...]]] = {}
+    empty = plain_archive([None])
     name, end = "__0_0.distcp", 0
 
     def place_for(size: int) -> tuple[str, int]:
@@ -102,11 +95,11 @@ def _plan(
         return name, start
 
     for key, lead, axes in modules_with_state(spec):
-        file, offset = place_for(len(empty.getvalue()))
-        fixed.append((file, offset, empty.getvalue()))
+        file, offset = place_for(len(empty))
+        fixed.append((file, offset, empty))
         object_key = f"{key}._extra_state/shard_{_dotted(lead)}_{_dotted(axes)}"
         shapes[object_key] = (None, ())
-        chunks[object_key] = [Chunk((), (), file, offset, len(empty.getvalue()))]
+        chunks[object_key] = [Chunk((), (), file, offset, len(empty))]
     for tensor in megatron_tensors(spec):
         key, lead = tensor.place
         dtype = dtypes[tensor.place]
@@ -130,8 +123,8 @@ def _dotted(numbers: tuple[int, ...]) -> str:
     return ".".join(str(number) for number in numbers)
 
 
-def _main_dtype(plan: Plan) -> torch.dtype:
-    count: dict[torch.dtype, int] = {}
+def _main_dtype(plan: Plan) -> Dtype:
+    count: dict[Dtype, int] = {}
     for job in plan.jobs:
         count[job.dtype] = count.get(job.dtype, 0) + job.bytes
     return max(count, key=lambda dtype: count[dtype])

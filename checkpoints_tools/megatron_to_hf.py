@@ -6,21 +6,19 @@ import json
 import math
 from pathlib import Path
 
-import torch
-
-from checkpoints_tools.companions import companions_of, config_bytes
 from checkpoints_tools.show_progress import bytes_bar
 from checkpoints_tools.sources import open_megatron
 from checkpoints_tools.streaming import Job, Plan, stream, unfinished, write_small
 from lens_megatron import checkpoints
+from lens_megatron.mcore.hf_companions import companions_of, config_bytes
 from lens_megatron.mcore.hf_names import hf_shapes
+from lens_megatron.mcore.stored_dtypes import Dtype
 
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 SHARD_BYTES = 5 * 10**9
 
 
 def megatron_to_hf(
-    source: Path, target: Path, dtype: torch.dtype | None, workers: int, shard_bytes: int = SHARD_BYTES
+    source: Path, target: Path, dtype: Dtype | None, workers: int, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """`dtype`: of the target; None keeps what each tensor has."""
     checkpoint = open_megatron(source)
@@ -40,9 +38,9 @@ def megatron_to_hf(
         sizes[file] = data
     plan = Plan(sizes, fixed, jobs)
     total = sum(job.bytes for job in jobs)
-    made_from = [checkpoint.stamp(), sorted(f"{name} {kind}" for name, kind in dtypes.items())]
+    made_from = [checkpoint.stamp(), sorted(f"{name} {kind.name}" for name, kind in dtypes.items())]
     with unfinished(target, plan, made_from) as partial, bytes_bar(target.name, total) as on_bytes:
-        stream(partial, checkpoint.piece, workers, on_bytes)
+        stream(partial, checkpoint, workers, on_bytes)
         main = max(set(dtypes.values()), key=lambda kind: sum(job.bytes for job in jobs if job.dtype == kind))
         small = companions_of(checkpoint.folder / "hf", None)
         if len(shards) > 1:
@@ -68,13 +66,17 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _header(names: list[str], shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]) -> tuple[bytes, int]:
+def _header(names: list[str], shapes: dict[str, tuple[int, ...]], dtypes: dict[str, Dtype]) -> tuple[bytes, int]:
     """A safetensors header, and where the data begins."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
         size = math.prod(shapes[name]) * dtypes[name].itemsize
-        entries[name] = {"dtype": _NAMES[dtypes[name]], "shape": shapes[name], "data_offsets": [offset, offset + size]}
+        entries[name] = {
+            "dtype": dtypes[name].safetensors,
+            "shape": shapes[name],
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -1,4 +1,8 @@
-"""Rows of tensors out of an HF folder or a Megatron checkpoint. Nothing is mapped or kept: memory is what is being read."""
+"""Rows of tensors out of an HF folder or a Megatron checkpoint. Nothing is mapped or kept: memory is what is being read.
+
+Rows that lie in a file as they are to be written are given as extents, which the kernel copies from file to file; others
+(columns cut over ranks, another dtype) are put together in memory. torch is imported only for what computes.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +13,51 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from checkpoints_tools import metadata
-from checkpoints_tools.metadata import Chunk, Stored
 from checkpoints_tools.pieces import Piece, Place, hf_pieces, megatron_tensors, part_of
 from checkpoints_tools.torch_records import TensorBytes, find_bytes
 from lens_megatron import checkpoints, hf_config, strict
 from lens_megatron.errors import RunError, UsageError
-from lens_megatron.mcore.hf_files import HfFolder
+from lens_megatron.mcore import checkpoint_index
+from lens_megatron.mcore.checkpoint_index import Chunk, Stored
+from lens_megatron.mcore.hf_index import HfIndex
 from lens_megatron.mcore.hf_names import hf_shapes
+from lens_megatron.mcore.stored_dtypes import Dtype
 from lens_megatron.model_spec import ModelSpec, load_model_spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Raw = NDArray[np.uint8]  # [rows, bytes of a row]
+
+
+class Extent(NamedTuple):
+    """Bytes of a file."""
+
+    path: Path
+    offset: int
+    length: int
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, not copied."""
+    import torch
+
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-class _Files:
+def as_tensor(raw: Raw, dtype: Dtype, rest: tuple[int, ...]) -> Tensor:
+    """Rows as a tensor; `rest`: the shape of a row."""
+    import torch
+
+    return torch.from_numpy(raw.reshape(-1)).view(getattr(torch, dtype.name)).reshape(len(raw), *rest)
+
+
+class Files:
     """Open files, by path; reads are positional, so that threads share them."""
 
     def __init__(self) -> None:
@@ -45,19 +73,25 @@ class _Files:
                 os.close(opened)  # another thread was first
         return self._open[path]
 
-    def read(self, path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        tensor = torch.empty(shape, dtype=dtype)
-        left: memoryview = as_bytes(tensor)
+    def read(self, extent: Extent) -> Raw:
+        path, offset, length = extent
+        raw = np.empty(length, np.uint8)
+        left = memoryview(raw)  # type: ignore[arg-type]
         while left:
             count = os.preadv(self.handle(path), [left], offset)
             if count == 0:
-                raise RunError(f"{path}: ends before byte {offset:,}; it was cut off while being read")
+                raise cut_off(extent)
             left, offset = left[count:], offset + count
-        return tensor
+        return raw
 
     def __del__(self) -> None:
         for handle in self._open.values():
             os.close(handle)
+
+
+def cut_off(extent: Extent) -> RunError:
+    end = extent.offset + extent.length
+    return RunError(f"{extent.path}: ends before byte {end:,}; it was cut off while being read")
 
 
 class HfSource:
@@ -69,11 +103,10 @@ class HfSource:
         self.folder = folder
         self.spec = load_model_spec(folder)
         self.shapes = hf_shapes(self.spec)
-        self._tensors = HfFolder(folder)
+        self._tensors = HfIndex(folder)
         self._tensors.check(self.shapes)
         self._refuse_unknown()
-        self._places = {name: self._tensors.location(name) for name in self.shapes}
-        self._files = _Files()
+        self.files = Files()
 
     def _refuse_unknown(self) -> None:
         """A tensor that would be left out without a word is a model that computes something else."""
@@ -86,21 +119,36 @@ class HfSource:
                 f"({len(unknown)} such tensors); is config.json of another model?"
             )
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> Dtype:
         return self._tensors.dtype(name)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        path, offset, _ = self._places[name]
-        dtype, rest = self.dtype(name), self.shapes[name][1:]
-        row_bytes = math.prod(rest) * dtype.itemsize
-        return self._files.read(path, offset + start * row_bytes, (stop - start, *rest), dtype)
+    def piece_dtype(self, piece: Piece) -> Dtype:
+        return self.dtype(str(piece.tensor))
 
-    def piece(self, piece: Piece) -> Tensor:
-        assert isinstance(piece.tensor, str)
-        return self.rows(piece.tensor, piece.start, piece.stop)
+    def extents(self, piece: Piece) -> list[Extent]:
+        name = str(piece.tensor)
+        path, offset, _ = self._tensors.location(name)
+        row_bytes = math.prod(self.shapes[name][1:]) * self.dtype(name).itemsize
+        return [Extent(path, offset + piece.start * row_bytes, (piece.stop - piece.start) * row_bytes)]
+
+    def raw(self, piece: Piece) -> Raw:
+        (extent,) = self.extents(piece)
+        return self.files.read(extent).reshape(piece.stop - piece.start, -1)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return as_tensor(self.raw(Piece(name, start, stop)), self.dtype(name), self.shapes[name][1:])
 
     def stamp(self) -> list[tuple[str, int, int]]:
-        return _stamp({path for path, _, _ in self._places.values()} | {self.folder / "config.json"})
+        paths = {self._tensors.location(name)[0] for name in self.shapes}
+        return _stamp(paths | {self.folder / "config.json"})
+
+
+class _Part(NamedTuple):
+    """A stored box that holds some of the rows that are asked for."""
+
+    rows: slice  # among those asked for
+    columns: slice  # bytes of a row
+    extent: Extent
 
 
 class MegatronSource:
@@ -113,9 +161,9 @@ class MegatronSource:
         if damage is not None:
             raise UsageError(f"{folder}: damaged: {damage}; use another checkpoint")
         self.spec = strict.build(ModelSpec, self.manifest.model, str(folder / checkpoints.MANIFEST))
-        self.stored = metadata.read(folder)
+        self.stored = checkpoint_index.read(folder)
         self._places = self._locate()
-        self._files = _Files()
+        self.files = Files()
         self._found: dict[tuple[str, int], TensorBytes] = {}
 
     def _locate(self) -> dict[Place, list[Chunk]]:
@@ -135,12 +183,14 @@ class MegatronSource:
         places = [tensor.place for tensor in megatron_tensors(self.spec)]
         return {place: by_lead[place.key].get(place.lead, []) for place in places}
 
-    def dtype(self, name: str) -> torch.dtype:
-        (piece, *_) = self.hf_pieces[name]
+    def dtype(self, name: str) -> Dtype:
+        return self.piece_dtype(self.hf_pieces[name][0])
+
+    def piece_dtype(self, piece: Piece) -> Dtype:
         assert isinstance(piece.tensor, Place)
         return self.place_dtype(piece.tensor)
 
-    def place_dtype(self, place: Place) -> torch.dtype:
+    def place_dtype(self, place: Place) -> Dtype:
         dtype = self.stored[place.key].dtype
         assert dtype is not None
         return dtype
@@ -151,52 +201,82 @@ class MegatronSource:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of an HF tensor."""
-        parts = [self.piece(piece) for piece in part_of(self.hf_pieces[name], start, stop)]
+        import torch
+
+        parts = [self.tensor(piece) for piece in part_of(self.hf_pieces[name], start, stop)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def piece(self, piece: Piece) -> Tensor:
-        """Rows of a Megatron tensor, put together from the chunks of the ranks that wrote it."""
-        assert isinstance(piece.tensor, Place)
-        return self.place_rows(piece.tensor, piece.start, piece.stop)
-
     def place_rows(self, place: Place, start: int, stop: int) -> Tensor:
-        axes = len(place.lead)
-        rest = self.stored[place.key].shape[axes + 1 :]
-        out: Tensor | None = None
-        filled = 0
-        for chunk in self._places[place]:
-            row, columns = chunk.offsets[axes], chunk.offsets[axes + 1 :]
-            low, high = max(start, row), min(stop, row + chunk.sizes[axes])
-            if low >= high:
-                continue
-            part = self._chunk_rows(place, chunk, low - row, high - row)
-            if (low, high) == (start, stop) and part.shape[1:] == rest:
-                return part
-            if out is None:
-                out = torch.empty((stop - start, *rest), dtype=part.dtype)
-            box = tuple(slice(first, first + size) for first, size in zip(columns, part.shape[1:], strict=True))
-            out[(slice(low - start, high - start), *box)] = part
-            filled += part.numel()
-        if out is None or filled != out.numel():
-            raise UsageError(f"{self.folder}: {place}: rows {start} to {stop} are not all in the checkpoint")
+        return self.tensor(Piece(place, start, stop))
+
+    def tensor(self, piece: Piece) -> Tensor:
+        """Rows of a Megatron tensor."""
+        assert isinstance(piece.tensor, Place)
+        rest = self.stored[piece.tensor.key].shape[len(piece.tensor.lead) + 1 :]
+        return as_tensor(self.raw(piece), self.place_dtype(piece.tensor), rest)
+
+    def extents(self, piece: Piece) -> list[Extent] | None:
+        """Where these rows lie one after another; None when ranks have cut them by columns."""
+        row, found = 0, []
+        for part in self._parts(piece):
+            if part.rows.start != row or part.columns != slice(0, self._row_bytes(piece)):
+                return None
+            row = part.rows.stop
+            found.append(part.extent)
+        return found if row == piece.stop - piece.start else None
+
+    def raw(self, piece: Piece) -> Raw:
+        """Rows of a Megatron tensor, put together from the chunks of the ranks that wrote it."""
+        rows = piece.stop - piece.start
+        parts, whole = self._parts(piece), (slice(0, rows), slice(0, self._row_bytes(piece)))
+        if len(parts) == 1 and parts[0][:2] == whole:
+            return self.files.read(parts[0].extent).reshape(rows, -1)
+        if sum(part.extent.length for part in parts) != rows * self._row_bytes(piece):
+            asked = f"rows {piece.start} to {piece.stop}"
+            raise UsageError(f"{self.folder}: {piece.tensor}: {asked} are not all in the checkpoint")
+        out: Raw = np.empty((rows, self._row_bytes(piece)), np.uint8)
+        for part in parts:
+            width = part.columns.stop - part.columns.start
+            out[part.rows, part.columns] = self.files.read(part.extent).reshape(-1, width)
         return out
 
-    def _chunk_rows(self, place: Place, chunk: Chunk, start: int, stop: int) -> Tensor:
-        axes = len(place.lead)
+    def _row_bytes(self, piece: Piece) -> int:
+        assert isinstance(piece.tensor, Place)
+        rest = self.stored[piece.tensor.key].shape[len(piece.tensor.lead) + 1 :]
+        return math.prod(rest) * self.piece_dtype(piece).itemsize
+
+    def _parts(self, piece: Piece) -> list[_Part]:
+        """In the order of their rows."""
+        place = piece.tensor
+        assert isinstance(place, Place)
+        axes, itemsize, found = len(place.lead), self.place_dtype(place).itemsize, []
+        for chunk in self._places[place]:
+            row, size = chunk.offsets[axes], chunk.sizes[axes]
+            low, high = max(piece.start, row), min(piece.stop, row + size)
+            if low >= high:
+                continue
+            # a row is a number or a vector: no tensor here has more axes
+            first, width = (chunk.offsets[axes + 1], chunk.sizes[axes + 1]) if len(chunk.sizes) > axes + 1 else (0, 1)
+            columns = slice(first * itemsize, (first + width) * itemsize)
+            rows = slice(low - piece.start, high - piece.start)
+            found.append(
+                _Part(rows, columns, self._chunk_extent(place, chunk, low - row, high - row, width * itemsize))
+            )
+        return sorted(found, key=lambda part: (part.rows.start, part.columns.start))
+
+    def _chunk_extent(self, place: Place, chunk: Chunk, start: int, stop: int, row_bytes: int) -> Extent:
         path = self.folder / chunk.file
         record = self._found.get((chunk.file, chunk.offset))
         if record is None:
-            record = find_bytes(self._files.handle(path), chunk.offset, chunk.length, str(path))
+            record = find_bytes(self.files.handle(path), chunk.offset, chunk.length, str(path))
             if record.dtype != self.place_dtype(place) or math.prod(record.shape) != math.prod(chunk.sizes):
                 raise UsageError(f"{path}: {place.key} is not what .metadata says at byte {chunk.offset:,}; damaged")
             self._found[chunk.file, chunk.offset] = record
-        rest = chunk.sizes[axes + 1 :]
         before = 0  # tensors of other layers or experts in the same record
         for have, first, size in zip(place.lead, chunk.offsets, chunk.sizes, strict=False):
             before = before * size + have - first
-        row = before * chunk.sizes[axes] + start
-        offset = record.offset + row * math.prod(rest) * record.dtype.itemsize
-        return self._files.read(path, offset, (stop - start, *rest), record.dtype)
+        row = before * chunk.sizes[len(place.lead)] + start
+        return Extent(path, record.offset + row * row_bytes, (stop - start) * row_bytes)
 
     def hf_config(self) -> dict[str, object]:
         """The config.json that came along when it describes this model; else one made from the manifest."""
@@ -226,7 +306,7 @@ def find_checkpoint(path: Path) -> Format:
             return Format("megatron", found.folder)
     if not path.is_dir():
         raise UsageError(f"{path}: no such folder")
-    if (path / metadata.FILE).is_file():
+    if (path / checkpoint_index.FILE).is_file():
         raise UsageError(f"{path}: a distributed checkpoint without {checkpoints.MANIFEST}: incomplete, or not of ours")
     if (path / "config.json").is_file():
         return Format("hf", path)

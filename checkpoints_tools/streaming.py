@@ -1,4 +1,6 @@
-"""Tensors into files row block by row block: several workers, memory of a few blocks, resumable after a kill.
+"""Tensors into files: several workers, memory of a few blocks, resumable after a kill.
+
+Rows that lie in the source as they are to be written are copied by the kernel, file to file; others go through memory.
 
 Sizes and places of everything are known before the first byte, so workers write at offsets and need no order. What is
 done is noted in a journal; a run with the same input and options continues after it. Data files carry a name that nothing
@@ -19,21 +21,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import Any, Protocol
 
 from checkpoints_tools.pieces import Piece
-from checkpoints_tools.sources import as_bytes
+from checkpoints_tools.sources import Extent, Files, Raw, as_bytes, as_tensor, cut_off
 from lens_megatron import checkpoints
 from lens_megatron.errors import RunError, UsageError
+from lens_megatron.mcore.stored_dtypes import Dtype
 
 BLOCK_BYTES = 2**20  # stays in the cache between read and write: 8 MiB cost four times the CPU
 JOURNAL = "journal"
 _UNFINISHED = ".unfinished"
+_COPY_BYTES = 16 * 2**20  # at once by the kernel; between two such copies the bar moves and an error is seen
+_NO_COPYING = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 _SPARE_BYTES = 64 * 2**20  # small files, and what others write meanwhile
-Read = Callable[[Piece], Tensor]
+
+
+class Source(Protocol):
+    """Rows to be written. A piece has the dtype of its tensor."""
+
+    @property
+    def files(self) -> Files: ...
+    def piece_dtype(self, piece: Piece) -> Dtype: ...
+    def extents(self, piece: Piece) -> list[Extent] | None: ...
+    def raw(self, piece: Piece) -> Raw: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,7 @@ class Job:
     name: str
     file: str
     offset: int
-    dtype: torch.dtype
+    dtype: Dtype
     pieces: tuple[Piece, ...]
     row_shape: tuple[int, ...]
 
@@ -131,6 +142,23 @@ class Unfinished:
             written = os.pwrite(self._files[name], content, offset)
             content, offset = content[written:], offset + written
 
+    def copy(self, name: str, offset: int, extent: Extent, files: Files) -> None:
+        """Bytes of another file, which never enter this process where the kernel can help it."""
+        source, place, left = files.handle(extent.path), extent.offset, extent.length
+        while left:
+            try:
+                count = os.copy_file_range(source, self._files[name], left, place, offset)
+            except OSError as error:
+                if error.errno not in _NO_COPYING:
+                    raise
+                for start in range(0, left, BLOCK_BYTES):  # another kind of file system
+                    block = files.read(Extent(extent.path, place + start, min(BLOCK_BYTES, left - start)))
+                    self.write(name, offset + start, memoryview(block))  # type: ignore[arg-type]
+                return
+            if count == 0:
+                raise cut_off(extent)
+            place, offset, left = place + count, offset + count, left - count
+
     def finished(self, job: Job) -> None:
         with self._lock:
             os.write(self._journal, job.name.encode() + b"\n")
@@ -149,7 +177,7 @@ class Unfinished:
             os.close(handle)
 
 
-def stream(target: Unfinished, read: Read, workers: int, on_bytes: Callable[[int], None]) -> None:
+def stream(target: Unfinished, source: Source, workers: int, on_bytes: Callable[[int], None]) -> None:
     """Do all jobs that are not done. The first error ends it; what is done stays noted."""
     stop = threading.Event()
     jobs = [job for job in target.plan.jobs if job.name not in target.done]
@@ -157,15 +185,17 @@ def stream(target: Unfinished, read: Read, workers: int, on_bytes: Callable[[int
 
     def work(job: Job) -> None:
         offset = job.offset
-        row_bytes = math.prod(job.row_shape) * job.dtype.itemsize
-        rows = max(1, BLOCK_BYTES // row_bytes)
         for piece in job.pieces:
-            for start in range(piece.start, piece.stop, rows):
+            for block in _blocks(piece, job, source):
                 if stop.is_set():
                     return
-                block = read(Piece(piece.tensor, start, min(start + rows, piece.stop))).to(job.dtype)
-                target.write(job.file, offset, as_bytes(block))
-                size = block.numel() * block.element_size()
+                if isinstance(block, Extent):
+                    target.copy(job.file, offset, block, source.files)
+                    size = block.length
+                else:
+                    content = _content(block, job, source)
+                    target.write(job.file, offset, content)
+                    size = len(content)
                 offset += size
                 on_bytes(size)
         target.finished(job)
@@ -184,6 +214,28 @@ def stream(target: Unfinished, read: Read, workers: int, on_bytes: Callable[[int
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
+
+
+def _blocks(piece: Piece, job: Job, source: Source) -> Iterator[Extent | Piece]:
+    """What is copied or written at once."""
+    extents = source.extents(piece) if source.piece_dtype(piece) == job.dtype else None
+    if extents is None:
+        rows = max(1, BLOCK_BYTES // (math.prod(job.row_shape) * job.dtype.itemsize))
+        for start in range(piece.start, piece.stop, rows):
+            yield Piece(piece.tensor, start, min(start + rows, piece.stop))
+        return
+    for path, offset, length in extents:
+        for start in range(0, length, _COPY_BYTES):
+            yield Extent(path, offset + start, min(_COPY_BYTES, length - start))
+
+
+def _content(piece: Piece, job: Job, source: Source) -> memoryview:
+    raw, dtype = source.raw(piece), source.piece_dtype(piece)
+    if dtype == job.dtype:
+        return memoryview(raw.reshape(-1))  # type: ignore[arg-type]
+    import torch
+
+    return as_bytes(as_tensor(raw, dtype, job.row_shape).to(getattr(torch, job.dtype.name)))
 
 
 def default_workers() -> int:

@@ -1,7 +1,8 @@
 """One tensor as torch.save writes it (a zip archive), taken apart so that the tensor itself never has to be in memory.
 
 A .distcp file of a distributed checkpoint is such archives one after another. `frame` gives what stands before and after
-the tensor's bytes; `find_bytes` finds them in an archive that torch wrote.
+the tensor's bytes; `find_bytes` finds them in an archive that torch wrote. All without torch, whose import takes longer
+than copying a small model.
 """
 
 from __future__ import annotations
@@ -10,26 +11,17 @@ import collections
 import io
 import math
 import os
+import pickle
 import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from checkpoints_tools import safe_pickle
 from lens_megatron.errors import UsageError
+from lens_megatron.mcore import safe_pickle
+from lens_megatron.mcore.stored_dtypes import BY_STORAGE, Dtype
 
-_STORAGES = {
-    torch.float64: "DoubleStorage",
-    torch.float32: "FloatStorage",
-    torch.float16: "HalfStorage",
-    torch.bfloat16: "BFloat16Storage",
-    torch.uint8: "ByteStorage",
-    torch.int64: "LongStorage",
-    torch.int32: "IntStorage",
-}
 _ALIGNMENT = 64
 _UTF8 = 0x0800
 _DATE = (1 << 5) | 1  # 1 January 1980: an archive does not depend on when it was written
@@ -47,23 +39,34 @@ class Frame:
         return len(self.head) + self.data_bytes + len(self.tail)
 
 
-def frame(shape: tuple[int, ...], dtype: torch.dtype) -> Frame:
+def frame(shape: tuple[int, ...], dtype: Dtype) -> Frame:
     """The archive of a contiguous tensor without its bytes. Their checksum is left out; torch.load does not look at it."""
-    size = math.prod(shape) * dtype.itemsize
-    before = {"data.pkl": _tensor_pickle(shape, dtype), ".storage_alignment": str(_ALIGNMENT).encode()}
+    return _archive(_tensor_pickle(shape, dtype), math.prod(shape) * dtype.itemsize)
+
+
+def plain_archive(value: Any) -> bytes:
+    """What torch.save writes of plain values."""
+    return _archive(pickle.dumps(value, protocol=2), None).head
+
+
+def _archive(pickled: bytes, size: int | None) -> Frame:
+    """`size`: of the only storage; None when there is none, and then all is head."""
+    before = {"data.pkl": pickled, ".storage_alignment": str(_ALIGNMENT).encode()}
     before |= {".format_version": b"1", "byteorder": b"little"}
     head, entries = bytearray(), []
     for name, content in before.items():
         entries.append(_Entry(f"archive/{name}", len(content), zlib.crc32(content), len(head)))
         head += entries[-1].local_header() + content
-    entries.append(_Entry("archive/data/0", size, 0, len(head)))
-    head += entries[-1].local_header()
+    if size is not None:
+        entries.append(_Entry("archive/data/0", size, 0, len(head)))
+        head += entries[-1].local_header()
     tail, content = bytearray(), b"3\n"
-    entries.append(_Entry("archive/version", len(content), zlib.crc32(content), len(head) + size))
+    entries.append(_Entry("archive/version", len(content), zlib.crc32(content), len(head) + (size or 0)))
     tail += entries[-1].local_header() + content
-    start = len(head) + size + len(tail)
+    start = len(head) + (size or 0) + len(tail)
     directory = b"".join(entry.central_header() for entry in entries)
-    return Frame(bytes(head), size, bytes(tail) + directory + _end(len(entries), len(directory), start))
+    tail += directory + _end(len(entries), len(directory), start)
+    return Frame(bytes(head + tail), 0, b"") if size is None else Frame(bytes(head), size, bytes(tail))
 
 
 @dataclass(frozen=True)
@@ -102,12 +105,12 @@ def _end(entries: int, directory_size: int, directory_start: int) -> bytes:
     return large + struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, entries, entries, directory_size, start, 0)
 
 
-def _tensor_pickle(shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
+def _tensor_pickle(shape: tuple[int, ...], dtype: Dtype) -> bytes:
     """What torch.save says about a contiguous tensor, whose only storage is called 0."""
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     out = io.BytesIO()
     out.write(b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storage")
-    out.write(f"ctorch\n{_STORAGES[dtype]}\n".encode())
+    out.write(f"ctorch\n{dtype.storage}\n".encode())
     out.write(b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpu" + _integer(math.prod(shape)) + b"tQ")
     for numbers in ([0], shape, strides):
         packed = b"".join(_integer(number) for number in numbers)
@@ -124,7 +127,7 @@ def _integer(value: int) -> bytes:
 class TensorBytes:
     """Where a contiguous tensor lies in a file."""
 
-    dtype: torch.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
     offset: int  # in the file
 
@@ -150,8 +153,8 @@ def find_bytes(file: int, offset: int, length: int, where: str) -> TensorBytes:
     return TensorBytes(dtype, shape, first + start * dtype.itemsize)
 
 
-def _read_tensor_pickle(text: bytes, where: str) -> tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]]:
-    allowed: dict[tuple[str, str], Any] = {("torch", name): dtype for dtype, name in _STORAGES.items()}
+def _read_tensor_pickle(text: bytes, where: str) -> tuple[Dtype, int, tuple[int, ...], tuple[int, ...]]:
+    allowed: dict[tuple[str, str], Any] = {("torch", name): dtype for name, dtype in BY_STORAGE.items()}
     allowed["torch._utils", "_rebuild_tensor_v2"] = lambda *parts: parts
     allowed["collections", "OrderedDict"] = collections.OrderedDict
     pickled = _TensorPickle(io.BytesIO(text), allowed, where)

@@ -120,8 +120,8 @@ def _compare(name: str, shape: tuple[int, ...], first: Source, second: Source) -
         "elements": torch.Size(shape).numel(),
         "differing": differing,
         "max": largest,
-        "dtype_a": str(dtype_a).removeprefix("torch."),
-        "dtype_b": str(dtype_b).removeprefix("torch."),
+        "dtype_a": dtype_a.name,
+        "dtype_b": dtype_b.name,
     }
 
 

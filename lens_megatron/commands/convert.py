@@ -86,18 +86,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(args: argparse.Namespace) -> Path:
-    """Run the action; where its result is."""
-    import torch
-
+    """Run the action; where its result is. torch, whose import takes longer than copying a small model, is left out where
+    nothing is computed."""
     from checkpoints_tools.streaming import default_workers
 
     workers = args.workers or default_workers()
     if args.action in ("hf-to-megatron", "megatron-to-hf"):
         from checkpoints_tools.hf_to_megatron import hf_to_megatron
         from checkpoints_tools.megatron_to_hf import megatron_to_hf
+        from lens_megatron.mcore.stored_dtypes import BY_NAME
 
         convert = hf_to_megatron if args.action == "hf-to-megatron" else megatron_to_hf
-        convert(args.source, args.target, getattr(torch, args.dtype) if args.dtype else None, workers)
+        convert(args.source, args.target, BY_NAME[args.dtype] if args.dtype else None, workers)
         return Path(args.target)
     from checkpoints_tools import combine
 

@@ -19,7 +19,7 @@ def on_rank_0(action: Callable[[], _T]) -> _T:
         try:
             answer = [("done", action())]
         except (UsageError, RunError) as error:
-            answer = [(type(error).__name__, str(error))]
+            answer = [("UsageError" if isinstance(error, UsageError) else "RunError", str(error))]
         except Exception as error:
             answer = [("RunError", one_line(error))]
     dist.broadcast_object_list(answer, src=0)

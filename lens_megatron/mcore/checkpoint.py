@@ -25,13 +25,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 import lens_megatron
 from lens_megatron import checkpoints
 from lens_megatron.checkpoints import Manifest
-from lens_megatron.errors import RunError
-from lens_megatron.mcore import checkpoint_optimizer
+from lens_megatron.errors import RunError, UsageError
+from lens_megatron.mcore import checkpoint_index, checkpoint_optimizer
 from lens_megatron.mcore.agreement import on_rank_0, one_line
 from lens_megatron.mcore.checkpoint_writer import Staged, Written, stage
-from lens_megatron.mcore.hf_files import COMPANIONS
+from lens_megatron.mcore.hf_index import COMPANIONS
 from lens_megatron.mcore.model import innermost
 from lens_megatron.mcore.runtime import cuda_literals
+from lens_megatron.mcore.safe_pickle import Refused
 from lens_megatron.mcore.step import ShardedModel, Trainable
 from lens_megatron.model_spec import to_hf_config
 
@@ -148,7 +149,7 @@ def save(
         return Manifest(
             step=step,
             model=asdict(policy.spec),
-            layout=_layout(policy),
+            layout=layout_of(policy),
             world_size=dist.get_world_size(),
             dtype=_dtype(policy),
             optimizer=with_optimizer,
@@ -180,7 +181,7 @@ def load(policy: Trainable, folder: Path) -> dict[str, Any]:
         checkpoint_optimizer.load_optimizer(policy.optimizer, places, folder, trainer["adam_step"])
         checkpoint_optimizer.set_schedule(policy.optimizer, trainer["schedule_step"])
         states = checkpoint_optimizer.random_states()
-        if manifest.layout == _layout(policy) and trainer["rng"] == sorted(states):
+        if manifest.layout == layout_of(policy) and trainer["rng"] == sorted(states):
             wanted = {"rng": checkpoint_optimizer.sharded_random_states(states)}
             checkpoint_optimizer.set_random_states(dist_checkpointing.load(wanted, str(folder))["rng"])
     return extra
@@ -250,7 +251,7 @@ def _companions(model: ShardedModel, source: Path | None) -> dict[str, Callable[
     return files
 
 
-def _layout(model: ShardedModel) -> dict[str, Any]:
+def layout_of(model: ShardedModel) -> dict[str, Any]:
     config = model.config
     return {
         "tp": config.tensor_model_parallel_size,
@@ -273,6 +274,12 @@ def _opened(model: ShardedModel, folder: Path) -> tuple[Manifest, dict[str, Any]
     reason = checkpoints.damage(folder, manifest)
     if reason is not None:
         raise RunError(f"{folder}: damaged: {reason}; load an earlier one")
+    try:
+        checkpoint_index.check(folder)  # Megatron-Core unpickles whatever it finds
+    except Refused:
+        raise
+    except UsageError as error:
+        raise RunError(f"{error}; load an earlier one") from None
     try:
         return manifest, json.loads((folder / _EXTRA).read_text(encoding="utf-8"))
     except ValueError as error:

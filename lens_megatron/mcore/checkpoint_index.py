@@ -1,18 +1,23 @@
-"""`.metadata` of a torch_dist checkpoint: which tensors it has, cut into which chunks, and where each chunk's bytes are."""
+"""`.metadata` of a torch_dist checkpoint: which tensors it has, cut into which chunks, and where each chunk's bytes are.
+
+Megatron-Core's format keeps three kinds of pickles: this index, common.pt, and objects among the tensors. `check` refuses
+what would run something when Megatron loads them.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from checkpoints_tools import safe_pickle
 from lens_megatron.errors import UsageError
+from lens_megatron.mcore import safe_pickle
+from lens_megatron.mcore.stored_dtypes import BY_NAME, Dtype
 
 FILE = ".metadata"
 
@@ -42,10 +47,9 @@ _IN_METADATA = {
     **dict.fromkeys(("TensorProperties", "ChunkStorageMetadata", "BytesStorageMetadata"), _Named),
     **dict.fromkeys(("MetadataIndex", "StorageMeta"), _Named),
 }
-_DTYPES = [value for value in vars(torch).values() if isinstance(value, torch.dtype)]
 _ALLOWED: dict[tuple[str, str], Any] = {
     **{("torch.distributed.checkpoint.metadata", name): kind for name, kind in _IN_METADATA.items()},
-    **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in _DTYPES},
+    **{("torch", name): dtype for name, dtype in BY_NAME.items()},
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Named,
     ("torch.serialization", "_get_layout"): str,
     ("torch", "Size"): tuple,
@@ -67,7 +71,7 @@ class Chunk:
 class Stored:
     """A tensor, with all leading axes; or an object (no dtype), of which only the bytes are known."""
 
-    dtype: torch.dtype | None
+    dtype: Dtype | None
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
@@ -102,20 +106,6 @@ def _stored(path: Path, name: str, entry: Any, places: Mapping[Any, Any]) -> Sto
     return Stored(entry.properties.state[0], tuple(entry.size), tuple(chunks))
 
 
-def read_common(folder: Path) -> dict[str, Any]:
-    """common.pt: what is no tensor. Megatron lets it hold any pickle; ours holds plain values, and nothing else is loaded."""
-    path = folder / "common.pt"
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UsageError(f"{path}: holds more than plain values; not loaded: the file may be an attack") from None
-    except (OSError, RuntimeError, EOFError) as error:
-        raise UsageError(f"{path}: not readable ({str(error).splitlines()[0]}); damaged or missing") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"{path}: holds a {type(found).__name__}, not named values; damaged")
-    return found
-
-
 def _chunk(path: Path, name: str, box: tuple[tuple[int, ...], tuple[int, ...]], info: Any) -> Chunk:
     if info is None:
         raise UsageError(f"{path}: says nothing about where {name} is; damaged")
@@ -126,21 +116,56 @@ def _chunk(path: Path, name: str, box: tuple[tuple[int, ...], tuple[int, ...]], 
     return Chunk(*box, info.relative_path, info.offset, info.length)
 
 
-def to_bytes(stored: Iterable[tuple[str, Stored]]) -> bytes:
-    """The file's content, as torch's own writer leaves it."""
-    from torch.distributed.checkpoint import filesystem, metadata
+def read_common(folder: Path) -> dict[str, Any]:
+    """common.pt: what is no tensor. Megatron lets it hold any pickle; ours holds plain values, and nothing else is loaded."""
+    path = folder / "common.pt"
+    try:
+        found = _plain(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; damaged or missing") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path}: holds a {type(found).__name__}, not named values; damaged")
+    return found
 
-    tensors: dict[str, Any] = {}
-    places: dict[Any, Any] = {}
-    for name, entry in stored:
-        if entry.dtype is None:
-            tensors[name] = metadata.BytesStorageMetadata()
-        else:
-            chunks = [metadata.ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in entry.chunks]
-            properties = metadata.TensorProperties(dtype=entry.dtype)
-            tensors[name] = metadata.TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
-        for chunk in entry.chunks:
-            index = metadata.MetadataIndex(name, None if entry.dtype is None else torch.Size(chunk.offsets))
-            places[index] = filesystem._StorageInfo(chunk.file, chunk.offset, chunk.length)
-    whole = metadata.Metadata(tensors, storage_data=places, storage_meta=metadata.StorageMeta())
-    return pickle.dumps(whole)
+
+def check(folder: Path) -> None:
+    """Raise UsageError unless all that Megatron will unpickle is data. It asks no such question itself."""
+    read_common(folder)
+    stored = read(folder)
+    known: set[bytes] = set()  # a layer's empty state is the same bytes as the next one's
+    for name, entry in stored.items():
+        if entry.dtype is not None:
+            continue
+        (chunk,) = entry.chunks
+        with (folder / chunk.file).open("rb") as file:
+            file.seek(chunk.offset)
+            content = file.read(chunk.length)
+        if content not in known:
+            _plain(content, f"{folder / chunk.file}: {name}")
+            known.add(content)
+
+
+def _plain(content: bytes, where: str) -> Any:
+    """What torch.save wrote, when it is plain values and empty tensors."""
+    import torch
+
+    if not zipfile.is_zipfile(io.BytesIO(content)):
+        raise UsageError(f"{where}: not what torch.save writes; damaged")
+    try:
+        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise safe_pickle.Refused(f"{where}: holds more than plain values; not loaded: it may be an attack") from None
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UsageError(f"{where}: not readable ({str(error).splitlines()[0]}); damaged or missing") from None
+    if _has_bytes(found):
+        # Transformer Engine keeps FP8 states as pickles inside of tensors, and would load them
+        raise safe_pickle.Refused(f"{where}: holds bytes that nothing here reads; not loaded: it may be an attack")
+    return found
+
+
+def _has_bytes(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_has_bytes(part) for part in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_has_bytes(part) for part in value)
+    return hasattr(value, "numel") and value.numel() > 0

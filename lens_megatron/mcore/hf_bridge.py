@@ -12,7 +12,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from lens_megatron.mcore.hf_files import check_folder
-from lens_megatron.mcore.hf_names import Mapping, hf_shapes, join_shards, mapping_of, read_shard
+from lens_megatron.mcore.hf_names import Mapping, hf_shapes, mapping_of
+from lens_megatron.mcore.hf_slices import join_shards, read_shard
 from lens_megatron.mcore.model import innermost
 from lens_megatron.model_spec import ModelSpec
 

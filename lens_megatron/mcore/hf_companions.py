@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from lens_megatron.mcore.hf_index import COMPANIONS
+from lens_megatron.mcore.stored_dtypes import Dtype
 
-from lens_megatron.mcore.hf_files import COMPANIONS
 
-
-def companions_of(folder: Path, dtype: torch.dtype | None) -> dict[str, bytes]:
+def companions_of(folder: Path, dtype: Dtype | None) -> dict[str, bytes]:
     """The files, by name; config.json with its dtype changed when the weights' is."""
     files = {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
     if dtype is not None and "config.json" in files:
@@ -20,8 +19,8 @@ def companions_of(folder: Path, dtype: torch.dtype | None) -> dict[str, bytes]:
     return files
 
 
-def config_bytes(config: Mapping[str, Any], dtype: torch.dtype) -> bytes:
+def config_bytes(config: Mapping[str, Any], dtype: Dtype) -> bytes:
     """transformers 4 reads `torch_dtype`, 5 reads `dtype` too: whichever is there is set, else the older."""
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    changed = {**config, **dict.fromkeys(keys, str(dtype).removeprefix("torch."))}
+    changed = {**config, **dict.fromkeys(keys, dtype.name)}
     return (json.dumps(changed, indent=2) + "\n").encode()

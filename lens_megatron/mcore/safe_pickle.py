@@ -9,6 +9,10 @@ from typing import IO, Any
 from lens_megatron.errors import UsageError
 
 
+class Refused(UsageError):
+    """Not damage, which an older file may stand in for: someone has put this there."""
+
+
 class AllowList(pickle.Unpickler):
     """`allowed`: (module, name) -> what stands for it. Everything else is refused, before it is imported."""
 
@@ -21,7 +25,7 @@ class AllowList(pickle.Unpickler):
         try:
             return self._allowed[module, name]
         except KeyError:
-            raise UsageError(
+            raise Refused(
                 f"{self._where}: asks for {module}.{name}, which a checkpoint has no use for; not loaded: "
                 "the file may be an attack"
             ) from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import pickle
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -16,8 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints_tools import metadata
+from checkpoints_tools import index_writer
 from lens_megatron.cli import main
+from lens_megatron.mcore import checkpoint_index
+from tests.checkpoints_tools.payloads import (
+    planted_in_common,
+    planted_in_index,
+    resize_in_manifest,
+    unpickle_carelessly,
+)
 
 Folder = Callable[[str], Path]
 
@@ -138,16 +144,24 @@ def test_no_disk_space_is_found_before_writing(
 def test_a_disk_that_fills_up_is_said_and_resumed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write, written = os.pwrite, 0
+    write, copy, written = os.pwrite, os.copy_file_range, 0
 
-    def full(handle: int, content: Any, offset: int) -> int:
+    def room_for(size: int) -> None:
         nonlocal written
-        written += len(content)
+        written += size
         if written > 150_000:
             raise OSError(28, "No space left on device")
+
+    def full_write(handle: int, content: Any, offset: int) -> int:
+        room_for(len(content))
         return write(handle, content, offset)
 
-    monkeypatch.setattr(os, "pwrite", full)
+    def full_copy(source: int, target: int, count: int, *offsets: int) -> int:
+        room_for(count)
+        return copy(source, target, count, *offsets)
+
+    monkeypatch.setattr(os, "pwrite", full_write)
+    monkeypatch.setattr(os, "copy_file_range", full_copy)
     said = fails(capsys, 1, "hf-to-megatron", source, tmp_path / "target")
     assert "No space left on device" in said and "it continues" in said
     assert not (tmp_path / "target").exists()
@@ -163,38 +177,6 @@ def test_two_at_once_are_refused(source: Path, tmp_path: Path, capsys: pytest.Ca
         assert "another process is writing it" in fails(capsys, 2, "hf-to-megatron", source, tmp_path / "target")
 
 
-class Payload:
-    """What an attacker would plant: unpickling it runs a command."""
-
-    def __init__(self, proof: Path) -> None:
-        self.proof = proof
-
-    def __reduce__(self) -> Any:
-        return (os.system, (f"touch {self.proof}",))
-
-
-def resize_in_manifest(checkpoint: Path, name: str) -> None:
-    """The attacker's files have the sizes that the manifest says."""
-    file = checkpoint / "manifest.json"
-    tree = json.loads(file.read_text())
-    tree["files"][name] = (checkpoint / name).stat().st_size
-    file.write_text(json.dumps(tree))
-
-
-def planted_in_index(checkpoint: Path, proof: Path) -> str:
-    found = pickle.loads((checkpoint / ".metadata").read_bytes())
-    found.planner_data = Payload(proof)
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(found))
-    resize_in_manifest(checkpoint, ".metadata")
-    return ".metadata: asks for posix.system"
-
-
-def planted_in_common(checkpoint: Path, proof: Path) -> str:
-    torch.save({"trainer": Payload(proof)}, checkpoint / "common.pt")
-    resize_in_manifest(checkpoint, "common.pt")
-    return "common.pt: holds more than plain values"
-
-
 @pytest.mark.parametrize("plant", [planted_in_index, planted_in_common])
 def test_planted_payloads_are_not_run(
     plant: Callable[[Path, Path], str], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -205,17 +187,13 @@ def test_planted_payloads_are_not_run(
         assert expected in fails(capsys, 2, "megatron-to-hf", checkpoint, tmp_path / "target")
         assert expected in fails(capsys, 2, "verify", checkpoint, checkpoint)
     assert not (tmp_path / "proof").exists()
-    # the payload is a real one
-    if plant is planted_in_index:
-        pickle.loads((checkpoint / ".metadata").read_bytes())
-    else:
-        torch.load(checkpoint / "common.pt", weights_only=False)
-    assert (tmp_path / "proof").exists()
+    unpickle_carelessly(checkpoint, plant)
+    assert (tmp_path / "proof").exists()  # the payload is a real one
 
 
 def test_an_index_may_not_point_outside(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stored = metadata.read(checkpoint)
-    text = metadata.to_bytes(stored.items()).replace(b"__0_0.distcp", b"../../secret")
+    stored = checkpoint_index.read(checkpoint)
+    text = index_writer.to_bytes(stored).replace(b"__0_0.distcp", b"../../secret")
     (checkpoint / ".metadata").write_bytes(text)
     resize_in_manifest(checkpoint, ".metadata")
     assert "outside the checkpoint" in fails(capsys, 2, "verify", checkpoint, checkpoint)

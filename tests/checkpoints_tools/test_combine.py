@@ -15,6 +15,7 @@ from torch import Tensor
 
 from checkpoints_tools.hf_to_megatron import hf_to_megatron
 from lens_megatron.cli import main
+from lens_megatron.mcore.stored_dtypes import BY_NAME
 from tests.tiny_models import save_hf
 
 Folder = Callable[[str], Path]
@@ -30,7 +31,7 @@ def three(hf: Folder, tmp_path: Path) -> list[Path]:
     folders = []
     for seed in range(3):
         save_hf("qwen3_moe", tmp_path / f"hf{seed}", seed=seed)
-        hf_to_megatron(tmp_path / f"hf{seed}", tmp_path / f"m{seed}", torch.bfloat16, workers=2)
+        hf_to_megatron(tmp_path / f"hf{seed}", tmp_path / f"m{seed}", BY_NAME["bfloat16"], workers=2)
         folders.append(tmp_path / f"m{seed}")
     return folders
 

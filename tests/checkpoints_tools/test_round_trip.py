@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from checkpoints_tools.pieces import Place, hf_pieces, megatron_tensors
 from checkpoints_tools.sources import MegatronSource
 from lens_megatron.errors import UsageError
 from lens_megatron.mcore.hf_names import hf_shapes
+from lens_megatron.mcore.stored_dtypes import BY_NAME
 from lens_megatron.model_spec import ModelSpec, MoESpec
 from tests.tiny_models import KINDS
 
@@ -59,6 +62,25 @@ def test_round_trip_has_the_same_bits_and_logits(
     assert torch.equal(logits[0], logits[1])
 
 
+@pytest.mark.parametrize("most", [0, 777])
+def test_where_the_kernel_copies_not_or_little_the_bits_are_the_same(
+    most: int, hf: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between some file systems it refuses; a signal or a limit may end a copy early."""
+    copy = os.copy_file_range
+
+    def grudging(source: int, target: int, count: int, *offsets: int) -> int:
+        if most == 0:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return copy(source, target, min(most, count), *offsets)
+
+    monkeypatch.setattr(os, "copy_file_range", grudging)
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", 1000)
+    hf_to_megatron(hf("qwen3_moe"), tmp_path / "there", None, workers=2)
+    megatron_to_hf(tmp_path / "there", tmp_path / "back", None, workers=2)
+    assert_same_bits(tensors_of(tmp_path / "back"), tensors_of(hf("qwen3_moe")))
+
+
 def test_shards_in_and_out(hf: Folder, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -86,14 +108,14 @@ def test_shards_in_and_out(hf: Folder, tmp_path: Path) -> None:
 
 
 def test_dtype_is_converted_in_weights_and_config(hf: Folder, converted: Folder, tmp_path: Path) -> None:
-    hf_to_megatron(hf("qwen2"), tmp_path / "bf16", torch.bfloat16, workers=2)
+    hf_to_megatron(hf("qwen2"), tmp_path / "bf16", BY_NAME["bfloat16"], workers=2)
     assert MegatronSource(tmp_path / "bf16").manifest.dtype == "bfloat16"
     megatron_to_hf(tmp_path / "bf16", tmp_path / "back", None, workers=2)
     rounded = {name: tensor.bfloat16() for name, tensor in tensors_of(hf("qwen2")).items()}
     assert_same_bits(tensors_of(tmp_path / "back"), rounded)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
-    megatron_to_hf(converted("qwen2"), tmp_path / "half", torch.float16, workers=2)
+    megatron_to_hf(converted("qwen2"), tmp_path / "half", BY_NAME["float16"], workers=2)
     assert_same_bits(tensors_of(tmp_path / "half"), {n: t.half() for n, t in tensors_of(hf("qwen2")).items()})
 
 
@@ -121,7 +143,7 @@ def test_mixed_dtypes_survive_unless_one_tensor_would_need_two(hf: Folder, tmp_p
     split = change(hf("qwen3"), tmp_path / "split", one_half)
     with pytest.raises(UsageError, match=r"linear_qkv.weight are float16 and float32; give one with --dtype"):
         hf_to_megatron(split, tmp_path / "refused", None, workers=2)
-    hf_to_megatron(split, tmp_path / "accepted", torch.float32, workers=2)
+    hf_to_megatron(split, tmp_path / "accepted", BY_NAME["float32"], workers=2)
 
 
 @st.composite

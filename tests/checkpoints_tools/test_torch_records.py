@@ -11,11 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoints_tools.torch_records import find_bytes, frame
+from checkpoints_tools.torch_records import find_bytes, frame, plain_archive
 from lens_megatron.errors import UsageError
+from lens_megatron.mcore.stored_dtypes import BY_NAME, Dtype
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8]
 SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple)
+
+
+def stored(dtype: torch.dtype) -> Dtype:
+    return BY_NAME[str(dtype).removeprefix("torch.")]
 
 
 def content(tensor: torch.Tensor) -> bytes:
@@ -28,7 +33,7 @@ def filled(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 @given(SHAPES, st.sampled_from(DTYPES))
 def test_torch_loads_a_framed_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    tensor, around = filled(shape, dtype), frame(shape, dtype)
+    tensor, around = filled(shape, dtype), frame(shape, stored(dtype))
     written = around.head + content(tensor) + around.tail
     assert len(written) == around.size
     loaded = torch.load(io.BytesIO(written), weights_only=True)
@@ -44,7 +49,7 @@ def test_bytes_of_a_saved_tensor_are_found(
     stream = io.BytesIO(b"x" * before)
     stream.seek(before)
     if framed:
-        around = frame(shape, dtype)
+        around = frame(shape, stored(dtype))
         stream.write(around.head + content(tensor) + around.tail)
     else:
         # a view: torch.save keeps the whole storage, and the tensor begins inside it
@@ -52,14 +57,14 @@ def test_bytes_of_a_saved_tensor_are_found(
     handle = os.memfd_create("records")
     os.write(handle, stream.getvalue() + b"after")
     found = find_bytes(handle, before, len(stream.getvalue()) - before, "here")
-    assert (found.dtype, found.shape) == (dtype, shape)
+    assert (found.dtype, found.shape) == (stored(dtype), shape)
     assert os.pread(handle, len(content(tensor)), found.offset) == content(tensor)
     os.close(handle)
 
 
 def test_tensors_over_4_gib_are_framed_and_found(tmp_path: Path) -> None:
     shape, path = (3 << 20, 1024), tmp_path / "large"
-    around = frame(shape, torch.bfloat16)
+    around = frame(shape, BY_NAME["bfloat16"])
     handle = os.open(path, os.O_RDWR | os.O_CREAT)
     os.ftruncate(handle, around.size)  # sparse: nothing but the frame takes room
     os.pwrite(handle, around.head, 0)
@@ -92,3 +97,24 @@ def test_what_is_no_tensor_is_refused() -> None:
     torch.save(os.system, attack)  # any class that a tensor has no use for
     with pytest.raises(UsageError, match=r"posix\.system|not readable|no tensor archive"):
         find_bytes(damaged_file(attack.getvalue()), 0, len(attack.getvalue()), "here")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(VALUES)
+def test_torch_loads_plain_values(value: object) -> None:
+    assert torch.load(io.BytesIO(plain_archive(value)), weights_only=True) == value
+
+
+def test_the_known_dtypes_are_torchs() -> None:
+    for name, dtype in BY_NAME.items():
+        tensor = torch.zeros(1, dtype=getattr(torch, name))
+        assert dtype.itemsize == tensor.element_size()
+        assert (
+            type(tensor.storage()).__name__ == "TypedStorage"
+            and tensor.storage().pickle_storage_type() == dtype.storage
+        )

@@ -90,7 +90,7 @@ def named_gradients(
 ) -> tuple[dict[str, float], dict[str, Tensor], float]:
     """What `accumulate` returned, HF-named gradients, and how far replicas of one gradient lie apart."""
     from lens_megatron.mcore.hf_bridge import local_tensors
-    from lens_megatron.mcore.hf_names import join_shards
+    from lens_megatron.mcore.hf_slices import join_shards
 
     # the whole gradient on every data-parallel rank, not only each rank's part
     finish = policy.config.finalize_model_grads_func

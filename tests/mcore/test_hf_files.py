@@ -66,7 +66,7 @@ def test_good_folders(one_file: Path, sharded: Path) -> None:
         source = HfFolder(folder)
         source.check(SHAPES)
         assert source.names() == ["a", "b", "c"]
-        assert source.dtype("a") == torch.float32
+        assert source.dtype("a").name == "float32"
         for name, tensor in tensors().items():
             assert torch.equal(source.read(name), tensor)
             assert source.shape(name) == SHAPES[name]
@@ -285,7 +285,7 @@ def test_a_stream_that_fails_leaves_no_folder_and_the_next_attempt_works(tmp_pat
     with pytest.raises(RuntimeError, match="a rank died"):
         write_hf_folder(tmp_path / "out", failing_stream(), max_shard_bytes=16)
     assert not (tmp_path / "out").exists()
-    assert (tmp_path / "out.partial").is_dir()
+    assert not (tmp_path / "out.partial").exists()
     write_hf_folder(tmp_path / "out", tensors().items())
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors"}
     assert not (tmp_path / "out.partial").exists()

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lens_megatron.mcore.hf_bridge import _split_layer
 from lens_megatron.mcore.hf_files import HfFolder
-from lens_megatron.mcore.hf_names import Mapping, hf_shapes, join_shards, mapping_of, read_shard
+from lens_megatron.mcore.hf_names import Mapping, hf_shapes, mapping_of
+from lens_megatron.mcore.hf_slices import join_shards, read_shard
 from lens_megatron.mcore.layout import padded_vocab_size
 from lens_megatron.model_spec import ModelSpec, load_model_spec, shipped_models
 from lens_megatron.planning.parameters import count_parameters
