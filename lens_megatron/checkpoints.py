@@ -35,12 +35,18 @@ class CheckpointConfig:
     keep: int = 3  # newest ones kept
     keep_best: str | None = None  # also keep the one with the highest value of this metric
     asynchronous: bool = True  # written in the background while training goes on; costs a copy in host memory
+    hf_every: int = 0  # steps between copies of the weights as HF folders, run_dir/hf/step_000020; 0: none
+    hf_keep: int | None = None  # newest ones kept; null: all
 
     def __post_init__(self) -> None:
         if self.every < 0:
             raise ValueError(f"every must be 0 or more (got {self.every})")
         if self.keep < 1:
             raise ValueError(f"keep must be at least 1 (got {self.keep})")
+        if self.hf_every < 0:
+            raise ValueError(f"hf_every must be 0 or more (got {self.hf_every})")
+        if self.hf_keep is not None and self.hf_keep < 1:
+            raise ValueError(f"hf_keep must be at least 1, or null for all (got {self.hf_keep})")
 
 
 @dataclass(frozen=True)
@@ -108,15 +114,21 @@ def complete(folder: Path, manifest: Manifest) -> None:
     partial = folder.with_name(folder.name + _PARTIAL)
     with _disk_errors(folder):
         write_file(partial / MANIFEST, (json.dumps(asdict(manifest), indent=1, allow_nan=False) + "\n").encode())
-        for directory in {path.parent for path in partial.rglob("*")} | {partial}:
-            sync_folder(directory)
-        old = folder.with_name(folder.name + _REPLACED)
-        if folder.exists():  # a run that went back to an earlier checkpoint arrives here again
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        partial.rename(folder)
-        sync_folder(folder.parent)
+        publish(folder)
+
+
+def publish(folder: Path) -> None:
+    """Give the partial folder of `folder` its name. All its files are on disk already."""
+    partial = folder.with_name(folder.name + _PARTIAL)
+    for directory in {path.parent for path in partial.rglob("*")} | {partial}:
+        sync_folder(directory)
+    old = folder.with_name(folder.name + _REPLACED)
+    if folder.exists():  # a run that went back to an earlier checkpoint arrives here again
         shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    partial.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_file(path: Path, content: bytes) -> int:
@@ -130,7 +142,11 @@ def write_file(path: Path, content: bytes) -> int:
 
 def sync_folder(folder: Path) -> None:
     """Names in a folder survive a power cut only after this."""
-    handle = os.open(folder, os.O_RDONLY)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -233,11 +249,21 @@ def prune(root: Path, keep: int, keep_best: str | None = None) -> list[str]:
         ours = (folder / MANIFEST).is_file()
         if folder in spared or not ours or _step_of(folder) > whole[0].manifest.step:
             continue
-        doomed = folder.with_name(folder.name + _REMOVED)
-        folder.rename(doomed)  # so that a kill in the middle of removing leaves no half checkpoint
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove(folder)
         removed.append(folder.name)
     return removed
+
+
+def prune_hf(root: Path, keep: int, step: int) -> None:
+    """Remove HF copies but the newest `keep` up to `step`."""
+    for folder in sorted((one for one in _folders(root) if _step_of(one) <= step), key=_step_of)[:-keep]:
+        remove(folder)
+
+
+def remove(folder: Path) -> None:
+    doomed = folder.with_name(folder.name + _REMOVED)
+    folder.rename(doomed)  # so that a kill in the middle of removing leaves no half checkpoint
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def check_same_model(folder: Path, manifest: Manifest, model: Mapping[str, Any]) -> None:

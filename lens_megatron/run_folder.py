@@ -41,7 +41,9 @@ class RunFolder:
         folder._prepare()
         if folder.holds_run():
             folder.close()
-            raise UsageError(f"run_dir {folder.path} already holds a run: resume it, or choose another run_dir")
+            raise UsageError(
+                f"run_dir {folder.path} already holds a run: go on with it by --resume, or choose another run_dir"
+            )
         return folder
 
     @classmethod
@@ -50,7 +52,9 @@ class RunFolder:
         earlier life of the same job to let go of it."""
         folder = cls(path)
         if not folder.holds_run():
-            raise UsageError(f"run_dir {folder.path} holds no run to resume")
+            raise UsageError(
+                f"run_dir {folder.path} holds no run to resume: start one without --resume, or with --continue"
+            )
         folder._prepare(patience_s)
         return folder
 

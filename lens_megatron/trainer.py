@@ -17,6 +17,7 @@ from lens_megatron.errors import UsageError
 from lens_megatron.host import Host
 from lens_megatron.mcore import runtime
 from lens_megatron.mcore.checkpoint_run import Saver, resume
+from lens_megatron.mcore.hf_copies import HfCopies
 from lens_megatron.mcore.noise import evaluations_in_other_packings
 from lens_megatron.mcore.rendezvous import from_rank_zero
 from lens_megatron.mcore.step import ShardedModel, build_frozen, build_trainable
@@ -47,6 +48,7 @@ class Trainer:
     def __init__(self, config: RunConfig, model: ModelConfig, folder: RunFolder | None) -> None:
         """`folder`: rank 0's. Processes, then models, then the engine's first weights."""
         self.config = config
+        _check_keep_best(config.checkpoint.keep_best, _EVERY_STEP, sure=False)
         weights = find_weights(config.model)
         self.host = Host(config, model, weights, folder) if folder is not None else None
         runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s)
@@ -78,6 +80,7 @@ class Trainer:
             self.progress.note(self.host.data_note)
         self._checkpoints = Path(config.run_dir) / "checkpoints"
         self._saver = Saver(self.policy, self._checkpoints, config.checkpoint, companions_from=weights)
+        self._hf_copies = HfCopies(self.policy, Path(config.run_dir) / "hf", config.checkpoint, weights)
 
     def on_rank_zero(self, work: Any, what: str) -> Any:
         """`work(host)` on rank 0; its result on every rank."""
@@ -176,6 +179,8 @@ class Trainer:
 
     def save(self, step: int, last: bool = False) -> None:
         """When one is due; written in the background. The engine's weights are not in it: they are synced at resume."""
+        if self._hf_copies.due(step, last=step == self.config.steps):
+            self._hf_copies.write(step)
         if self._saver.due(step, last or step == self.config.steps):
             state = {} if self.host is None else self.host.state_dict()
             # rank 0's metrics: it alone writes the manifest, and chooses what to keep by it
@@ -189,7 +194,9 @@ class Trainer:
         """From the newest whole checkpoint; from the start when there is none yet."""
         found = resume(self.policy, self._checkpoints)
         if found is not None:
-            self.first_step, self.noise_floor = found.step, found.extra["noise_floor"]
+            self.first_step = found.step
+            if found.same_layout:  # another one rounds in other places: its floor is measured before its first scores
+                self.noise_floor = found.extra["noise_floor"]
             if self.reference is not None and "reference_scores" in found.extra:
                 self.reference_scores.load_state_dict(found.extra["reference_scores"])
         self.progress = Progress(self.config.steps, self.first_step, shown=self.host is not None)
@@ -201,6 +208,8 @@ class Trainer:
                 for reason in found.passed_over:
                     self.progress.note(f"passed over a damaged checkpoint: {reason}")
                 self.progress.note(f"resuming after step {self.first_step}")
+            else:
+                self.progress.note(f"{host.folder.path}: no checkpoint to resume from: starting with step 1")
 
         # a state that does not fit (other data, another filter) is an error of all ranks, not of rank 0 alone
         self.on_rank_zero(take_up, "take up the run")
@@ -235,9 +244,12 @@ class Trainer:
         runtime.shutdown()
 
 
-def _check_keep_best(metric: str | None, metrics: Mapping[str, float | None]) -> None:
-    if metric is not None and metric not in metrics:
-        near = get_close_matches(metric, metrics, n=1)
+def _check_keep_best(metric: str | None, metrics: Mapping[str, float | None], sure: bool = True) -> None:
+    """`sure`: these are all metrics that there are. Before the first step they are not: only a slip of the pen is found."""
+    if metric is None or metric in metrics:
+        return
+    near = get_close_matches(metric, metrics, n=1, cutoff=0.6 if sure else 0.9)
+    if sure or near:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"checkpoint.keep_best: there is no metric {metric!r}{hint}")
 

@@ -55,7 +55,7 @@ def test_create_makes_the_folders_and_refuses_a_second_run(tmp_path: Path) -> No
     assert folder.logs.is_dir() and folder.checkpoints.is_dir()
     RunFolder.create(folder.path).close()  # still empty
     folder.write_config({"steps": 2})
-    with pytest.raises(UsageError, match="already holds a run: resume it, or choose another"):
+    with pytest.raises(UsageError, match="already holds a run: go on with it by --resume, or choose another"):
         RunFolder.create(folder.path)
 
 
@@ -86,7 +86,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_resume_and_open_want_a_run(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no run to resume"):
+    with pytest.raises(UsageError, match="holds no run to resume: start one without --resume, or with --continue"):
         RunFolder.resume(tmp_path / "none")
     assert not (tmp_path / "none").exists()
     with pytest.raises(UsageError, match="no such run folder"):

@@ -1,12 +1,9 @@
-"""An HF folder's safetensors: which file has which tensor, slices of tensors, and writing new folders.
-
-Everything that can be wrong with a folder is found from the files' headers, before any model is built.
-"""
+"""Slices of an HF folder's tensors, and writing new folders."""
 
 from __future__ import annotations
 
 import json
-import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,92 +13,21 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lens_megatron import checkpoints
 from lens_megatron.errors import UsageError
+from lens_megatron.mcore.hf_companions import companions_of
+from lens_megatron.mcore.hf_index import INDEX_FILE, HfIndex
 from lens_megatron.mcore.hf_names import hf_shapes
+from lens_megatron.mcore.stored_dtypes import BY_NAME, Dtype
 from lens_megatron.model_spec import ModelSpec
 
-_INDEX = "model.safetensors.index.json"
-_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What an HF folder has besides weights, copied along when a model is written again.
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
 
-
-class HfFolder:
+class HfFolder(HfIndex):
     """Reads slices of an HF checkpoint. Opens each file once; reads nothing but headers until asked."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._headers: dict[Path, dict[str, Any]] = {}
+        super().__init__(folder)
         self._handles: dict[Path, Any] = {}
-        self._file_of = self._locate()
-
-    def _locate(self) -> dict[str, Path]:
-        if not self.folder.is_dir():
-            raise UsageError(f"{self.folder}: no such folder")
-        index = self.folder / _INDEX
-        if index.is_file():
-            try:
-                weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-                shards = sorted(set(weight_map.values()))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UsageError(f"{index}: not a safetensors index; download it again") from None
-            for shard in shards:
-                if not (self.folder / shard).is_file():
-                    raise UsageError(f"{self.folder / shard}: missing, though {_INDEX} names it; download it again")
-                self._headers[self.folder / shard] = _read_header(self.folder / shard)
-            for name, shard in weight_map.items():
-                if name not in self._headers[self.folder / shard]:
-                    raise UsageError(f"{self.folder / shard}: has no tensor {name}, though {_INDEX} says so")
-            return {name: self.folder / shard for name, shard in weight_map.items()}
-        files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
-            pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self.folder.glob(pattern)]
-            found = f" ({pickles[0]} is a pickle, which is never loaded: save it as safetensors)" if pickles else ""
-            raise UsageError(f"{self.folder}: no safetensors files{found}")
-        for path in files:
-            self._headers[path] = _read_header(path)
-        return {name: path for path in files for name in self._headers[path] if name != "__metadata__"}
-
-    def names(self) -> list[str]:
-        return sorted(self._file_of)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._headers[self._file_of[name]][name]["shape"])
-
-    def location(self, name: str) -> tuple[Path, int, int]:
-        """The file that holds a tensor, and where its bytes begin and end in it."""
-        path = self._file_of[name]
-        with path.open("rb") as file:
-            data = 8 + int.from_bytes(file.read(8), "little")
-        start, stop = self._headers[path][name]["data_offsets"]
-        return path, data + start, data + stop
-
-    def dtype(self, name: str) -> torch.dtype:
-        return _TORCH_DTYPES[self._headers[self._file_of[name]][name]["dtype"]]
-
-    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise unless the folder holds all of these tensors, in these shapes, as floating point."""
-        missing = [name for name in shapes if name not in self._file_of]
-        if missing:
-            more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-            raise UsageError(f"{self.folder}: no tensor {missing[0]}{more}, which config.json asks for")
-        for name, shape in shapes.items():
-            if self.shape(name) != shape:
-                raise UsageError(f"{self.folder}: {name} has shape {self.shape(name)}, config.json says {shape}")
-            kind = self._headers[self._file_of[name]][name]["dtype"]
-            if kind not in _TORCH_DTYPES:
-                raise UsageError(f"{self.folder}: {name} is stored as {kind}; F32, F16 or BF16 is needed")
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """A tensor, or rows (dim 0) or columns (dim 1) [start, stop) of it; only these bytes are read."""
@@ -123,30 +49,6 @@ def check_folder(folder: Path, spec: ModelSpec) -> HfFolder:
     return source
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    """A safetensors header, after a check that the file is as long as the header says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise UsageError(f"{path}: not a safetensors file, or cut off inside its header; download it again")
-        try:
-            header: dict[str, Any] = json.loads(file.read(length))
-            entries = [
-                (entry["data_offsets"][1], entry["shape"], entry["dtype"])
-                for name, entry in header.items()
-                if name != "__metadata__"
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UsageError(f"{path}: its safetensors header is not readable; download it again") from None
-    data = max((stop for stop, _, _ in entries), default=0)
-    if 8 + length + data != size:
-        raise UsageError(
-            f"{path}: truncated: {size:,} bytes, its header promises {8 + length + data:,}; download it again"
-        )
-    return header
-
-
 def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int, std: float = 0.02) -> Iterator[tuple[str, Tensor]]:
     """Weights to start from when there are none: norms 1, biases 0, the rest normal."""
     generator = torch.Generator().manual_seed(seed)
@@ -164,16 +66,32 @@ def write_hf_folder(
     tensors: Iterable[tuple[str, Tensor]],
     companions_from: Path | None = None,
     max_shard_bytes: int = 5 * 2**30,
+    replace: bool = False,
 ) -> None:
-    """Stream tensors into sharded safetensors with an index; the folder appears under its name only when complete."""
-    if target.exists():
+    """Stream tensors into sharded safetensors with an index; the folder appears under its name only when complete and on
+    disk. config.json gets the tensors' dtype. `replace`: a folder of that name makes way."""
+    if target.exists() and not replace:
         raise UsageError(f"{target}: exists already; choose another folder or remove it")
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = checkpoints.begin(target)
+    try:
+        dtype = _write_shards(partial, tensors, max_shard_bytes)
+        if companions_from is not None:
+            for name, content in companions_of(companions_from, dtype).items():
+                (partial / name).write_bytes(content)
+        for path in partial.iterdir():
+            checkpoints.sync(path)
+        checkpoints.publish(target)
+    except BaseException:
+        checkpoints.abandon(target)
+        raise
+
+
+def _write_shards(partial: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> Dtype:
+    """The dtype of most of the bytes."""
     files: list[Path] = []
     held: dict[str, Tensor] = {}
     names: list[list[str]] = []
+    by_dtype: Counter[str] = Counter()
     total = size = 0
 
     def flush() -> None:
@@ -190,6 +108,7 @@ def write_hf_folder(
             flush()
         held[name] = tensor.contiguous()
         size, total = size + bytes_, total + bytes_
+        by_dtype[str(tensor.dtype).removeprefix("torch.")] += bytes_
     flush()
     if len(files) == 1:
         files[0].rename(partial / "model.safetensors")
@@ -200,8 +119,5 @@ def write_hf_folder(
             path.rename(partial / final)
             weight_map.update(dict.fromkeys(members, final))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (partial / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    for name in COMPANIONS if companions_from else ():
-        if (companions_from / name).is_file():  # type: ignore[operator]
-            shutil.copyfile(companions_from / name, partial / name)  # type: ignore[operator]
-    partial.rename(target)
+        (partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    return BY_NAME[by_dtype.most_common(1)[0][0]]

@@ -232,6 +232,20 @@ def refusal(folder: Path, layout: ParallelConfig, source: Path) -> str:
     return ""
 
 
+def hf_copy(folder: Path, layout: ParallelConfig, root: Path) -> str:
+    """Every rank's error on writing an HF copy of steps 1, 2 and 3, of which 2 stay; "" when they are written."""
+    from lens_megatron.checkpoints import CheckpointConfig
+    from lens_megatron.mcore.hf_copies import HfCopies
+
+    copies = HfCopies(policy(folder, layout), root, CheckpointConfig(hf_every=1, hf_keep=2), folder)
+    try:
+        for step in (1, 2, 3):
+            copies.write(step)
+    except RunError as error:
+        return str(error)
+    return ""
+
+
 def two_dtypes(folder: Path, layout: ParallelConfig, source: Path) -> list[dict[str, Tensor]]:
     """bf16: at the save; after 2 more steps; after loading and 2 more steps."""
     from lens_megatron.mcore import checkpoint

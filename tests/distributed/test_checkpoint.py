@@ -15,11 +15,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lens_megatron.checkpoints import CheckpointConfig, latest, newest_first, read_manifest
 from lens_megatron.mcore.layout import ParallelConfig
 from lens_megatron.model_spec import load_model_spec
+from tests.checkpoints_tools.payloads import (
+    planted_in_an_object,
+    planted_in_common,
+    planted_in_index,
+    unpickle_carelessly,
+)
 from tests.distributed import checkpoint_cases as cases
 
 pytestmark = pytest.mark.distributed
@@ -262,6 +269,22 @@ def test_refusals(problem: str, saved: Any, workers: Any, hf_folder: Any, tmp_pa
     assert "\n" not in errors[0]
 
 
+@pytest.mark.parametrize("plant", [planted_in_index, planted_in_common, planted_in_an_object])
+def test_planted_payloads_are_not_run(plant: Any, saved: Any, workers: Any, hf_folder: Any, tmp_path: Path) -> None:
+    root, proof = tmp_path / "run", tmp_path / "proof"
+    copied(saved("qwen3_tied", "dp2")[0], root / "step_000001")  # an older one: an attack is not passed over
+    source = copied(saved("qwen3_tied", "dp2")[0], root / "step_000002")
+    expected = plant(source, proof)
+    folder = hf_folder("qwen3_tied")
+    for error in workers(2).run(cases.refusal, folder, ParallelConfig(tp=2), source):
+        assert error.startswith("UsageError: ") and expected in error and "\n" not in error
+    for kind, message in workers(2).run(cases.resume, folder, ParallelConfig(tp=2), root):
+        assert kind == "UsageError" and expected in message
+    assert not proof.exists()
+    unpickle_carelessly(source, plant)
+    assert proof.exists()
+
+
 def test_bf16_keeps_master_weights(workers: Any, hf_folder: Any, tmp_path: Path) -> None:
     source = tmp_path / "step_000002"
     folder = hf_folder("qwen3_tied")
@@ -300,3 +323,19 @@ def test_an_error_of_one_rank_is_every_ranks(workers: Any, hf_folder: Any, tmp_p
         assert "Invalid access pattern" in errors[0]
         assert "not JSON serializable" in errors[1]
         assert not any("\n" in error for error in errors)
+
+
+def test_hf_copies(workers: Any, hf_folder: Any, tmp_path: Path) -> None:
+    folder = hf_folder("qwen3_tied")
+    later = (
+        tmp_path / "hf" / "step_000009"
+    )  # of a run that went back to an earlier checkpoint: not counted, not touched
+    later.mkdir(parents=True)
+    assert workers(2).run(cases.hf_copy, folder, ParallelConfig(tp=2), tmp_path / "hf") == ["", ""]
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["step_000002", "step_000003", "step_000009"]
+    written = load_file(tmp_path / "hf" / "step_000003" / "model.safetensors")
+    assert difference(written, load_file(folder / "model.safetensors")) == 0.0
+    (tmp_path / "file").write_text("")
+    errors = workers(2).run(cases.hf_copy, folder, ParallelConfig(pp=2), tmp_path / "file" / "hf")
+    assert len(set(errors)) == 1
+    assert "the HF copy was not written" in errors[0]

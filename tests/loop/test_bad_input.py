@@ -89,6 +89,7 @@ WRONG: dict[str, tuple[Change, list[str]]] = {
     "unknown preset": (_set("algorithm", "lenss"), ["lenss", "lens"]),
     "no such layout": (_set("parallel.tp", 3), ["tp"]),
     "steps": (_set("steps", 0), ["steps"]),
+    "a slip in keep_best": (_set("checkpoint.keep_best", "sucess"), ["checkpoint.keep_best", "did you mean 'success'"]),
     "no reward function": (_set("rewards.default.function", "loop_rewards"), ["module:name"]),
 }
 
@@ -142,7 +143,7 @@ def test_an_existing_run_is_not_touched(
     assert cli.main(["train", str(write_run(tmp_path, tree))]) == 2
     line = complaint(capfd.readouterr().err)
     assert "already holds a run" in line
-    assert "resume it" in line
+    assert "--resume" in line
     after = _contents(run_dir)
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) <= {"run.lock"}

@@ -73,7 +73,7 @@ def test_keys_with_common_names_are_read_off_their_own_section() -> None:
     where = reads()
     sections = {
         "diagnostics": ("every",),
-        "checkpoint": ("every", "keep", "keep_best", "asynchronous"),
+        "checkpoint": ("every", "keep", "keep_best", "asynchronous", "hf_every", "hf_keep"),
         "data": ("train", "prompts_per_step", "max_prompt_tokens", "shuffle", "split", "template"),
         "rollout": ("n", "max_response_tokens", "temperature", "schedule", "slots", "threads", "engine"),
         "memory": ("recompute", "offload_optimizer", "offload_reference"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -93,6 +94,9 @@ def numbers(tree: dict[str, Any]) -> dict[str, float]:
 
 def test_resumed_in_another_layout(task: Path, base: Path, tmp_path: Path) -> None:
     run_dir = as_of(base, 2, tmp_path / "run")
+    set_noise_floor(
+        run_dir / "checkpoints" / "step_000002", 12.0
+    )  # another layout has another one: it is measured anew
     changes = {"steps": 5, "parallel": {"tp": 1, "pp": 2}}
     lines = train(tmp_path, run_tree(task, run_dir, checkpoint={"every": 0}, **changes), "--resume")
     expected = RunFolder.open(base).read_metrics()[:5]
@@ -100,6 +104,15 @@ def test_resumed_in_another_layout(task: Path, base: Path, tmp_path: Path) -> No
     for tree, other in zip(lines, expected, strict=True):
         assert numbers(tree) == pytest.approx(numbers(other), rel=1e-4, abs=1e-4)
         assert {name for name in decided(tree) if tree[name] is None} == {n for n in decided(other) if other[n] is None}
+
+
+def set_noise_floor(checkpoint: Path, value: float) -> None:
+    state, manifest = checkpoint / "extra.json", checkpoint / "manifest.json"
+    assert json.loads(state.read_text())["noise_floor"] < 1
+    state.write_text(json.dumps({**json.loads(state.read_text()), "noise_floor": value}))
+    tree = json.loads(manifest.read_text())
+    tree["files"]["extra.json"] = state.stat().st_size
+    manifest.write_text(json.dumps(tree))
 
 
 def blow(how: str, command: Command) -> int:
