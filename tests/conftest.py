@@ -1,6 +1,8 @@
 """Shapes and types of the pure functions are checked at run time in the tests, at no cost in a run."""
 
 import signal
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -16,6 +18,21 @@ settings.load_profile("no_deadline")
 # a shell's background jobs ignore Ctrl-C, and so would every process that the tests start and interrupt
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """hf_folder(kind): a tiny HF checkpoint of that family, made once."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        from tests.tiny_models import save_hf
+
+        if kind not in made:
+            made[kind] = save_hf(kind, tmp_path_factory.mktemp("hf") / kind)
+        return made[kind]
+
+    return get
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -5,9 +5,8 @@ when a row finishes, the last row moves into its place. Each row starts at cache
 masked. A row's token is drawn by inverting its cumulative distribution at a number hashed from the request's seed and
 the token's index, so a response depends on its own request only.
 
-Shapes: B rows running, U different prompts in a prefill, R rows entering, P padded prompt length, S slots,
-C cache capacity, Q query heads, K key-value heads, G query heads a key-value head, D head size, H hidden, V vocabulary,
-T tokens of a row, W longest running row.
+Shapes: B rows running, U different prompts in a prefill, R rows entering, P padded prompt length, H hidden, V vocabulary,
+W longest running row.
 """
 
 from __future__ import annotations
@@ -24,13 +23,12 @@ import torch
 from lens_megatron.errors import RunError, UsageError
 from lens_megatron.rollout.engine import Finished, Health, Request, VersionSpan
 from lens_megatron.rollout.hf_weights import HFWeights
+from lens_megatron.rollout.slot_cache import Decode, Prefill, SlotCache, attend_by_group
 
 if TYPE_CHECKING:
     from lens_megatron.types import FinishReason
 
 PREFILL_TOKENS = 8192  # padded tokens of one prefill: bounds its memory
-CAPACITY_STEP = 64
-ATTENTION = "sdpa_by_group"
 
 
 @dataclass
@@ -50,116 +48,6 @@ class _Row:
         ends = [*(start for _, start in self.spans[1:]), len(self.tokens)]
         spans = tuple(VersionSpan(v, start, end) for (v, start), end in zip(self.spans, ends, strict=False))
         return Finished(self.request.id, tuple(self.tokens), tuple(self.logprobs), finish, spans)
-
-
-class _SlotCache:
-    """Keys and values of the running rows, layer by layer."""
-
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
-        self.capacity = 0
-        self.keys_SKCD: list[torch.Tensor] = []
-        self.values_SKCD: list[torch.Tensor] = []
-
-    def reserve(self, capacity: int) -> None:
-        """Room for rows of that length; grows by doubling, keeping what is there."""
-        if capacity <= self.capacity:
-            return
-        new = -(-max(capacity, 2 * self.capacity if self.capacity else 0) // CAPACITY_STEP) * CAPACITY_STEP
-        for tensors in (self.keys_SKCD, self.values_SKCD):
-            for layer, old in enumerate(tensors):
-                tensors[layer] = old.new_zeros(*old.shape[:2], new, old.shape[3])
-                tensors[layer][:, :, : self.capacity] = old
-        self.capacity = new
-
-    def layer(self, index: int, like_BKTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        while len(self.keys_SKCD) <= index:
-            shape = (self.slots, like_BKTD.shape[1], self.capacity, like_BKTD.shape[3])
-            self.keys_SKCD.append(like_BKTD.new_zeros(shape))
-            self.values_SKCD.append(like_BKTD.new_zeros(shape))
-        return self.keys_SKCD[index], self.values_SKCD[index]
-
-    def move(self, source: int, target: int, length: int) -> None:
-        for tensor in (*self.keys_SKCD, *self.values_SKCD):
-            tensor[target, :, :length] = tensor[source, :, :length]
-
-
-class _Prefill:
-    """The cache as the model sees it while prompts enter: attention over the prompt itself, kept in the rows' slots."""
-
-    def __init__(self, cache: _SlotCache, slots_R: torch.Tensor, unique_R: torch.Tensor) -> None:
-        self.cache, self.slots_R, self.unique_R = cache, slots_R, unique_R
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def update(
-        self, keys_UKPD: torch.Tensor, values_UKPD: torch.Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self.cache.layer(layer_idx, keys_UKPD)
-        length = keys_UKPD.shape[2]
-        keys[self.slots_R, :, :length] = keys_UKPD[self.unique_R]
-        values[self.slots_R, :, :length] = values_UKPD[self.unique_R]
-        return keys_UKPD, values_UKPD
-
-
-class _Decode:
-    """The cache as the model sees it when every running row gets one more token."""
-
-    def __init__(self, cache: _SlotCache, positions_B: torch.Tensor, width: int) -> None:
-        self.cache, self.positions_B, self.width = cache, positions_B, width
-        self.rows_B = torch.arange(len(positions_B), device=positions_B.device)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.width - 1
-
-    def update(
-        self, keys_BK1D: torch.Tensor, values_BK1D: torch.Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self.cache.layer(layer_idx, keys_BK1D)
-        keys[self.rows_B, :, self.positions_B] = keys_BK1D[:, :, 0]
-        values[self.rows_B, :, self.positions_B] = values_BK1D[:, :, 0]
-        rows = len(self.rows_B)
-        return keys[:rows, :, : self.width], values[:rows, :, : self.width]
-
-
-def _attention_by_group(
-    module: Any,
-    query_BQTD: torch.Tensor,
-    keys_BKWD: torch.Tensor,
-    values_BKWD: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **more: Any,
-) -> tuple[torch.Tensor, None]:
-    """A decoding step's query heads that share a key head become its queries: nothing of the cache is copied, where
-    transformers' own function copies all of it once a query head, in every step."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    rows, heads, tokens, size = query_BQTD.shape
-    if tokens > 1:
-        return sdpa_attention_forward(
-            module, query_BQTD, keys_BKWD, values_BKWD, attention_mask, scaling=scaling, **more
-        )
-    out_BKGD = torch.nn.functional.scaled_dot_product_attention(
-        query_BQTD.reshape(rows, keys_BKWD.shape[1], -1, size),
-        keys_BKWD,
-        values_BKWD,
-        attn_mask=attention_mask,
-        scale=scaling,
-    )
-    return out_BKGD.reshape(rows, 1, heads, size), None
-
-
-def _attend_by_group(model: Any) -> None:
-    """In models that use transformers' sdpa."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(ATTENTION, _attention_by_group)
-        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-        model.set_attn_implementation(ATTENTION)
 
 
 def uniforms(seeds: Sequence[int], indices: Sequence[int]) -> np.ndarray:
@@ -203,13 +91,13 @@ class EmbeddedEngine:
         if any(kind != "full_attention" for kind in getattr(model.config, "layer_types", None) or []):
             raise UsageError("embedded engine: models with sliding-window layers are not supported; use SGLang")
         self._model = model.eval()
-        _attend_by_group(model)
+        attend_by_group(model)
         self._head = model.get_output_embeddings()
         self._device = self._head.weight.device
         self._weights = HFWeights(model)
         self._slots = slots
         self._limit = int(model.config.max_position_embeddings)
-        self._cache = _SlotCache(slots)
+        self._cache = SlotCache(slots)
         self._running: list[_Row] = []
         self._waiting: list[_Row] = []
         self._done: list[Finished] = []
@@ -255,7 +143,7 @@ class EmbeddedEngine:
 
     def close(self) -> None:
         self._running, self._waiting = [], []
-        self._cache = _SlotCache(self._slots)
+        self._cache = SlotCache(self._slots)
 
     def free_slots(self) -> int:
         return max(0, self._slots - len(self._running) - len(self._waiting))
@@ -346,7 +234,7 @@ class EmbeddedEngine:
             # padding comes after the prompt, where causal attention does not look
             attention_mask=torch.ones(padded, padded, dtype=torch.bool, device=self._device).tril()[None, None],
             position_ids=torch.arange(padded, device=self._device)[None],
-            past_key_values=_Prefill(self._cache, slots_R, unique_R),
+            past_key_values=Prefill(self._cache, slots_R, unique_R),
             use_cache=True,
         ).last_hidden_state
         last_U = torch.tensor([len(c) - 1 for c in unique], device=self._device)
@@ -365,7 +253,7 @@ class EmbeddedEngine:
             input_ids=ids_B1,
             position_ids=positions_B[:, None],
             attention_mask=seen_B11W,
-            past_key_values=_Decode(self._cache, positions_B, width),
+            past_key_values=Decode(self._cache, positions_B, width),
             use_cache=True,
         ).last_hidden_state
         self._append(0, self._head(hidden_B1H[:, 0]))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.loop_overhead import NOT_THE_LOOPS_OWN, Profile, measure, sections, table
+from benchmarks._profile import Profile
+from benchmarks.loop_overhead import NOT_THE_LOOPS_OWN, measure, sections, table
 
 PROMPTS, N, TOKENS = 8, 4, 24
 

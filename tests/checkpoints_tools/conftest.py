@@ -7,20 +7,12 @@ import pytest
 
 from checkpoints_tools.hf_to_megatron import hf_to_megatron
 from tests.distributed.pool import WorkerPool
-from tests.tiny_models import save_hf
 
 
 @pytest.fixture(scope="session")
-def hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def hf(hf_folder: Callable[[str], Path]) -> Callable[[str], Path]:
     """hf(kind): a tiny HF folder of that family, made once."""
-    made: dict[str, Path] = {}
-
-    def get(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = save_hf(kind, tmp_path_factory.mktemp("hf") / kind)
-        return made[kind]
-
-    return get
+    return hf_folder
 
 
 @pytest.fixture(scope="session")

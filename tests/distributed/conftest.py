@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.distributed.pool import WorkerPool
-from tests.tiny_models import save_hf
 
 
 @pytest.fixture(scope="session")
@@ -20,16 +18,3 @@ def workers() -> Iterator[Callable[[int], WorkerPool]]:
     yield get
     for pool in pools.values():
         pool.close()
-
-
-@pytest.fixture(scope="session")
-def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """hf_folder(kind): a tiny HF checkpoint of that family, made once."""
-    made: dict[str, Path] = {}
-
-    def get(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = save_hf(kind, tmp_path_factory.mktemp("hf") / kind)
-        return made[kind]
-
-    return get
