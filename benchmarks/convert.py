@@ -109,13 +109,19 @@ def one_round(source: Path, work: Path, cache: str) -> dict[str, dict[str, float
         if cache == "warm":
             read_through(folder)
 
-    prepare(source)
-    found["cp"] = timed(["cp", "-r", str(source), str(copied)])
-    found["cp"]["seconds_until_return"] = found["cp"]["seconds"]
-    found["cp"]["seconds"] += sync_and_evict(copied)
-    shutil.rmtree(copied)
+    def copy(folder: Path) -> dict[str, float]:
+        """Files are not equally fast to read, even on one disk: each conversion is held against cp of its own source."""
+        prepare(folder)
+        run = timed(["cp", "-r", str(folder), str(copied)])
+        run["seconds_until_return"] = run["seconds"]
+        run["seconds"] += sync_and_evict(copied)
+        shutil.rmtree(copied)
+        return run
+
+    found["cp HF"] = copy(source)
     prepare(source)
     found["hf-to-megatron"] = timed([*program, "hf-to-megatron", str(source), str(checkpoint)])
+    found["cp Megatron"] = copy(checkpoint)
     prepare(checkpoint)
     found["megatron-to-hf"] = timed([*program, "megatron-to-hf", str(checkpoint), str(back)])
     shutil.rmtree(checkpoint)
@@ -123,22 +129,17 @@ def one_round(source: Path, work: Path, cache: str) -> dict[str, dict[str, float
     return found
 
 
-def machine() -> dict[str, Any]:
-    cpu = [
-        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    memory = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
-    return {"cpu": cpu[0] if cpu else platform.machine(), "cores": os.cpu_count(), "memory_gib": round(memory / GIB, 1)}
+CP_OF = {"hf-to-megatron": "cp HF", "megatron-to-hf": "cp Megatron"}
 
 
 def summary(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Best times; ratios of a conversion to `cp` and its sync, and to `cp` alone."""
+    """Best times; of a conversion also its ratio to `cp` and its sync, and to `cp` alone."""
     best = {name: min(run["seconds"] for run in of_name) for name, of_name in runs.items()}
-    returned = min(run["seconds_until_return"] for run in runs["cp"])
-    return {
-        name: {"best": seconds, "to_cp_with_sync": seconds / best["cp"], "to_cp_alone": seconds / returned}
-        for name, seconds in best.items()
-    }
+    found = {name: {"best": seconds} for name, seconds in best.items()}
+    for name, copy in CP_OF.items():
+        returned = min(run["seconds_until_return"] for run in runs[copy])
+        found[name] |= {"to_cp_with_sync": best[name] / best[copy], "to_cp_alone": best[name] / returned}
+    return found
 
 
 def report(result: dict[str, Any]) -> str:
@@ -154,11 +155,13 @@ def report(result: dict[str, Any]) -> str:
             seconds = ", ".join(f"{run['seconds']:.1f} ({run['load']:.0f})" for run in of_name)
             peak = max(run["peak_rss_bytes"] for run in of_name) / GIB
             found = result["summary"][cache][name]
-            times = f"{found['best']:.1f} | {found['to_cp_with_sync']:.2f} | {found['to_cp_alone']:.2f}"
+            ratios = [f"{found[kind]:.2f}" if kind in found else "" for kind in ("to_cp_with_sync", "to_cp_alone")]
+            times = f"{found['best']:.1f} | {ratios[0]} | {ratios[1]}"
             cpu = min(run["cpu_seconds"] for run in of_name)
             lines.append(f"| {name} | {seconds} | {times} | {cpu:.1f} | {peak:.2f} GiB |")
-        alone = ", ".join(f"{run['seconds_until_return']:.1f}" for run in runs["cp"])
-        lines += ["", f"cp until it returns, which is before its bytes are on disk: {alone} s.", ""]
+        alone = (min(run["seconds_until_return"] for run in runs[name]) for name in CP_OF.values())
+        both = " and ".join(f"{seconds:.1f}" for seconds in alone)
+        lines += ["", f"cp until it returns, which is before its bytes are on disk: {both} s at best.", ""]
     m = result["machine"]
     return "\n".join(
         [

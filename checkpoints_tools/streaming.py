@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -33,6 +34,7 @@ BLOCK_BYTES = 2**20  # stays in the cache between read and write: 8 MiB cost fou
 JOURNAL = "journal"
 _UNFINISHED = ".unfinished"
 _COPY_BYTES = 16 * 2**20  # at once by the kernel; between two such copies the bar moves and an error is seen
+_AHEAD_BYTES = 128 * 2**20
 _NO_COPYING = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 _SPARE_BYTES = 64 * 2**20  # small files, and what others write meanwhile
 
@@ -180,7 +182,8 @@ class Unfinished:
 def stream(target: Unfinished, source: Source, workers: int, on_bytes: Callable[[int], None]) -> None:
     """Do all jobs that are not done. The first error ends it; what is done stays noted."""
     stop = threading.Event()
-    jobs = [job for job in target.plan.jobs if job.name not in target.done]
+    jobs = sorted((job for job in target.plan.jobs if job.name not in target.done), key=lambda job: _place(job, source))
+    ahead = _ReadAhead(jobs, source)
     on_bytes(sum(job.bytes for job in target.plan.jobs) - sum(job.bytes for job in jobs))
 
     def work(job: Job) -> None:
@@ -189,6 +192,7 @@ def stream(target: Unfinished, source: Source, workers: int, on_bytes: Callable[
             for block in _blocks(piece, job, source):
                 if stop.is_set():
                     return
+                ahead.go_on()
                 if isinstance(block, Extent):
                     target.copy(job.file, offset, block, source.files)
                     size = block.length
@@ -198,6 +202,7 @@ def stream(target: Unfinished, source: Source, workers: int, on_bytes: Callable[
                     size = len(content)
                 offset += size
                 on_bytes(size)
+                ahead.done += size
         target.finished(job)
 
     def guarded(job: Job) -> None:
@@ -214,6 +219,42 @@ def stream(target: Unfinished, source: Source, workers: int, on_bytes: Callable[
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
+
+
+def _place(job: Job, source: Source) -> tuple[str, int]:
+    """Where its first row lies: a disk is read fastest from its beginning to its end."""
+    extents = source.extents(job.pieces[0]) or [Extent(Path(), 0, 0)]
+    return str(extents[0].path), extents[0].offset
+
+
+class _ReadAhead:
+    """Asks the kernel for what will be copied soon. It sees several threads in one file jump to and fro, and by itself
+    reads far too much or far too little."""
+
+    def __init__(self, jobs: Sequence[Job], source: Source) -> None:
+        self.done = 0  # bytes copied; counted without care, for it only says how far to look
+        self._asked = 0
+        self._jobs = iter(jobs)
+        self._source = source
+        self._turn = threading.Lock()
+
+    def go_on(self) -> None:
+        if not hasattr(os, "posix_fadvise") or not self._turn.acquire(blocking=False):
+            return
+        try:
+            while self._asked < self.done + _AHEAD_BYTES and (job := next(self._jobs, None)) is not None:
+                self._ask(job)
+                self._asked += job.bytes
+        finally:
+            self._turn.release()
+
+    def _ask(self, job: Job) -> None:
+        """From its first byte to its last in a file: between them lie tensors that are copied next."""
+        extents = sorted(extent for piece in job.pieces for extent in self._source.extents(piece) or [])
+        for path, group in itertools.groupby(extents, key=lambda extent: extent.path):
+            members = list(group)
+            start, length = members[0].offset, members[-1].offset + members[-1].length - members[0].offset
+            os.posix_fadvise(self._source.files.handle(path), start, length, os.POSIX_FADV_WILLNEED)
 
 
 def _blocks(piece: Piece, job: Job, source: Source) -> Iterator[Extent | Piece]:
