@@ -23,6 +23,7 @@ from torch import Tensor
 from lens_megatron.mcore.head import token_logprobs_and_entropy
 
 TARGET = 0.05
+_MATERIALISED_TOKENS = 1024
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -39,7 +40,8 @@ class Measurement:
     dtype: str
     logits_bytes: int  # [tokens, vocabulary] in fp32
     head_bytes: int  # peak beyond inputs and gradients
-    materialised_bytes: int  # the same of log_softmax over the whole vocabulary under autograd; a lower bound
+    # the same of log_softmax over the whole vocabulary under autograd, a lower bound; null where it would not fit
+    materialised_bytes: int | None
     ratio: float  # head_bytes / logits_bytes
 
 
@@ -103,7 +105,7 @@ def measure(tokens: int, hidden: int, vocabulary: int, dtype: str) -> Measuremen
         dtype=dtype,
         logits_bytes=tokens * vocabulary * 4,
         head_bytes=head_bytes,
-        materialised_bytes=beyond_gradients(materialised),
+        materialised_bytes=beyond_gradients(materialised) if tokens <= _MATERIALISED_TOKENS else None,
         ratio=head_bytes / (tokens * vocabulary * 4),
     )
 
@@ -131,7 +133,8 @@ def main() -> None:
     print(f"{found.device}; torch {found.torch}; {found.date}")
     print(f"{found.tokens:,} tokens, hidden {found.hidden:,}, vocabulary {found.vocabulary:,}, {found.dtype}")
     print(f"fp32 logits, one copy          {found.logits_bytes / mib:10.1f} MiB")
-    print(f"materialised, peak at least    {found.materialised_bytes / mib:10.1f} MiB")
+    if found.materialised_bytes is not None:
+        print(f"materialised, peak at least    {found.materialised_bytes / mib:10.1f} MiB")
     print(f"this head, peak                {found.head_bytes / mib:10.1f} MiB")
     print(f"head / fp32 logits             {found.ratio:10.2%}       (target: below {TARGET:.0%})")
     if arguments.json:

@@ -12,7 +12,7 @@ import torch
 
 from checkpoints_tools import megatron_target
 from checkpoints_tools.pieces import MegatronTensor, Piece
-from checkpoints_tools.sources import MegatronSource, Raw, as_bytes, open_megatron
+from checkpoints_tools.sources import MegatronSource, Position, Raw, as_bytes, open_megatron
 from lens_megatron import checkpoints
 from lens_megatron.errors import UsageError
 from lens_megatron.mcore.hf_companions import companions_of
@@ -61,6 +61,9 @@ class _Mean:
     def __init__(self, sources: Sequence[MegatronSource], weights: Sequence[float]) -> None:
         self.files = sources[0].files
         self._parts = list(zip(sources, weights, strict=True))
+
+    def position(self, piece: Piece) -> Position:
+        return self._parts[0][0].position(piece)
 
     def extents(self, piece: Piece) -> None:
         return None

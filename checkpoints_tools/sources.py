@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Raw = NDArray[np.uint8]  # [rows, bytes of a row]
+Position = tuple[str, int, int]  # file, offset, row: which of two pieces comes first on the disk
 
 
 class Extent(NamedTuple):
@@ -125,6 +126,10 @@ class HfSource:
     def piece_dtype(self, piece: Piece) -> Dtype:
         return self.dtype(str(piece.tensor))
 
+    def position(self, piece: Piece) -> Position:
+        (extent,) = self.extents(piece)
+        return str(extent.path), extent.offset, 0
+
     def extents(self, piece: Piece) -> list[Extent]:
         name = str(piece.tensor)
         path, offset, _ = self._tensors.location(name)
@@ -214,6 +219,13 @@ class MegatronSource:
         assert isinstance(piece.tensor, Place)
         rest = self.stored[piece.tensor.key].shape[len(piece.tensor.lead) + 1 :]
         return as_tensor(self.raw(piece), self.place_dtype(piece.tensor), rest)
+
+    def position(self, piece: Piece) -> Position:
+        """From the index alone: looking into every record first would take a large checkpoint minutes."""
+        assert isinstance(piece.tensor, Place)
+        axes = len(piece.tensor.lead)
+        first = min(self._places[piece.tensor], key=lambda chunk: chunk.offsets[axes:], default=None)
+        return ("", 0, 0) if first is None else (first.file, first.offset, piece.start)
 
     def extents(self, piece: Piece) -> list[Extent] | None:
         """Where these rows lie one after another; None when ranks have cut them by columns."""

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from checkpoints_tools.pieces import Piece
-from checkpoints_tools.sources import Extent, Files, Raw, as_bytes, as_tensor, cut_off
+from checkpoints_tools.sources import Extent, Files, Position, Raw, as_bytes, as_tensor, cut_off
 from lens_megatron import checkpoints
 from lens_megatron.errors import RunError, UsageError
 from lens_megatron.mcore.stored_dtypes import Dtype
@@ -45,6 +45,7 @@ class Source(Protocol):
     @property
     def files(self) -> Files: ...
     def piece_dtype(self, piece: Piece) -> Dtype: ...
+    def position(self, piece: Piece) -> Position: ...
     def extents(self, piece: Piece) -> list[Extent] | None: ...
     def raw(self, piece: Piece) -> Raw: ...
 
@@ -182,7 +183,10 @@ class Unfinished:
 def stream(target: Unfinished, source: Source, workers: int, on_bytes: Callable[[int], None]) -> None:
     """Do all jobs that are not done. The first error ends it; what is done stays noted."""
     stop = threading.Event()
-    jobs = sorted((job for job in target.plan.jobs if job.name not in target.done), key=lambda job: _place(job, source))
+    # a disk is read fastest from its beginning to its end
+    jobs = sorted(
+        (job for job in target.plan.jobs if job.name not in target.done), key=lambda job: source.position(job.pieces[0])
+    )
     ahead = _ReadAhead(jobs, source)
     on_bytes(sum(job.bytes for job in target.plan.jobs) - sum(job.bytes for job in jobs))
 
@@ -219,12 +223,6 @@ def stream(target: Unfinished, source: Source, workers: int, on_bytes: Callable[
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-
-
-def _place(job: Job, source: Source) -> tuple[str, int]:
-    """Where its first row lies: a disk is read fastest from its beginning to its end."""
-    extents = source.extents(job.pieces[0]) or [Extent(Path(), 0, 0)]
-    return str(extents[0].path), extents[0].offset
 
 
 class _ReadAhead:

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,19 @@ def test_where_the_kernel_copies_not_or_little_the_bits_are_the_same(
     monkeypatch.setattr(streaming, "BLOCK_BYTES", 1000)
     hf_to_megatron(hf("qwen3_moe"), tmp_path / "there", None, workers=2)
     megatron_to_hf(tmp_path / "there", tmp_path / "back", None, workers=2)
+    assert_same_bits(tensors_of(tmp_path / "back"), tensors_of(hf("qwen3_moe")))
+
+
+def test_conversion_imports_no_torch(hf: Folder, tmp_path: Path) -> None:
+    """Its import takes longer than copying a small model."""
+    code = (
+        "import sys; from lens_megatron.cli import main; there, back = sys.argv[2:]; "
+        "assert main(['convert', 'hf-to-megatron', sys.argv[1], there]) == 0; "
+        "assert main(['convert', 'megatron-to-hf', there, back]) == 0; "
+        "raise SystemExit(str([m for m in ('torch', 'megatron', 'transformers', 'safetensors') if m in sys.modules]))"
+    )
+    command = [sys.executable, "-c", code, str(hf("qwen3_moe")), str(tmp_path / "there"), str(tmp_path / "back")]
+    assert subprocess.run(command, capture_output=True, text=True, check=False).stderr.strip() == "[]"
     assert_same_bits(tensors_of(tmp_path / "back"), tensors_of(hf("qwen3_moe")))
 
 

@@ -1,0 +1,37 @@
+"""A folder converted from a training checkpoint, served by the real SGLang as it is: the trainer's log-probs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lens_megatron.cli import main
+from lens_megatron.mcore.layout import ParallelConfig
+from lens_megatron.rollout.event_loop import EventLoop
+from lens_megatron.rollout.sglang_client import SGLangClient
+from tests.checkpoints_tools import layout_cases as cases
+from tests.sglang.server import cpu_config, servers
+
+pytestmark = [pytest.mark.sglang, pytest.mark.distributed]
+
+
+def test_a_converted_checkpoint_is_served_as_it_is(
+    hf: Callable[[str], Path], tmp_path: Path, four_workers: Any
+) -> None:
+    saved, folder = tmp_path / "step_000002", tmp_path / "hf"
+    _, expected = four_workers.run(cases.trained, hf("qwen3_tied"), saved, ParallelConfig(tp=2, pp=2))[0]
+    four_workers.close()  # their memory is the server's now
+    assert main(["convert", "megatron-to-hf", str(saved), str(folder)]) == 0
+    loop = EventLoop()
+    config = cpu_config(args={"context_length": 512})  # what config.json allows
+    with servers(folder, tmp_path / "logs", config=config) as (server,):
+        client = SGLangClient(server.url, server.api_key, timeout_s=60.0)
+        for number, (sequence, wanted) in enumerate(zip(cases.SEQUENCES, expected, strict=True)):
+            found, _ = loop.run(client.prompt_logprobs(f"{number}/", tuple(sequence.tolist())))
+            torch.testing.assert_close(torch.tensor(found), wanted[1:], atol=1e-4, rtol=0)
+        loop.run(client.close())
+    loop.close()
