@@ -13,7 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from lens_megatron.mcore.head import token_logprobs_and_entropy
+from lens_megatron.mcore.head import HeadKind, token_logprobs_and_entropy
 from lens_megatron.mcore.layer_spec import block_spec, transformer_engine_available
 from lens_megatron.mcore.layout import ParallelConfig, padded_vocab_size
 from lens_megatron.mcore.runtime import cuda_literals
@@ -28,6 +28,8 @@ class MemoryConfig:
     recompute: Literal["none", "selective", "full"] = "none"  # activations
     offload_optimizer: float = 0.0  # share of the optimizer's state on the host; refused on CUDA until it is verified
     offload_reference: bool = True  # the reference lives on the host between uses
+    # the vocabulary's logits, never held whole. triton: fused kernels, unmeasured on a GPU; auto: those on CUDA, else torch
+    head: HeadKind = "auto"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.offload_optimizer <= 1.0:
@@ -40,12 +42,15 @@ class HeadRequest:
 
     labels_T: Tensor
     temperature: float
+    entropy: bool = True  # or NaN stands in its place
 
 
 class TokenModel(GPTModel):
     """A GPT model chunk. On the last stage forward gives [2, T]: log p(label) and entropy of every token of this rank."""
 
-    def __init__(self, spec: ModelSpec, config: TransformerConfig, vp_stage: int | None) -> None:
+    def __init__(
+        self, spec: ModelSpec, config: TransformerConfig, vp_stage: int | None, head: HeadKind = "auto"
+    ) -> None:
         scaling = spec.rope_scaling
         super().__init__(
             config,
@@ -63,6 +68,7 @@ class TokenModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.spec = spec
+        self.head = head
 
     def head_weight(self) -> Tensor:
         return self.shared_embedding_or_output_weight() if self.spec.tied else self.output_layer.weight
@@ -85,6 +91,8 @@ class TokenModel(GPTModel):
             vocab_start=rank * weight_VH.size(0),
             vocab_size=self.spec.vocab_size,
             group=parallel_state.get_tensor_model_parallel_group(),
+            entropy=request.entropy,
+            kind=self.head,
         )
         return torch.stack([logprobs_T, entropy_T])
 
@@ -165,13 +173,13 @@ def transformer_config(
         return TransformerConfig(**options)
 
 
-def build_chunks(spec: ModelSpec, config: TransformerConfig) -> list[torch.nn.Module]:
+def build_chunks(spec: ModelSpec, config: TransformerConfig, head: HeadKind = "auto") -> list[torch.nn.Module]:
     """This rank's part of the model, one chunk per virtual stage. The weights are not set."""
     stages = config.virtual_pipeline_model_parallel_size
     chunks: list[torch.nn.Module] = []
     for stage in range(stages or 1):
         with cuda_literals():
-            chunk = TokenModel(spec, config, stage if stages else None)
+            chunk = TokenModel(spec, config, stage if stages else None, head)
         _mark_parallel_tensors(chunk)
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
