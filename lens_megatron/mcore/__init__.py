@@ -2,7 +2,7 @@
 
 layout.py      which ranks hold what; refused with the reason before anything is allocated
 runtime.py     process groups, devices, and what Megatron-Core needs to run without CUDA
-attention.py, layer_spec.py, model.py, head.py   the sharded model, down to token log-probs and entropies
+attention.py, rotary.py, layer_spec.py, model.py, head*.py   the sharded model, down to token log-probs and entropies
 hf_names.py, hf_files.py, hf_bridge.py           HF weights in and out, slice by slice
 packing.py, batch.py                             ragged sequences into equal micro-batches for every rank
 pipeline.py, logprobs.py, noise.py               forward-only passes over Megatron's schedules

@@ -71,7 +71,8 @@ def _place(program, token_blocks, others, GROUP: tl.constexpr):
     return first_block + within % blocks, within // blocks
 
 
-@triton.jit
+# counts vary from pack to pack: a kernel compiled for each kind of them would stall training for seconds
+@triton.jit(do_not_specialize=["tokens", "rows", "splits", "tiles_per_split"])
 def statistics_kernel(
     hidden,  # [tokens, HIDDEN], pointer or descriptor
     weight,  # [rows, HIDDEN]
@@ -144,7 +145,7 @@ def statistics_kernel(
     tl.store(at + 3 * splits * tokens, at_label, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "rows", "first_label"])
 def gradient_kernel(
     hidden,  # [tokens, HIDDEN], pointer or descriptor
     weight,  # [rows, HIDDEN]: one chunk of the vocabulary

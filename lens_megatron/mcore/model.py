@@ -13,6 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from lens_megatron.mcore import rotary
 from lens_megatron.mcore.head import HeadKind, token_logprobs_and_entropy
 from lens_megatron.mcore.layer_spec import block_spec, transformer_engine_available
 from lens_megatron.mcore.layout import ParallelConfig, padded_vocab_size
@@ -52,6 +53,8 @@ class TokenModel(GPTModel):
         self, spec: ModelSpec, config: TransformerConfig, vp_stage: int | None, head: HeadKind = "auto"
     ) -> None:
         scaling = spec.rope_scaling
+        if not config.apply_rope_fusion:
+            rotary.install()
         super().__init__(
             config,
             block_spec(config, vp_stage),
@@ -72,6 +75,13 @@ class TokenModel(GPTModel):
 
     def head_weight(self) -> Tensor:
         return self.shared_embedding_or_output_weight() if self.spec.tied else self.output_layer.weight
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *rest: Any, **options: Any) -> tuple[Any, ...]:
+        """Megatron-Core's, with the angles of each token's own position."""
+        decoder_input, angles, *others = super()._preprocess(input_ids, position_ids, *rest, **options)
+        if not self.config.apply_rope_fusion:
+            angles = rotary.gathered(angles, position_ids, self.config.params_dtype)
+        return decoder_input, angles, *others
 
     def _postprocess(self, hidden_states: Tensor, input_ids: Any, position_ids: Any, labels: Any, **_: Any) -> Tensor:
         if not self.post_process:
