@@ -131,8 +131,8 @@ class Trainer:
 
         def by_reference(unseen: Sequence[Prompt]) -> list[torch.Tensor]:
             with self.reference_at_hand() as model:
-                unseen_T = [torch.tensor(prompt.tokens) for prompt in unseen]
-                return model.score(unseen_T, budget, entropy=False).logprobs
+                tokens = [torch.tensor(prompt.tokens) for prompt in unseen]
+                return model.score(tokens, budget, entropy=False).logprobs
 
         reference = self.reference_scores.of(prompts, by_reference)
         return [
