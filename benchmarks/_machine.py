@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
@@ -16,7 +16,14 @@ def machine() -> dict[str, Any]:
         "load_average": round(load, 1),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "megatron-core", "transformers", "pyarrow")},
+            **{name: _version(name) for name in ("torch", "megatron-core", "transformers", "pyarrow", "triton")},
         },
         "date": date.today().isoformat(),
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,6 +1,6 @@
 """Conversion against `cp` of the same bytes: time and peak memory, on a random model in the exact shape of a real one.
 
-    python benchmarks/convert.py --model qwen3-1.7b --folder /scratch --out benchmarks/results/convert
+    python -m benchmarks.convert --model qwen3-1.7b --folder /scratch --out benchmarks/results/convert
 
 Every command is a process of its own and is timed whole, imports included, until its bytes are on disk: the converters sync
 by themselves, `cp` is followed by an fsync of what it wrote, and its time without that is kept too. Before each command the
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+from benchmarks._machine import machine
 from lens_megatron.model_spec import load_model_spec
 from lens_megatron.planning.parameters import count_parameters
 
@@ -170,7 +171,7 @@ def report(result: dict[str, Any]) -> str:
             f"{result['imports']:.1f} s of a conversion's are Python and imports.",
             "Cold: nothing of the source is in the page cache; warm: all of it is.",
             f"Machine: {m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB; {result['versions']}; {result['date']}.",
-            f"Command: `python benchmarks/convert.py --model {result['model']}`.",
+            f"Command: `python -m benchmarks.convert --model {result['model']}`.",
             "",
         ]
     )

@@ -31,7 +31,9 @@ def before_update(
     of_p = _norm(policy, groups, (True, False), loss, update, temperature)
     of_y = _norm(policy, groups, (False, True), loss, update, temperature)
     logprobs = response_logprobs(policy, purified, update, temperature)
-    rho_T = torch.cat([(now - e.proximal_R).exp() for now, e in zip(logprobs, purified, strict=True)])
+    # a purified rollout's pi_old is under x', and always scored
+    old = [e.proximal_R for e in purified if e.proximal_R is not None]
+    rho_T = torch.cat([(now - proximal_R).exp() for now, proximal_R in zip(logprobs, old, strict=True)])
     metrics = {
         "diagnostics/grad_norm_purified": of_p,
         "diagnostics/grad_norm_original": of_y,
@@ -60,7 +62,7 @@ def response_logprobs(
 ) -> list[torch.Tensor]:
     """log pi(y_t | x, y_<t) of each response, under the original prompt."""
     sequences = [torch.tensor((*e.sample.prompt_tokens, *e.sample.response)) for e in samples]
-    scores = policy.score(sequences, update.tokens_per_microbatch, temperature)
+    scores = policy.score(sequences, update.tokens_per_microbatch, temperature, entropy=False)
     return [row[len(e.sample.prompt_tokens) :] for row, e in zip(scores.logprobs, samples, strict=True)]
 
 

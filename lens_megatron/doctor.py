@@ -64,7 +64,12 @@ def diagnose(machine: Machine | None = None, folder: Path | None = None) -> list
         *_gpu(machine, torch_facts),
         _transformer_engine(machine, torch_facts),
         _apex(machine),
-        _package(machine, "triton", "the fused head kernel (token log-probs without logits)", "comes with CUDA torch"),
+        _package(
+            machine,
+            "triton",
+            "the fused head kernel (token log-probs without logits; unmeasured on a GPU)",
+            "comes with CUDA torch",
+        ),
         _package(
             machine, "nv-grouped-gemm", "grouped expert GEMM without Transformer Engine", "pip install nv-grouped-gemm"
         ),

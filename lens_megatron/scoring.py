@@ -81,7 +81,7 @@ def score_prompts(model: str, reference: str, prompts: Sequence[Prompt], config:
     floor: float | None = None
     for name in (reference, model):
         sharded = build_frozen(spec, config.parallel, find_weights(name), dtype=dtype)
-        logprobs[name] = sharded.score(sequences, config.tokens_per_microbatch).logprobs
+        logprobs[name] = sharded.score(sequences, config.tokens_per_microbatch, entropy=False).logprobs
         if name == model and config.purification.noise_floor == "measured":
             sample = sequences[:_NOISE_PROMPTS]
             evaluations = evaluations_in_other_packings(sharded, sample, config.tokens_per_microbatch)

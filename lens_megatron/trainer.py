@@ -130,11 +130,12 @@ class Trainer:
         if self.noise_floor is None and rescue.noise_floor == "measured":
             evaluations = evaluations_in_other_packings(self.policy, sequences[:_NOISE_PROMPTS], budget)
             self.noise_floor = measured_noise_floor(evaluations, rescue.noise_quantile)
-        policy = self.policy.score(sequences, budget).logprobs
+        policy = self.policy.score(sequences, budget, entropy=False).logprobs
 
         def by_reference(unseen: Sequence[Prompt]) -> list[torch.Tensor]:
             with self.reference_at_hand() as model:
-                return model.score([torch.tensor(prompt.tokens) for prompt in unseen], budget).logprobs
+                tokens = [torch.tensor(prompt.tokens) for prompt in unseen]
+                return model.score(tokens, budget, entropy=False).logprobs
 
         reference = self.reference_scores.of(prompts, by_reference)
         return [

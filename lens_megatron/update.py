@@ -38,10 +38,26 @@ class Evaluated:
     """A sample and what the policies that do not change during the update say of its response."""
 
     sample: Sample
-    proximal_R: Tensor
+    proximal_R: Tensor | None  # None: the current policy's, detached (only `current_is_proximal` says so)
     reference_R: Tensor | None
     proximal_original_R: Tensor | None  # under x
     proximal_purified_R: Tensor | None  # under x', or x where there is none
+
+
+def current_is_proximal(
+    sample: Sample, first_minibatch: bool, loss: LossConfig, update: UpdateConfig, staleness: int
+) -> bool:
+    """Whether pi_old of this sample is pi_theta of the pass that trains on it, so that no pass of its own is needed.
+
+    The weights must not have moved (first mini-batch, the batch visited once, nothing stale), and the prompt must be the
+    one trained under: a purified rollout's pi_old is under x', and its ratio is what LENS is about.
+    """
+    same_weights = first_minibatch and update.epochs == 1 and staleness == 0
+    same_prompt = not sample.purified and sample.roll_tokens == sample.prompt_tokens
+    # an entropy split makes a pass over the whole mini-batch first, and these losses ask for pi_old under x as well
+    needed = required_inputs(loss)
+    own_pass = {"high_entropy_T", "proximal_original_logprobs_T", "proximal_purified_logprobs_T"} & needed
+    return update.reuse_logprobs and update.old_logprobs == "megatron" and same_weights and same_prompt and not own_pass
 
 
 def evaluate_samples(
@@ -51,11 +67,18 @@ def evaluate_samples(
     loss: LossConfig,
     update: UpdateConfig,
     temperature: float,
+    staleness: int = 0,
 ) -> list[list[Evaluated]]:
-    """The proximal and the reference policy's log-probs that this loss needs; each sequence is scored once."""
+    """The proximal and the reference policy's log-probs that this loss needs; each sequence is scored once, if at all.
+
+    The groups must be those of a whole step, in the order that `update_policy` gets them.
+    """
     needed = required_inputs(loss)
     samples = [sample for group in groups for sample in group]
-    under_roll = [] if update.old_logprobs == "engine" else [(s.roll_tokens, s.response) for s in samples]
+    first = sum(len(group) for group in split_groups(groups, update.minibatches)[0]) if groups else 0
+    reused = [current_is_proximal(s, place < first, loss, update, staleness) for place, s in enumerate(samples)]
+    scored = [] if update.old_logprobs == "engine" else samples
+    under_roll = [(s.roll_tokens, s.response) for s, reuse in zip(scored, reused, strict=False) if not reuse]
     under_x = [(s.prompt_tokens, s.response) for s in samples] if "proximal_original_logprobs_T" in needed else []
     under_x_prime = (
         [(s.purified_tokens or s.prompt_tokens, s.response) for s in samples]
@@ -70,20 +93,22 @@ def evaluate_samples(
         pairs = [(s.prompt_tokens, s.response) for s in samples]
         of_reference = _score_responses(reference, pairs, update, temperature)
 
-    def evaluated(s: Sample) -> Evaluated:
+    def proximal_of(s: Sample, reuse: bool) -> Tensor | None:
+        if update.old_logprobs == "engine":
+            return number_tensor(s.behaviour_logprobs)
+        return None if reuse else proximal[s.roll_tokens, s.response]
+
+    def evaluated(s: Sample, reuse: bool) -> Evaluated:
         return Evaluated(
             sample=s,
-            proximal_R=(
-                number_tensor(s.behaviour_logprobs)
-                if update.old_logprobs == "engine"
-                else proximal[s.roll_tokens, s.response]
-            ),
+            proximal_R=proximal_of(s, reuse),
             reference_R=of_reference[s.prompt_tokens, s.response] if of_reference else None,
             proximal_original_R=proximal[s.prompt_tokens, s.response] if under_x else None,
             proximal_purified_R=(proximal[s.purified_tokens or s.prompt_tokens, s.response] if under_x_prime else None),
         )
 
-    return [[evaluated(sample) for sample in group] for group in groups]
+    places = iter(reused)
+    return [[evaluated(sample, next(places)) for sample in group] for group in groups]
 
 
 def update_policy(
@@ -148,7 +173,6 @@ def loss_of_pack(
     where = device()
     is_response_F = _flat(batch, [torch.ones(len(e.sample.response), dtype=torch.bool) for e in batch])
     flat: dict[str, Tensor | None] = {
-        "proximal_logprobs_T": _flat(batch, [e.proximal_R for e in batch]),
         "behaviour_logprobs_T": _flat(batch, behaviour),
         "reference_logprobs_T": _flat(batch, [e.reference_R for e in batch]),
         "proximal_original_logprobs_T": _flat(batch, [e.proximal_original_R for e in batch]),
@@ -159,22 +183,28 @@ def loss_of_pack(
     weights_S = torch.tensor([e.sample.weight for e in batch], device=where)
     purified_S = torch.tensor([e.sample.purified for e in batch], device=where)
     lengths_S = torch.tensor([len(e.sample.response) for e in batch], device=where)
-    assert is_response_F is not None
+    proximal = [torch.zeros(len(e.sample.response)) if e.proximal_R is None else e.proximal_R for e in batch]
+    proximal_F = _flat(batch, proximal)
+    reused_S = torch.tensor([e.proximal_R is None for e in batch], device=where)
+    assert is_response_F is not None and proximal_F is not None
 
     def loss(logprobs_T: Tensor, entropy_T: Tensor, pack: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         place_T = pack.target_T.clamp(min=0)
+        response_mask_T = (pack.target_T >= 0) & is_response_F[place_T]
+        reused_T = response_mask_T & reused_S[pack.sequence_T]
         here = {name: None if values_F is None else values_F[place_T] for name, values_F in flat.items()}
         inputs = LossInputs(
             current_logprobs_T=logprobs_T,
             entropy_T=entropy_T,
-            response_mask_T=(pack.target_T >= 0) & is_response_F[place_T],
+            proximal_logprobs_T=torch.where(reused_T, logprobs_T.detach(), proximal_F[place_T]),
+            response_mask_T=response_mask_T,
             sample_T=pack.sequence_T,
             advantages_S=advantages_S,
             weights_S=weights_S,
             purified_S=purified_S,
             response_lengths_S=lengths_S,
             sum_over_sample=lambda values_T: sum_over_sequences(values_T, pack.sequence_T, len(batch)),
-            **here,  # type: ignore[arg-type]
+            **here,
         )
         return policy_loss(inputs, config, denominators)
 
@@ -207,7 +237,7 @@ def _score_responses(
     if not unique:
         return {}
     sequences = [token_tensor(prompt, response) for prompt, response in unique]
-    scores: TokenScores = model.score(sequences, update.tokens_per_microbatch, temperature)
+    scores: TokenScores = model.score(sequences, update.tokens_per_microbatch, temperature, entropy=False)
     return {pair: logprobs[len(pair[0]) :] for pair, logprobs in zip(unique, scores.logprobs, strict=True)}
 
 

@@ -16,6 +16,8 @@ class UpdateConfig:
     tokens_per_microbatch: int = 16384  # over all context-parallel ranks
     # megatron: pi_old scored by the trainer.  engine: the engine's own log-probs stand for it
     old_logprobs: Literal["megatron", "engine"] = "megatron"
+    # pi_old is read off the training pass itself where it is provably pi_theta, detached: see `current_is_proximal`
+    reuse_logprobs: bool = True
 
     def __post_init__(self) -> None:
         for name in ("minibatches", "epochs", "tokens_per_microbatch"):

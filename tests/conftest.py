@@ -1,15 +1,21 @@
 """Shapes and types of the pure functions are checked at run time in the tests, at no cost in a run."""
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # before any test module imports them, and for good: tests are collected, and import, one after another
 install_import_hook(["lens_megatron.algorithms", "lens_megatron.purification"], "beartype.beartype")
+
+# without a GPU, Triton's kernels are interpreted: it decides that when anything first imports it
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # a shared machine stalls now and then, which is no property of the code under test
 settings.register_profile("no_deadline", deadline=None)

@@ -127,7 +127,11 @@ def written_metrics() -> set[str]:
     )
     batch, current = random_minibatch(0, everything)
     names |= set(finish_metrics(whole(batch, as_parameters(current), everything)[1]))
-    return names | set(_transfer_metrics()) | _names_in("diagnostics.py", "host.py", prefix="diagnostics|purification")
+    return (
+        names
+        | set(_transfer_metrics())
+        | _names_in("diagnostics.py", "host.py", "trainer.py", prefix="diagnostics|purification")
+    )
 
 
 def _transfer_metrics() -> dict[str, float]:

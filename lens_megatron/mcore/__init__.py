@@ -3,7 +3,8 @@
 layout.py, settings.py   which ranks hold what, refused with the reason before anything is allocated; memory and optimizer
 runtime.py               process groups, devices, and what Megatron-Core needs to run without CUDA
 rendezvous.py, agreement.py                      rank 0 works while others wait; ranks that fail together
-attention.py, layer_spec.py, model.py, head.py   the sharded model, down to token log-probs and entropies
+attention.py, rotary.py, layer_spec.py, model.py   the sharded model
+head.py, head_chunked.py, head_triton.py, head_kernels.py   from its hidden states to token log-probs and entropies
 hf_names.py, hf_slices.py, hf_bridge.py          HF weights in and out, slice by slice; one table for both directions
 hf_index.py, hf_files.py, hf_companions.py, hf_copies.py   HF folders: looked at, read and written; copies while training
 packing.py, batch.py, context.py                 ragged sequences into equal micro-batches for every rank

@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor
 
 from lens_megatron.errors import RunError
-from lens_megatron.mcore.optimizer import Optimizer
+from lens_megatron.mcore.optimizer import Optimizer, is_torch_adam
 from lens_megatron.mcore.runtime import device
 
 _STATES = ("param", "exp_avg", "exp_avg_sq")
@@ -52,17 +52,22 @@ def load_optimizer(optimizer: Optimizer, model_state: dict[str, Any], folder: Pa
         for number, (_, _, start, stop) in enumerate(owned):
             values[number][kind] = found["state"][number].flatten()[start:stop].clone()
     stepped: list[dict[str, Any]] = []
+    step_devices: dict[int, torch.device] = {}
     for part in _parts(optimizer):
         _ensure_moments(part, may_step=True)
         # Megatron-Core's setter wants every entry of a state, and the step is no tensor of the file
-        stepped += [state for state in part.optimizer.state.values() if state.pop("step", None) is not None]
+        for state in part.optimizer.state.values():
+            step = state.pop("step", None)
+            if step is not None:
+                stepped.append(state)
+                step_devices[id(state)] = step.device
     for (part, parameter, _, _), tensors in zip(owned, values, strict=True):
         part._set_main_param_and_optimizer_states(parameter, tensors)
     for state in stepped:
         # a tensor each: torch's AdamW adds 1 in place, once for every parameter
-        state["step"] = torch.tensor(float(adam_step), dtype=torch.float32)
+        state["step"] = torch.tensor(float(adam_step), dtype=torch.float32, device=step_devices[id(state)])
     for part in _parts(optimizer):
-        if not _is_torch_adam(part.optimizer):
+        if not is_torch_adam(part.optimizer):
             for group in part.optimizer.param_groups:
                 group["step"] = adam_step
         if _is_offloaded(part.optimizer):
@@ -153,12 +158,10 @@ def _ensure_moments(part: Any, may_step: bool = False) -> None:
             if "exp_avg" not in state:
                 state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
                 state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
-                if _is_torch_adam(inner):
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-
-
-def _is_torch_adam(inner: Any) -> bool:
-    return isinstance(inner, torch.optim.AdamW | torch.optim.Adam)
+                if is_torch_adam(inner):
+                    # one fused kernel counts on the GPU, the others on the host
+                    where = parameter.device if group["fused"] else None
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=where)
 
 
 def _is_offloaded(inner: Any) -> bool:

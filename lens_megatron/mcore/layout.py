@@ -23,6 +23,7 @@ class ParallelConfig:
     etp: int | None = None  # tensor parallel inside an expert; default: 1 with expert parallelism, tp without
     dp: int | None = None  # default: whatever the number of processes leaves; 1 when this command starts them
     sp: bool | None = None  # sequence parallel; default: on when tp > 1
+    overlap_grad_reduce: bool = True  # gradients of data-parallel ranks are summed while backward still runs, on CUDA
     ends_count_as_layers: bool = False  # embedding and head each take a layer's place in the pipeline split
 
     def __post_init__(self) -> None:

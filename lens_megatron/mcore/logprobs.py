@@ -21,7 +21,7 @@ from lens_megatron.mcore.runtime import device
 
 @dataclass(frozen=True)
 class TokenScores:
-    """One entry a sequence, one value a token, on every rank. The first token's are NaN: nothing predicts it."""
+    """One entry a sequence, one value a token, on every rank. NaN: a first token's, and entropies not asked for."""
 
     logprobs: list[Tensor]
     entropies: list[Tensor]
@@ -34,8 +34,9 @@ def score_sequences(
     *,
     tokens_per_microbatch: int,
     temperature: float = 1.0,
+    entropy: bool = True,
 ) -> TokenScores:
-    """log p(token | tokens before it) and the entropy of the distribution it was drawn from."""
+    """log p(token | tokens before it) and, unless told not to, the entropy of the distribution it was drawn from."""
     packs = plan_for_this_layout([len(sequence) for sequence in sequences], tokens_per_microbatch, config)
     offsets = flat_offsets(sequences)
     flat_2F = torch.zeros(2, offsets[-1])
@@ -44,7 +45,7 @@ def score_sequences(
         there_T = batch.target_T >= 0
         flat_2F[:, batch.target_T[there_T].cpu()] = output_2T[:, there_T].float().cpu()
 
-    forward_only(chunks, config, packs, sequences, temperature, collect)
+    forward_only(chunks, config, packs, sequences, temperature, collect, entropy)
     flat_2F = share_from_last_stage(flat_2F)
     starts = torch.tensor(offsets[:-1], dtype=torch.long)
     flat_2F[:, starts] = torch.nan

@@ -13,11 +13,12 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from lens_megatron.mcore import rotary
 from lens_megatron.mcore.head import token_logprobs_and_entropy
 from lens_megatron.mcore.layer_spec import block_spec, transformer_engine_available
 from lens_megatron.mcore.layout import ParallelConfig, padded_vocab_size
 from lens_megatron.mcore.runtime import cuda_literals
-from lens_megatron.mcore.settings import MemoryConfig
+from lens_megatron.mcore.settings import HeadKind, MemoryConfig
 from lens_megatron.model_spec import ModelSpec
 
 
@@ -27,13 +28,18 @@ class HeadRequest:
 
     labels_T: Tensor
     temperature: float
+    entropy: bool = True  # or NaN stands in its place
 
 
 class TokenModel(GPTModel):
     """A GPT model chunk. On the last stage forward gives [2, T]: log p(label) and entropy of every token of this rank."""
 
-    def __init__(self, spec: ModelSpec, config: TransformerConfig, vp_stage: int | None) -> None:
+    def __init__(
+        self, spec: ModelSpec, config: TransformerConfig, vp_stage: int | None, head: HeadKind = "torch"
+    ) -> None:
         scaling = spec.rope_scaling
+        if not config.apply_rope_fusion:
+            rotary.install()
         super().__init__(
             config,
             block_spec(config, vp_stage),
@@ -50,9 +56,17 @@ class TokenModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.spec = spec
+        self.head = head
 
     def head_weight(self) -> Tensor:
         return self.shared_embedding_or_output_weight() if self.spec.tied else self.output_layer.weight
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *rest: Any, **options: Any) -> tuple[Any, ...]:
+        """Megatron-Core's, with the angles of each token's own position."""
+        decoder_input, angles, *others = super()._preprocess(input_ids, position_ids, *rest, **options)
+        if not self.config.apply_rope_fusion:
+            angles = rotary.gathered(angles, position_ids, self.config.params_dtype)
+        return decoder_input, angles, *others
 
     def _postprocess(self, hidden_states: Tensor, input_ids: Any, position_ids: Any, labels: Any, **_: Any) -> Tensor:
         if not self.post_process:
@@ -72,6 +86,8 @@ class TokenModel(GPTModel):
             vocab_start=rank * weight_VH.size(0),
             vocab_size=self.spec.vocab_size,
             group=parallel_state.get_tensor_model_parallel_group(),
+            entropy=request.entropy,
+            kind=self.head,
         )
         return torch.stack([logprobs_T, entropy_T])
 
@@ -152,13 +168,13 @@ def transformer_config(
         return TransformerConfig(**options)
 
 
-def build_chunks(spec: ModelSpec, config: TransformerConfig) -> list[torch.nn.Module]:
+def build_chunks(spec: ModelSpec, config: TransformerConfig, head: HeadKind = "torch") -> list[torch.nn.Module]:
     """This rank's part of the model, one chunk per virtual stage. The weights are not set."""
     stages = config.virtual_pipeline_model_parallel_size
     chunks: list[torch.nn.Module] = []
     for stage in range(stages or 1):
         with cuda_literals():
-            chunk = TokenModel(spec, config, stage if stages else None)
+            chunk = TokenModel(spec, config, stage if stages else None, head)
         _mark_parallel_tensors(chunk)
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())

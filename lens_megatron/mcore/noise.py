@@ -18,7 +18,7 @@ def evaluations_in_other_packings(
     longest = max(len(sequence) for sequence in sequences) + 4 * (
         model.config.context_parallel_size * model.config.tensor_model_parallel_size
     )
-    usual = model.score(sequences, tokens_per_microbatch).logprobs
-    alone = [model.score([sequence], max(longest, len(sequence))).logprobs[0] for sequence in sequences]
-    doubled = model.score([*sequences, *sequences], min(tokens_per_microbatch, 2 * longest)).logprobs
+    usual = model.score(sequences, tokens_per_microbatch, entropy=False).logprobs
+    alone = [model.score([s], max(longest, len(s)), entropy=False).logprobs[0] for s in sequences]
+    doubled = model.score([*sequences, *sequences], min(tokens_per_microbatch, 2 * longest), entropy=False).logprobs
     return [torch.stack(rows) for rows in zip(usual, alone, doubled[: len(sequences)], strict=True)]

@@ -62,9 +62,12 @@ class Optimizer:
         return max((float(group["lr"]) for group in self.inner.param_groups), default=0.0)
 
 
-def with_gradient_buffers(chunks: Sequence[torch.nn.Module], config: Any) -> list[torch.nn.Module]:
+def with_gradient_buffers(
+    chunks: Sequence[torch.nn.Module], config: Any, overlap_grad_reduce: bool = True
+) -> list[torch.nn.Module]:
     """The chunks wrapped for data parallelism; `config` learns how gradients are summed and finished."""
-    overlap = torch.cuda.is_available() and parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    overlap = overlap_grad_reduce and torch.cuda.is_available() and ranks > 1
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
@@ -112,6 +115,7 @@ def build_optimizer(
     )
     with cuda_literals():
         inner = get_megatron_optimizer(mcore, list(wrapped), config_overrides=get_standard_config_overrides(mcore))
+        _set_fused(inner, settings.fused)
         # one more than the run has, or its last step would train at min_lr, and a run of one step not at all
         decay_steps = settings.decay_steps or max(steps, settings.warmup_steps) + 1
         scheduler = OptimizerParamScheduler(
@@ -129,3 +133,19 @@ def build_optimizer(
         )
     config.grad_scale_func = inner.scale_loss
     return Optimizer(inner, scheduler)
+
+
+def _set_fused(inner: Any, fused: bool | None) -> None:
+    """Megatron-Core constructs torch's AdamW without a word about it; the groups can still be told."""
+    for part in getattr(inner, "chained_optimizers", [inner]):
+        adam: Any = getattr(part, "optimizer", None)
+        if is_torch_adam(adam):
+            wanted = torch.cuda.is_available() if fused is None else fused
+            for group in adam.param_groups:
+                group.update(fused=wanted, foreach=False if wanted else group["foreach"])
+        elif fused is False and adam is not None:
+            raise UsageError("optimizer.fused: Transformer Engine's Adam knows no other way: leave it out")
+
+
+def is_torch_adam(inner: Any) -> bool:
+    return isinstance(inner, torch.optim.AdamW | torch.optim.Adam)

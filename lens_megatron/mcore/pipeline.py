@@ -42,10 +42,11 @@ def forward_only(
     sequences: Sequence[Tensor],
     temperature: float,
     collect: Collect,
+    entropy: bool = True,
 ) -> list[Any]:
     """`collect`'s results of every pack, on the last stage; an empty list on the others."""
     with torch.no_grad():
-        return _run(chunks, config, packs, sequences, temperature, collect, training=False)
+        return _run(chunks, config, packs, sequences, temperature, collect, training=False, entropy=entropy)
 
 
 def forward_backward(
@@ -57,7 +58,7 @@ def forward_backward(
     loss: Loss,
 ) -> list[Any]:
     """Gradients into the chunks' buffers, summed over micro-batches and ranks; the loss's second results."""
-    return _run(chunks, config, packs, sequences, temperature, loss, training=True)
+    return _run(chunks, config, packs, sequences, temperature, loss, training=True, entropy=True)
 
 
 def _run(
@@ -68,6 +69,7 @@ def _run(
     temperature: float,
     consume: Callable[[Tensor, PackedBatch], Any],
     training: bool,
+    entropy: bool,
 ) -> list[Any]:
     def forward_step(batches: Iterator[tuple[Pack, PackedBatch]], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         pack, batch = next(batches)
@@ -80,7 +82,7 @@ def _run(
                 batch.tokens_1T,
                 batch.position_ids_1T,
                 None,
-                labels=HeadRequest(batch.labels_T, temperature) if innermost(chunk).post_process else None,
+                labels=HeadRequest(batch.labels_T, temperature, entropy) if innermost(chunk).post_process else None,
                 packed_seq_params=batch.packed,
             )
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+HeadKind = Literal["torch", "triton"]
+Recompute = Literal["none", "selective", "full"]
+
 
 @dataclass(frozen=True)
 class MemoryConfig:
     """`memory:` of RUN.yaml. What is computed again or kept on the host instead of held on the GPU."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-    recompute: Literal["none", "selective", "full"] = "none"  # activations
+    recompute: Recompute = "none"  # activations
     offload_optimizer: float = 0.0  # share of the optimizer's state on the host; refused on CUDA until it is verified
     offload_reference: bool = True  # the reference lives on the host between uses
+    # the vocabulary's logits are never held whole: in chunks by torch, or by fused triton kernels (unmeasured on a GPU)
+    head: HeadKind = "torch"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.offload_optimizer <= 1.0:
@@ -34,6 +39,8 @@ class OptimizerConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     decay_steps: int | None = None  # for linear and cosine; default: all the steps of the run
     min_lr: float = 0.0
+    # torch's AdamW as one kernel; default: on CUDA. Where Transformer Engine is installed its Adam is used, which always is
+    fused: bool | None = None
 
     def __post_init__(self) -> None:
         if self.lr <= 0:

@@ -36,13 +36,20 @@ class ShardedModel:
     config: Any
     chunks: list[torch.nn.Module]
 
-    def score(self, sequences: Sequence[Tensor], tokens_per_microbatch: int, temperature: float = 1.0) -> TokenScores:
+    def score(
+        self,
+        sequences: Sequence[Tensor],
+        tokens_per_microbatch: int,
+        temperature: float = 1.0,
+        entropy: bool = True,
+    ) -> TokenScores:
         return score_sequences(
             self.chunks,
             self.config,
             sequences,
             tokens_per_microbatch=tokens_per_microbatch,
             temperature=temperature,
+            entropy=entropy,
         )
 
     def export_hf(self) -> Iterator[tuple[str, Tensor]]:
@@ -80,8 +87,9 @@ def build_frozen(
 ) -> ShardedModel:
     """A model that only scores."""
     check_folder(folder, spec)
+    memory = memory or MemoryConfig()
     config = transformer_config(spec, layout, dtype or default_dtype(), memory)
-    chunks = build_chunks(spec, config)
+    chunks = build_chunks(spec, config, memory.head)
     load_hf(chunks, spec, folder)
     for chunk in chunks:
         chunk.requires_grad_(False)
@@ -101,9 +109,9 @@ def build_trainable(
     check_folder(folder, spec)
     memory = memory or MemoryConfig()
     config = transformer_config(spec, layout, dtype or default_dtype(), memory)
-    chunks = build_chunks(spec, config)
+    chunks = build_chunks(spec, config, memory.head)
     load_hf(chunks, spec, folder)
-    wrapped = with_gradient_buffers(chunks, config)
+    wrapped = with_gradient_buffers(chunks, config, layout.overlap_grad_reduce)
     return Trainable(spec, config, wrapped, build_optimizer(wrapped, config, optimizer, memory, steps))
 
 

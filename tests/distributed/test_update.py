@@ -109,3 +109,30 @@ def test_schedule_counts_steps_not_updates(workers: Any, folders: tuple[Path, Pa
     for minibatches in (1, 3):
         rates = workers(1).run(update_cases.learning_rates, folders[0], minibatches, 4)[0]
         assert rates == pytest.approx([0.8e-4, 0.6e-4, 0.4e-4, 0.2e-4])
+
+
+@pytest.mark.parametrize("preset", ["grpo", "lens"])
+def test_reading_pi_old_off_the_training_pass_changes_no_gradient(
+    preset: str, workers: Any, folders: tuple[Path, Path]
+) -> None:
+    """Exactly, where scoring packs as training does (no x' in between); to rounding, where it packs otherwise."""
+    scored, reused = workers(1).run(update_cases.with_and_without_reuse, *folders, preset)[0]
+    assert scored[2] == 0 and reused[2] >= 10
+    exact = {"rtol": 0.0, "atol": 0.0} if preset == "grpo" else {"rtol": 1e-5, "atol": 1e-8}
+    assert max(float(gradient.abs().max()) for gradient in scored[1].values()) > 1e-4
+    for name, gradient in scored[1].items():
+        torch.testing.assert_close(reused[1][name], gradient, msg=name, **exact)
+    assert reused[0]["ratio_original"] == 1.0
+    assert reused[0]["loss"] == pytest.approx(scored[0]["loss"], rel=1e-5)
+    assert reused[0]["logprob_diff"] == pytest.approx(scored[0]["logprob_diff"], rel=1e-5)
+    if preset == "lens":  # whose ratio is what LENS is about
+        assert reused[0]["ratio_purified"] == pytest.approx(scored[0]["ratio_purified"], rel=1e-5)
+        assert abs(reused[0]["ratio_purified"] - 1) > 0.01
+
+
+def test_adam_as_one_kernel(workers: Any, folders: tuple[Path, Path]) -> None:
+    one, fused = workers(1).run(update_cases.updated_weights, folders[0], True)[0]
+    many, plain = workers(1).run(update_cases.updated_weights, folders[0], None)[0]
+    assert set(one) == {True} and set(many) == {torch.cuda.is_available()}
+    for name, weight in plain.items():
+        torch.testing.assert_close(fused[name], weight, rtol=0, atol=2e-6, msg=name)

@@ -140,3 +140,48 @@ def learning_rates(folder: Path, minibatches: int, steps: int) -> list[float]:
         evaluated = evaluate_samples(groups_for(algorithm), policy, None, algorithm.loss, update, 1.0)
         rates.append(update_policy(policy, evaluated, algorithm.loss, update, 1.0)["lr"])
     return rates
+
+
+def with_and_without_reuse(
+    folder: Path, reference_folder: Path, preset: str
+) -> list[tuple[dict[str, float], Any, int]]:
+    """Metrics and gradients of the first mini-batch, pi_old scored and pi_old read off the pass; and how many were."""
+    from lens_megatron.algorithms.loss_metrics import finish_metrics
+    from lens_megatron.mcore.optimizer import OptimizerConfig
+    from lens_megatron.mcore.step import accumulate_gradients, build_frozen, build_trainable
+    from lens_megatron.update import UpdateConfig, evaluate_samples, minibatch_loss
+
+    layout = ParallelConfig()
+    spec = start(folder, layout)
+    policy = build_trainable(spec, layout, folder, OptimizerConfig(), steps=1)
+    reference = build_frozen(spec, layout, reference_folder)
+    algorithm = load_algorithm(preset)
+    groups = groups_for(algorithm)
+    results = []
+    for reuse in (False, True):
+        update = UpdateConfig(tokens_per_microbatch=64, reuse_logprobs=reuse)
+        evaluated = evaluate_samples(groups, policy, reference, algorithm.loss, update, 0.9)
+        batch = [e for group in evaluated for e in group]
+        sequences = [torch.tensor((*e.sample.prompt_tokens, *e.sample.response)) for e in batch]
+        loss = minibatch_loss(policy, batch, len(groups), sequences, algorithm.loss, update, 0.9)
+        metrics, gradients, _ = named_gradients(
+            policy, lambda sequences=sequences, loss=loss: accumulate_gradients(policy, sequences, loss, 64, 0.9)
+        )
+        results.append((finish_metrics(metrics), gradients, sum(e.proximal_R is None for e in batch)))
+    return results
+
+
+def updated_weights(folder: Path, fused: bool | None) -> tuple[list[bool | None], dict[str, Tensor]]:
+    """Two updates by torch's AdamW as one kernel or as many: what its groups say, and the weights."""
+    from lens_megatron.mcore.optimizer import OptimizerConfig
+    from lens_megatron.mcore.step import build_trainable
+    from lens_megatron.update import UpdateConfig, evaluate_samples, update_policy
+
+    spec = start(folder, ParallelConfig())
+    policy = build_trainable(spec, ParallelConfig(), folder, OptimizerConfig(lr=1e-3, fused=fused), steps=2)
+    algorithm = load_algorithm({"preset": "lens", "loss": {"kl_coef": 0.0}})
+    update = UpdateConfig(tokens_per_microbatch=64, minibatches=2)
+    evaluated = evaluate_samples(groups_for(algorithm), policy, None, algorithm.loss, update, 1.0)
+    update_policy(policy, evaluated, algorithm.loss, update, 1.0)
+    groups = [group for part in policy.optimizer.inner.chained_optimizers for group in part.optimizer.param_groups]
+    return [group["fused"] for group in groups], {n: t.clone() for n, t in policy.export_hf()}

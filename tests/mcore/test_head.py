@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lens_megatron.mcore import head
+from lens_megatron.mcore import head_chunked
 from lens_megatron.mcore.head import token_logprobs_and_entropy
 
 
@@ -83,7 +83,7 @@ def test_any_size_tile_and_padding(
     expected = with_gradients(lambda h, w: slow(h, w, labels, temperature), hidden.double(), weight.double(), upstream)
     padded = torch.cat([weight, torch.full((padding, weight.size(1)), 100.0, dtype=torch.float64)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head, "_TILE_LEAST", tile)
+        patch.setattr(head_chunked, "_TILE_LEAST", tile)
         found = with_gradients(
             lambda h, w: token_logprobs_and_entropy(h, w, labels, temperature=temperature, vocab_size=vocabulary),
             hidden,
@@ -97,7 +97,7 @@ def test_any_size_tile_and_padding(
 @pytest.mark.parametrize("label", [0, 255, 256, 257, 511, 512, 599])
 def test_labels_at_the_edges_of_tiles(label: int) -> None:
     hidden, weight, _, upstream = inputs(3, 600)
-    assert head._tiles(600)[1][0] == 256
+    assert head_chunked._tiles(600)[1][0] == 256
     labels = torch.full((3,), label)
     expected = with_gradients(lambda h, w: slow(h, w, labels, 1.0), hidden.double(), weight.double(), upstream)
     assert_close(
@@ -215,7 +215,7 @@ def test_one_of_the_two_results_alone(used: str) -> None:
 
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     """Finite differences, over several tiles."""
-    monkeypatch.setattr(head, "_TILE_LEAST", 4)
+    monkeypatch.setattr(head_chunked, "_TILE_LEAST", 4)
     hidden, weight, labels, _ = inputs(5, 11, size=3, dtype=torch.float64)
     hidden.requires_grad_()
     weight.requires_grad_()
