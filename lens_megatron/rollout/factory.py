@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lens_megatron.algorithms.rescue import RescueConfig, rescue_is_certain, rescue_is_moot
 from lens_megatron.rewards.config import RewardConfig
@@ -18,6 +18,10 @@ from lens_megatron.rollout.sampler import Sampler
 from lens_megatron.rollout.sampling import RescueRules, SamplingConfig
 from lens_megatron.rollout.sglang_config import ServerConfig
 from lens_megatron.types import Prompt, Rollout
+
+
+if TYPE_CHECKING:
+    from lens_megatron.rollout.sglang_engine import Resync
 
 
 class TextReward:
@@ -100,8 +104,10 @@ def sglang_sampler(
     logs: Path,
     first_gpu: int,
     colocated: bool,
+    resync: Resync | None = None,
 ) -> Sampler:
-    """SGLang's servers, started or found, without weights of the run until the first sync."""
+    """SGLang's servers, started or found, without weights of the run until the first sync. `resync` brings a server back
+    that was started again while it generated (see SGLangEngine)."""
     from lens_megatron.data.tokenizer import load_tokenizer, stop_tokens
     from lens_megatron.rollout.sglang_engine import SGLangEngine
     from lens_megatron.rollout.sglang_seat import seats
@@ -113,7 +119,7 @@ def sglang_sampler(
     where = "" if server.urls else f"; logs in {logs}"
     print(f"waiting for {len(found)} SGLang server{'s' * (len(found) > 1)}{where}", file=sys.stderr, flush=True)
     began = time.monotonic()
-    engine = SGLangEngine(found, server)
+    engine = SGLangEngine(found, server, resync)
     print(f"SGLang is ready after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     stop = tuple(sorted({*stop_tokens(tokenizer), *_ends_of_the_model(folder)}))
     return Sampler(engine, TextReward(tokenizer, rewards), rescue_rules(rescue), sampling, stop, seed)
