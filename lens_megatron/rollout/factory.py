@@ -19,9 +19,8 @@ from lens_megatron.rollout.sampling import RescueRules, SamplingConfig
 from lens_megatron.rollout.sglang_config import ServerConfig
 from lens_megatron.types import Prompt, Rollout
 
-
 if TYPE_CHECKING:
-    from lens_megatron.rollout.sglang_engine import Resync
+    from lens_megatron.rollout.sglang_pool import Resync
 
 
 class TextReward:

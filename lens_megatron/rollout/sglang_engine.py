@@ -1,9 +1,9 @@
 """SGLang as an engine: requests out to the least loaded server, responses back, none lost and none done twice.
 
-HTTP happens in a thread of its own, where every field below is read and changed; the driver's thread hands requests over
-and takes finished responses from a queue. A rollout whose server died, hung or lost the connection is sent to another
-server, or waits until its own has been started again and has its weights. A response is given out only if each of its
-tokens was sampled with weights that a sync vouched for; else the server is quarantined and the rollout done again.
+HTTP happens in a thread of its own, where jobs and servers are looked after; the driver's thread hands requests over and
+takes finished responses from a queue. A rollout whose server died, hung or lost the connection is sent to another server,
+or waits until its own has been started again and has its weights. A response is given out only if each of its tokens was
+sampled with weights that a sync vouched for; else the server is given up and the rollout done again.
 
 Weights do not pass through here: `begin_update` quarantines every server, the trainer's weight sync talks to the servers
 itself (`servers`), and `end_update` is told which of them hold the new version whole.
@@ -17,7 +17,7 @@ import queue
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lens_megatron.errors import RunError, UsageError
@@ -25,6 +25,7 @@ from lens_megatron.rollout.engine import Finished, Health, Request, VersionSpan
 from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import Refused, SGLangClient, Unreachable
 from lens_megatron.rollout.sglang_config import ServerConfig
+from lens_megatron.rollout.sglang_pool import Resync, ServerPool
 from lens_megatron.rollout.sglang_schema import Generation
 from lens_megatron.rollout.sglang_seat import Job, Seat
 from lens_megatron.rollout.sglang_server import ServerAddress
@@ -32,19 +33,19 @@ from lens_megatron.rollout.sglang_server import ServerAddress
 if TYPE_CHECKING:
     import torch
 
-Resync = Callable[[ServerAddress, int], None]
-WATCH_SECONDS = 2.0
 ABORT_AGAIN_SECONDS = 0.5  # an abort that overtook its request found nothing
 BUSY_SECONDS = 0.5  # doubled at every refusal
 MOST_ATTEMPTS = 5  # of one rollout
 SEED_BITS = 2**31 - 1  # what sampling_seed takes
+CLOSE_SECONDS = 30.0
 
 
 class SGLangEngine:
     def __init__(self, seats: Sequence[Seat], config: ServerConfig, resync: Resync | None = None) -> None:
         """Returns when every server answers. `resync` loads a version whole into a restarted server, or raises."""
-        self._seats, self._config, self._resync = list(seats), config, resync
+        self._config = config
         self._loop = EventLoop("sglang")
+        self._pool = ServerPool(seats, config, resync, self._resend, self._fail)
         self._router = (
             SGLangClient(config.router, seats[0].api_key, config.control_timeout_s) if config.router else None
         )
@@ -52,16 +53,12 @@ class SGLangEngine:
         self._in_flight: dict[str, Request] = {}  # the driver's thread's own account
         self._jobs: dict[str, Job] = {}
         self._waiting: deque[Job] = deque()
-        self._version, self._next_version = -1, -1
-        self._updating = False
         self._failure: RunError | None = None
-        self._restarts_left = config.restarts
         self._nonce, self._count = secrets.token_hex(4), 0
-        self._progress = 0
-        self._mean_tokens = 0.0
-        self._chores: set[asyncio.Task[None]] = set()
+        self._given = 0
+        self._mean_tokens = 0.0  # of prompt and response
         try:
-            self._loop.run(self._bring_up_all())
+            self._loop.run(self._pool.bring_up())
         except BaseException:
             self.close()
             raise
@@ -70,7 +67,7 @@ class SGLangEngine:
 
     @property
     def version(self) -> int:
-        return self._version
+        return -1 if self._pool.updating else self._pool.version
 
     @property
     def deterministic(self) -> bool:
@@ -80,10 +77,12 @@ class SGLangEngine:
         return time.monotonic()
 
     def submit(self, requests: Sequence[Request]) -> None:
+        """During an update they wait for its end."""
         self._raise_failure()
-        if self._version < 0 and not self._updating:
+        if self.version < 0 and not self._pool.updating:
             raise RunError("no SGLang server has a whole set of weights: sync them before sampling")
-        longest = min((s.info.context_length for s in self._seats if s.info and s.info.context_length), default=None)
+        infos = [seat.info for seat in self._pool.seats if seat.info is not None]
+        longest = min((info.context_length for info in infos if info.context_length), default=None)
         for request in requests:
             if request.id in self._in_flight:
                 raise ValueError(f"request {request.id} is already in flight")
@@ -92,7 +91,7 @@ class SGLangEngine:
                     f"prompt of {len(request.prompt)} + response of {request.max_tokens} tokens exceeds the servers' "
                     f"{longest}: lower data.max_prompt_tokens or rollout.max_response_tokens, or raise context_length"
                 )
-            self._in_flight[request.id] = request
+        self._in_flight.update({request.id: request for request in requests})
         self._loop.loop.call_soon_threadsafe(self._enter, [Job(request) for request in requests])
 
     def poll(self, timeout: float) -> list[Finished]:
@@ -112,7 +111,7 @@ class SGLangEngine:
 
     def free_slots(self) -> int:
         """By the servers' slots, and by the room of their caches if responses are as long as they were so far."""
-        ready = [seat for seat in self._seats if seat.state == "ready"]
+        ready = self._pool.ready()
         free = sum(seat.slots for seat in ready) - len(self._in_flight)
         caches = [seat.kv_tokens for seat in ready]
         if caches and all(caches) and self._mean_tokens:
@@ -121,8 +120,7 @@ class SGLangEngine:
 
     def begin_update(self, version: int) -> None:
         self._raise_failure()
-        self._version = -1
-        self._loop.run(self._begin_update(version))
+        self._loop.run(self._pool.begin_update(version))
 
     def update(self, bucket: Mapping[str, torch.Tensor]) -> None:
         raise RunError("SGLang's servers get weights by rollout.sync, not through the rollout driver")
@@ -131,137 +129,29 @@ class SGLangEngine:
         """`synced`: the servers, as `servers` named them, that hold the version of begin_update whole and proved."""
         self._raise_failure()
         self._loop.run(self._end_update(synced))
-        self._version = self._next_version
 
     def servers(self) -> list[ServerAddress]:
         """Those that answer."""
         self._raise_failure()
-        return [seat.address for seat in self._seats if seat.state in ("quarantined", "ready")]
+        return [seat.address for seat in self._pool.answering()]
 
     def health(self) -> Health:
-        running = sum(len(seat.jobs) for seat in self._seats)
-        reasons = [f"{seat.name} is {seat.state}: {seat.reason}" for seat in self._seats if seat.state != "ready"]
-        detail = str(self._failure) if self._failure else "; ".join(reasons)
-        return Health(self._failure is None, running, len(self._waiting), self._version, self._progress, detail)
+        running = sum(len(seat.jobs) for seat in self._pool.seats)
+        detail = str(self._failure) if self._failure else self._pool.states()
+        progress = self._given + self._pool.progress
+        return Health(self._failure is None, running, len(self._waiting), self.version, progress, detail)
 
     def close(self) -> None:
         if not self._loop.loop.is_closed():
             with contextlib.suppress(Exception):
-                self._loop.start(self._close()).result(30.0)
+                self._loop.start(self._close()).result(CLOSE_SECONDS)
             self._loop.close()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
 
-    # the loop's thread: servers
-
-    async def _bring_up_all(self) -> None:
-        await asyncio.gather(*(seat.bring_up() for seat in self._seats))
-        self._chore(self._watch())
-
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(WATCH_SECONDS)
-            before = [(seat.used_tokens, len(seat.jobs)) for seat in self._seats]
-            await asyncio.gather(*(self._look_after(seat) for seat in self._seats))
-            after = [(seat.used_tokens, len(seat.jobs)) for seat in self._seats]
-            # bringing a server up is bounded by its own limit
-            if before != after or self._updating or any(seat.state == "starting" for seat in self._seats):
-                self._progress += 1
-
-    async def _look_after(self, seat: Seat) -> None:
-        if seat.state in ("quarantined", "ready"):
-            start = seat.starts
-            if (trouble := await seat.trouble()) and seat.starts == start and not self._updating:
-                self._lost(seat, trouble)
-
-    def _lost(self, seat: Seat, reason: str) -> None:
-        """It died or hung: what ran on it goes elsewhere."""
-        if seat.state not in ("quarantined", "ready"):
-            return
-        seat.reason = reason
-        if seat.process is None:
-            seat.state = "starting"  # whoever runs it may start it again
-            self._chore(self._bring_back(seat))
-        elif self._restarts_left > 0:
-            self._restarts_left -= 1
-            seat.state = "starting"
-            self._chore(self._bring_back(seat))
-        else:
-            seat.state = "gone"
-            self._chore(asyncio.to_thread(seat.process.stop))
-        for job in list(seat.jobs):
-            if job.task is not None:
-                job.task.cancel()
-            self._leave(seat, job)
-            self._again(job)
-        self._dispatch()
-
-    async def _bring_back(self, seat: Seat) -> None:
-        reason = seat.reason
-        try:
-            await seat.bring_up()
-        except (RunError, UsageError) as error:
-            seat.state, seat.reason = "gone", f"{reason}; not to be started again: {error}"
-        else:
-            seat.reason = f"{reason}; back, without weights until the next sync"
-            await self._restore(seat)
-        self._dispatch()
-
-    async def _restore(self, seat: Seat) -> None:
-        """Weights from a snapshot, where there is one."""
-        version, start = self._version, seat.starts
-        if self._resync is None or self._updating or version < 0:
-            return
-        seat.state = "starting"
-        try:
-            await asyncio.to_thread(self._resync, seat.address, version)
-        except (RunError, UsageError) as error:
-            seat.reason = f"{seat.reason}; {error}"
-        else:
-            if seat.starts == start and version == self._version and not self._updating:
-                seat.accept(version)
-                return
-        seat.state = "quarantined"
-
-    async def _begin_update(self, version: int) -> None:
-        """A server that is being started again is waited for, so that it gets the weights too."""
-        self._updating, self._next_version = True, version
-        while any(seat.state == "starting" for seat in self._seats):
-            await asyncio.sleep(0.05)
-        for seat in self._seats:
-            seat.quarantine(f"weights of version {version} are on their way")
-
-    async def _end_update(self, synced: Sequence[ServerAddress]) -> None:
-        if not self._updating:
-            raise RunError("end_update without begin_update")
-        given = {(address.url, address.start) for address in synced}
-        took = [s for s in self._seats if (s.client.url, s.starts) in given and s.state in ("quarantined", "ready")]
-        if not took:
-            raise RunError(f"weights of version {self._next_version} reached no SGLang server: {self._states()}")
-        if self._router is not None and len(took) < len(self._seats):
-            raise RunError(
-                f"weights of version {self._next_version} did not reach every server behind the router, which would "
-                f"send rollouts to the others too: {self._states()}"
-            )
-        for seat in took:
-            seat.accept(self._next_version)
-        self._version, self._updating = self._next_version, False
-        for seat in self._seats:
-            held, seat.held = seat.held, []
-            for job, generation in held:
-                self._judge(seat, job, generation)
-        self._dispatch()
-
-    async def _close(self) -> None:
-        for chore in self._chores:
-            chore.cancel()
-        await asyncio.gather(*(seat.close() for seat in self._seats), return_exceptions=True)
-        if self._router is not None:
-            await self._router.close()
-
-    # the loop's thread: rollouts
+    # the loop's thread
 
     def _enter(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
@@ -270,23 +160,17 @@ class SGLangEngine:
         self._dispatch()
 
     def _dispatch(self) -> None:
-        """What waits, to the least loaded servers that have room."""
-        while self._waiting and (seat := self._roomiest()) is not None:
+        """What waits, to the least loaded servers that have room. With a router a seat only counts: the router chooses."""
+        while self._waiting and (seat := self._pool.roomiest()) is not None:
             job = self._waiting.popleft()
             self._count += 1
             job.server_id, job.epoch = f"{self._nonce}-{self._count:012d}", seat.epoch
             job.attempts += 1
             seat.jobs.add(job)
-            job.task = self._chore(self._attempt(seat, job))
-        if self._waiting and not self._updating and not any(s.state in ("ready", "starting") for s in self._seats):
-            self._fail(
-                RunError(f"no SGLang server with the weights of version {self._version} is left: {self._states()}")
-            )
-
-    def _roomiest(self) -> Seat | None:
-        """With a router the seat only counts: the router chooses."""
-        ready = [seat for seat in self._seats if seat.state == "ready" and len(seat.jobs) < seat.slots]
-        return min(ready, key=lambda seat: len(seat.jobs) / seat.slots, default=None)
+            job.task = self._pool.chore(self._attempt(seat, job))
+        if self._waiting and self._pool.is_hopeless():
+            left = f"no SGLang server with the weights of version {self._pool.version} is left"
+            self._fail(RunError(f"{left}: {self._pool.states()}"))
 
     async def _attempt(self, seat: Seat, job: Job) -> None:
         request = job.request
@@ -304,9 +188,9 @@ class SGLangEngine:
         except RunError as error:
             await self._failed(seat, job, error)
         else:
-            self._leave(seat, job)
-            if self._updating and generation.finish != "abort":
-                seat.held.append((job, generation))
+            seat.leave(job)
+            if self._pool.updating and generation.finish != "abort":
+                seat.held.append((job, generation))  # whose weights these are is known at the update's end
             else:
                 self._judge(seat, job, generation)
         self._dispatch()
@@ -324,10 +208,10 @@ class SGLangEngine:
             await asyncio.sleep(BUSY_SECONDS * 2**job.attempts)
         elif not isinstance(error, Unreachable) or not await seat.still_has_its_weights():
             if seat.starts == start and job in seat.jobs:
-                self._lost(seat, str(error))  # which sends this job elsewhere as well
+                self._pool.lost(seat, str(error))  # which sends this job elsewhere as well
             return
         if job in seat.jobs:
-            self._leave(seat, job)
+            seat.leave(job)
             self._again(job, error)
 
     def _judge(self, seat: Seat, job: Job, generation: Generation) -> None:
@@ -335,43 +219,41 @@ class SGLangEngine:
         if generation.finish == "abort":
             self._give(job, generation, ())
             return
-        accepted = seat.accepted if self._router is None else set().union(*(s.accepted for s in self._seats))
         spans = generation.versions
         if not spans and job.epoch == seat.epoch:  # a server that does not tell when its weights changed
             spans = ((generation.version, 0, len(generation.tokens)),)
+        accepted = seat.accepted if self._router is None else self._pool.accepted()
         unknown = sorted({version for version, _, _ in spans} - accepted)
         if unknown or not spans:
-            named = ", ".join(unknown) or "of more than one version"
             self._again(job)
-            if unknown:
-                self._lost(seat, f"it answers with weights {named}, which no sync vouches for")
+            if unknown and self._router is None:  # behind a router nobody knows whose answer it is
+                self._pool.lost(seat, f"it answers with weights {', '.join(unknown)}, which no sync vouches for")
             return
         self._give(job, generation, tuple(VersionSpan(int(version), first, end) for version, first, end in spans))
 
     def _give(self, job: Job, generation: Generation | None, spans: tuple[VersionSpan, ...]) -> None:
         if self._jobs.pop(job.request.id, None) is None:
             return
-        self._progress += 1
+        self._given += 1
         if generation is None:
             self._finished.put(Finished(job.request.id, (), (), "abort"))
             return
         total = len(job.request.prompt) + len(generation.tokens)
-        self._mean_tokens += (total - self._mean_tokens) * (1.0 if not self._mean_tokens else 0.02)
+        self._mean_tokens += (total - self._mean_tokens) * (0.02 if self._mean_tokens else 1.0)
         self._finished.put(Finished(job.request.id, generation.tokens, generation.logprobs, generation.finish, spans))
 
-    def _leave(self, seat: Seat, job: Job) -> None:
-        seat.jobs.discard(job)
-        job.task = None
+    def _resend(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            self._again(job)
+        self._dispatch()
 
     def _again(self, job: Job, error: RunError | None = None) -> None:
         """Before anything that has not been tried."""
         if job.cancelled:
             self._give(job, None, ())
         elif job.attempts >= MOST_ATTEMPTS:
-            why = f", last: {error}" if error else ""
-            self._fail(
-                RunError(f"a rollout was begun {job.attempts} times and never came to an end{why}: {self._states()}")
-            )
+            why = f"a rollout was begun {job.attempts} times and never came to an end{f', last: {error}' if error else ''}"
+            self._fail(RunError(f"{why}: {self._pool.states()}"))
         elif job.request.id in self._jobs:
             self._waiting.appendleft(job)
 
@@ -382,8 +264,8 @@ class SGLangEngine:
                 self._waiting.remove(job)
                 self._give(job, None, ())
             elif job.task is not None:
-                holders = [seat for seat in self._seats if self._router is not None or job in seat.jobs]
-                self._chore(self._abort_on_servers(job, job.task, holders))
+                holders = [seat for seat in self._pool.seats if self._router is not None or job in seat.jobs]
+                self._pool.chore(self._abort_on_servers(job, job.task, holders))
 
     async def _abort_on_servers(self, job: Job, task: asyncio.Task[Any], holders: Sequence[Seat]) -> None:
         """Until it has come back; of a server that does not answer it is taken away."""
@@ -399,23 +281,17 @@ class SGLangEngine:
                 seat.jobs.discard(job)
             self._give(job, None, ())
 
+    async def _end_update(self, synced: Sequence[ServerAddress]) -> None:
+        for seat, job, generation in await self._pool.end_update(synced):
+            self._judge(seat, job, generation)
+        self._dispatch()
+
     def _fail(self, error: RunError) -> None:
         if self._failure is None:
             self._failure = error
             self._finished.put(error)
 
-    def _states(self) -> str:
-        return "; ".join(
-            f"{seat.name} is {seat.state}{': ' if seat.reason else ''}{seat.reason}" for seat in self._seats
-        )
-
-    def _chore(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._chores.add(task)
-        task.add_done_callback(self._chores.discard)
-        task.add_done_callback(self._chore_ended)
-        return task
-
-    def _chore_ended(self, task: asyncio.Task[Any]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._fail(RunError(f"the SGLang engine failed: {type(error).__name__}: {error}"))
+    async def _close(self) -> None:
+        await self._pool.close()
+        if self._router is not None:
+            await self._router.close()

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from lens_megatron.errors import RunError
 from lens_megatron.rollout.engine import Request
-from lens_megatron.rollout.sglang_client import Refused, SGLangClient, Unreachable
+from lens_megatron.rollout.sglang_client import SGLangClient, Unreachable
 from lens_megatron.rollout.sglang_config import ServerConfig
 from lens_megatron.rollout.sglang_schema import OLDEST_SUPPORTED, Generation, ServerInfo
 from lens_megatron.rollout.sglang_server import ServerAddress, ServerProcess, read_api_key, server_processes
@@ -128,16 +128,20 @@ class Seat:
             return None
         try:
             used = (await self.client.load(self.config.silence_s)).used_tokens
-        except Refused as error:
-            return str(error)
         except Unreachable as error:
             return None if await self.still_has_its_weights() else str(error)
+        except RunError as error:
+            return str(error)
         now = time.monotonic()
         if used != self.used_tokens:
             self.used_tokens, self.quiet_since = used, now
         elif now - self.quiet_since > self.config.silence_s:
             return f"has sampled nothing for silence_s = {self.config.silence_s:g} with {len(self.jobs)} rollouts"
         return None
+
+    def leave(self, job: Job) -> None:
+        self.jobs.discard(job)
+        job.task = None
 
     async def close(self) -> None:
         await self.client.close()

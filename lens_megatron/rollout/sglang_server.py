@@ -164,16 +164,17 @@ def server_processes(
     seed: int = 0,
     first_port: int | None = None,
 ) -> list[ServerProcess]:
-    """Not started yet, with one key; each on GPUs of its own (where there are none, `base_gpu_id` means nothing)."""
+    """Not started yet, with one key; each on GPUs of its own."""
     logs.mkdir(parents=True, exist_ok=True)
     first, key = config.first_gpu if config.first_gpu is not None else first_gpu, new_api_key()
+    on_gpu = config.argument("device") != "cpu"  # there a base_gpu_id would mean another processor socket
     return [
         ServerProcess(
             f"sglang_{number}",
             config,
             model,
             logs,
-            {**common, "base_gpu_id": first + number * config.gpus},
+            {**common, **({"base_gpu_id": first + number * config.gpus} if on_gpu else {})},
             key,
             seed,
             None if first_port is None else first_port + number,

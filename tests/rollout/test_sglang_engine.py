@@ -113,7 +113,7 @@ def test_every_rollout_comes_back_once_and_servers_share_them() -> None:
         assert engine.free_slots() == 4096 and engine.version == 3
         engine.submit(wanted)
         assert engine.free_slots() == 4096 - 200
-        running = [len(seat.jobs) for seat in engine._seats]
+        running = [len(seat.jobs) for seat in engine._pool.seats]
         check(drain(engine, 200), wanted)
         assert engine.free_slots() > 0 and (not any(running) or min(running) > 50)
 
@@ -245,7 +245,7 @@ def test_a_server_left_out_of_a_sync_gets_no_rollouts() -> None:
         sync(engine, 4, count=1)
         wanted = requests(30)
         engine.submit(wanted)
-        assert not engine._seats[1].jobs
+        assert not engine._pool.seats[1].jobs
         check(drain(engine, 30), wanted, version=4)
         assert engine.free_slots() <= 2048
 

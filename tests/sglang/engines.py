@@ -10,7 +10,8 @@ from typing import Any
 from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import SGLangClient
 from lens_megatron.rollout.sglang_config import ServerConfig
-from lens_megatron.rollout.sglang_engine import Resync, SGLangEngine
+from lens_megatron.rollout.sglang_engine import SGLangEngine
+from lens_megatron.rollout.sglang_pool import Resync
 from lens_megatron.rollout.sglang_seat import seats
 from lens_megatron.rollout.sglang_server import ServerAddress
 

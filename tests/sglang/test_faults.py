@@ -32,7 +32,7 @@ def rollouts(count: int, tokens: int = 300) -> list[Request]:
 
 def processes(engine: SGLangEngine, name: str) -> list[psutil.Process]:
     """The guard of a server, and everything below it; the guard first."""
-    seat = next(seat for seat in engine._seats if seat.name == name)
+    seat = next(seat for seat in engine._pool.seats if seat.name == name)
     assert seat.process is not None and seat.process._process is not None
     guard = psutil.Process(seat.process._process.pid)
     return [guard, *guard.children(recursive=True)]
@@ -47,7 +47,7 @@ def scheduler(engine: SGLangEngine, name: str) -> psutil.Process:
 def generating(engine: SGLangEngine) -> None:
     """Waits until every server is at work."""
     deadline = time.monotonic() + 30
-    while any(len(seat.jobs) < 3 for seat in engine._seats) or time.monotonic() < deadline - 29:
+    while any(len(seat.jobs) < 3 for seat in engine._pool.seats) or time.monotonic() < deadline - 29:
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -80,7 +80,7 @@ def pair(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture
 def two(pair: SGLangEngine, tiny_folder: Path) -> SGLangEngine:
-    give_weights(pair, pair._next_version + 1, tiny_folder)  # waits for a server that is still starting again
+    give_weights(pair, pair._pool.next_version + 1, tiny_folder)  # waits for a server that is still starting again
     assert len(pair.servers()) == 2
     return pair
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 VERSION = "0.5.21"
+ROUTER_VERSION = "0.3.2"
 
 
 def folder() -> Path:
@@ -24,8 +25,11 @@ def folder() -> Path:
         return Path(named)
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     key = hashlib.sha256(f"{VERSION} {python} {_requirements().read_text()}".encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "lens-megatron" / f"sglang-{VERSION}-{key}"
+    return _cache() / f"sglang-{VERSION}-{key}"
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lens-megatron"
 
 
 def python() -> Path:
@@ -53,9 +57,26 @@ def build() -> Path:
     return python()
 
 
+def build_router() -> Path:
+    """A folder for PYTHONPATH that holds SGLang's router; its launcher runs with the server's python."""
+    place = _cache() / f"sglang-router-{ROUTER_VERSION}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with (place.parent / f"{place.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (place / ".installed").exists():
+            shutil.rmtree(place, ignore_errors=True)
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            subprocess.run(
+                [*pip, "--target", str(place), f"sglang-router=={ROUTER_VERSION}"], check=True, stdout=sys.stderr
+            )
+            (place / ".installed").touch()
+    return place
+
+
 def _requirements() -> Path:
     return HERE / "requirements.txt"
 
 
 if __name__ == "__main__":
     print(build())
+    build_router()
