@@ -77,7 +77,9 @@ class Host:
             threads=config.rollout.threads,
             start_seconds=config.rollout.server.start_timeout_s + _IMPORT_SECONDS,
             silence_seconds=config.timeout_s,
-            command_seconds=config.timeout_s,
+            # an update may wait for a server that is being started again
+            command_seconds=config.timeout_s
+            + config.rollout.server.start_timeout_s * (config.rollout.engine == "sglang"),
         )
         self.trackers = Trackers(config.tracking, folder.path, config.name, strict.to_tree(RunConfig, config))
         self.transfer = TransferTracker()

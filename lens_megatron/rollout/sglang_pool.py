@@ -142,9 +142,9 @@ class ServerPool:
     # weights
 
     async def begin_update(self, version: int) -> None:
-        """A server that is being started again is waited for, so that it gets the weights too."""
+        """Waits for a server only while there is none: one that is being started again need not hold up the others."""
         self.updating, self.next_version = True, version
-        while any(seat.state == "starting" for seat in self.seats):
+        while not self.answering() and any(seat.state == "starting" for seat in self.seats):
             await asyncio.sleep(0.05)
         for seat in self.seats:
             seat.quarantine(f"weights of version {version} are on their way")

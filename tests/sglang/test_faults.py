@@ -21,7 +21,7 @@ from tests.rollout import tiny
 from tests.rollout.engine_cases import check_response, drain
 
 from .engines import give_weights, load_weights, sglang_engine
-from .server import cpu_config
+from .server import START_SECONDS, cpu_config
 
 pytestmark = pytest.mark.sglang
 
@@ -80,8 +80,11 @@ def pair(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture
 def two(pair: SGLangEngine, tiny_folder: Path) -> SGLangEngine:
-    give_weights(pair, pair._pool.next_version + 1, tiny_folder)  # waits for a server that is still starting again
-    assert len(pair.servers()) == 2
+    deadline = time.monotonic() + START_SECONDS
+    while len(pair.servers()) < 2:  # one is being started again
+        assert time.monotonic() < deadline, pair.health()
+        time.sleep(0.1)
+    give_weights(pair, pair._pool.next_version + 1, tiny_folder)
     return pair
 
 
