@@ -207,8 +207,9 @@ class SGLangEngine:
         elif self._router is not None:
             await asyncio.sleep(BUSY_SECONDS * 2**job.attempts)
         elif not isinstance(error, Unreachable) or not await seat.still_has_its_weights():
+            reason = await seat.why_lost(error)
             if seat.starts == start and job in seat.jobs:
-                self._pool.lost(seat, str(error))  # which sends this job elsewhere as well
+                self._pool.lost(seat, reason)  # which sends this job elsewhere as well
             return
         if job in seat.jobs:
             seat.leave(job)

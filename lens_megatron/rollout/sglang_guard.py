@@ -18,7 +18,8 @@ GRACE_SECONDS = 5.0
 
 def main(command: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the end of standard input is the only word that counts
+        # the end of standard input is the only word that counts; a handler, because SIG_IGN would pass on to the server
+        signal.signal(number, lambda *_: None)
     server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     threading.Thread(target=_end_with_input, args=(server,), daemon=True).start()
     code = server.wait()

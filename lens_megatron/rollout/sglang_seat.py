@@ -24,6 +24,7 @@ from lens_megatron.rollout.sglang_server import ServerAddress, ServerProcess, re
 
 State = Literal["starting", "quarantined", "ready", "gone"]
 HEALTH_RETRY_SECONDS = 0.25
+END_LOOKS, END_LOOK_SECONDS = 10, 0.1
 DEFAULT_SLOTS = 64  # of a server that does not tell how many requests it runs at once
 
 
@@ -119,10 +120,23 @@ class Seat:
         except RunError:
             return False
 
+    async def why_lost(self, error: Exception) -> str:
+        """What a lost connection means: a process that ends does so a moment after its connections."""
+        for _ in range(END_LOOKS):
+            if self.process is None or self.process.has_ended:
+                break
+            await asyncio.sleep(END_LOOK_SECONDS)
+        return self._end() or str(error)
+
+    def _end(self) -> str | None:
+        if self.process is None or not self.process.has_ended:
+            return None
+        return f"it ended (exit code {self.process.exit_code}): {self.process.last_words()}; see {self.process.log}"
+
     async def trouble(self) -> str | None:
         """What is wrong with it, asked while rollouts run on it; None when it gets on."""
-        if self.process is not None and self.process.has_ended:
-            return f"ended (exit code {self.process.exit_code}): {self.process.last_words()}"
+        if (end := self._end()) is not None:
+            return end
         if self.state != "ready" or not self.jobs:
             self.quiet_since = time.monotonic()
             return None
@@ -136,7 +150,7 @@ class Seat:
         if used != self.used_tokens:
             self.used_tokens, self.quiet_since = used, now
         elif now - self.quiet_since > self.config.silence_s:
-            return f"has sampled nothing for silence_s = {self.config.silence_s:g} with {len(self.jobs)} rollouts"
+            return f"it has sampled nothing for silence_s = {self.config.silence_s:g} with {len(self.jobs)} rollouts"
         return None
 
     def leave(self, job: Job) -> None:

@@ -1,0 +1,23 @@
+"""Stands for `python -m sglang.launch_server --config FILE`: a stub server with the port and key of the file."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+from benchmarks.sglang_stub import Stub, serve
+
+
+async def run() -> None:
+    settings = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
+    stub = Stub("0.5.21", float(os.environ["TOKEN_SECONDS"]), 64, settings["api-key"], "none", 50000)
+    stub.weight_version = settings["weight-version"]
+    await serve(stub, settings["port"])
+
+
+if "fail" in sys.argv:
+    print("ValueError: made-up reason", file=sys.stderr)
+    sys.exit(3)
+asyncio.run(run())
