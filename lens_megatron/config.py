@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal
 from lens_megatron import presets, strict
 from lens_megatron.algorithms.algorithm import AlgorithmConfig
 from lens_megatron.checkpoints import CheckpointConfig
-from lens_megatron.data.config import DataConfig
+from lens_megatron.data.config import DataConfig, SupervisedDataConfig
 from lens_megatron.errors import UsageError
+from lens_megatron.evaluation.config import EvaluationConfig
 from lens_megatron.mcore.layout import ParallelConfig
 from lens_megatron.mcore.settings import MemoryConfig, OptimizerConfig
 from lens_megatron.rewards.config import RewardConfig
@@ -56,6 +57,7 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -81,7 +83,7 @@ class SftConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
     model: str
     run_dir: str
-    data: DataConfig
+    data: SupervisedDataConfig
     steps: int = 300
     seed: int = 0
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -18,8 +18,11 @@ from lens_megatron.algorithms.rescue import RebuiltGroup, rebuild_group
 from lens_megatron.algorithms.transfer import TransferTracker
 from lens_megatron.config import RunConfig
 from lens_megatron.data.prompts import PromptStream, load_prompts
-from lens_megatron.data.tokenizer import TokenPieces, check_tokenizer, load_tokenizer
+from lens_megatron.data.tokenizer import TokenPieces, check_tokenizer, load_tokenizer, stop_tokens
 from lens_megatron.errors import RunError, UsageError
+from lens_megatron.evaluation.answering import Limits
+from lens_megatron.evaluation.results import metric_names, step_metrics
+from lens_megatron.evaluation.sets import load_sets, questions, with_benchmark_rules
 from lens_megatron.model_spec import ModelConfig
 from lens_megatron.purification.strategies import Outcome, Signals, purify
 from lens_megatron.rollout.driver import RolloutDriver
@@ -55,6 +58,16 @@ class Host:
             f"{len(self.stream)} prompts; left out as longer than data.max_prompt_tokens: {self.too_long}; "
             f"system messages without a place in the template: {loaded.systems_dropped}"
         )
+        self.benchmarks = load_sets(config.evaluation, self.tokenizer, config.data.template or model.template)
+        self.benchmark_names = metric_names(self.benchmarks)
+        self._answer_limits = Limits(
+            config.evaluation.max_response_tokens or config.rollout.max_response_tokens,
+            model.spec.max_positions,
+            stop_tokens(self.tokenizer),
+            config.evaluation.temperature,
+            config.evaluation.top_p,
+            config.rollout.stall_seconds,
+        )
         self.prompt_filter = PromptFilter(config.algorithm.filter, config.data.prompts_per_step, config.seed)
         self.special_ids = frozenset(self.tokenizer.all_special_ids)
         on_gpu = torch.cuda.is_available()
@@ -70,7 +83,7 @@ class Host:
                 "bfloat16" if config.precision == "bf16" or (config.precision == "auto" and on_gpu) else "float32",
                 sampling,
                 config.algorithm.rescue,
-                config.rewards,
+                with_benchmark_rules(config.rewards) if self.benchmarks else config.rewards,
                 config.seed,
                 **_of_the_servers(config, folder),
             ),
@@ -204,6 +217,15 @@ class Host:
                     proximal_logprobs=None,
                     weight_version=rollout.weight_version,
                 )
+
+    # held-out problems
+
+    def benchmark(self, step: int) -> dict[str, float]:
+        """Answered by the run's engine with the weights it has; every answer is kept in the run folder."""
+        wanted = questions(self.benchmarks, self.config.seed, step)
+        answers = self.driver.evaluate(wanted, self._answer_limits)
+        self.folder.write_evaluation(step, [asdict(answer) for answer in answers])
+        return step_metrics(self.benchmarks, answers)
 
     # the run
 

@@ -12,6 +12,7 @@ def train(config: RunConfig, trainer: Trainer) -> Order | None:
     order: Order | None = None
     with trainer.progress:
         trainer.sync_weights(version=trainer.first_step)
+        trainer.benchmark_first_policy()
         for step in range(trainer.first_step, config.steps):
             trainer.begin_step(step)
 
@@ -28,6 +29,7 @@ def train(config: RunConfig, trainer: Trainer) -> Order | None:
                 metrics = trainer.update(evaluated)
             with trainer.phase("sync"):
                 trainer.sync_weights(version=step + 1)
+            metrics |= trainer.benchmark(step + 1)  # held-out problems, when due
             # the step's files before its checkpoint: a resumed run rewinds what it cannot vouch for, and misses nothing
             trainer.finish_step(groups, metrics)
             order = trainer.told_to_end()

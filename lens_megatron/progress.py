@@ -85,12 +85,16 @@ class Progress:
         times = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         return times | {"time/step": time.perf_counter() - self._began}
 
+    def begin_step(self) -> None:
+        """What was measured since the last finished step belongs to no step."""
+        self._seconds.clear()
+        self._began = time.perf_counter()
+
     def finish_step(self, metrics: Mapping[str, float]) -> None:
         seconds = time.perf_counter() - self._began
         self.done += 1
         self._recent.append(seconds)
-        self._seconds.clear()
-        self._began = time.perf_counter()
+        self.begin_step()
         self._summary = self._describe(metrics, metrics.get("time/step", seconds))
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, phase="", summary=self._summary)

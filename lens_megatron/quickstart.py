@@ -45,7 +45,7 @@ def quickstart(folder: Path, steps: int) -> list[Outcome]:
         if not done.holds_run():
             _say(f"training with {name} ({steps} steps)")
             _run("train", config)
-        elif len(done.read_metrics()) < steps:
+        elif max((row["step"] for row in done.read_metrics()), default=0) < steps:
             _say(f"going on with {name}")
             _run("train", config, "--resume")
     report = folder / "report.html"
@@ -102,6 +102,7 @@ def run_config(toy: Path, model: Path, run_dir: Path, algorithm: str, steps: int
 
 
 def outcome(name: str, metrics: Sequence[dict[str, Any]]) -> Outcome:
+    metrics = [row for row in metrics if row["step"] > 0]  # step 0 is the evaluation of the base model
     part = max(1, len(metrics) // 5)
 
     def mean(key: str, rows: Sequence[dict[str, Any]]) -> float:

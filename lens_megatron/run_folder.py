@@ -3,6 +3,7 @@
     config.yaml      as resolved          metrics.jsonl                  one JSON object a step
     versions.json    software, machine    rollouts/step_000012.parquet   one row a rollout
     logs/                                 checkpoints/step_000020/       written by the checkpoint code
+                                          evaluations/step_000020.jsonl  one answer to a held-out problem a line
 
 A file is complete or absent: written beside its place, then renamed. metrics.jsonl grows by whole lines; a failed write
 is undone.
@@ -95,6 +96,9 @@ class RunFolder:
     def rollouts_path(self, step: int) -> Path:
         return self.path / "rollouts" / f"{step_name(step)}.parquet"
 
+    def evaluation_path(self, step: int) -> Path:
+        return self.path / "evaluations" / f"{step_name(step)}.jsonl"
+
     # --- writing
 
     def write_config(self, tree: Mapping[str, Any]) -> None:
@@ -134,6 +138,12 @@ class RunFolder:
 
         self._write_whole(self.rollouts_path(step), write)
 
+    def write_evaluation(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
+        path = self.evaluation_path(step)
+        path.parent.mkdir(exist_ok=True)
+        lines = [json.dumps(answer).encode() + b"\n" for answer in answers]
+        self._write_whole(path, lambda file: file.writelines(lines))
+
     def rewind(self, step: int) -> None:
         """Forget what came after `step`, the checkpoint's: the steps from there on will be made again."""
         kept = [line for line, tree in self._metric_lines() if tree["step"] <= step]
@@ -141,6 +151,9 @@ class RunFolder:
         for later in self.rollout_steps():
             if later > step:
                 self.rollouts_path(later).unlink()
+        for path in self.path.glob("evaluations/step_*.jsonl"):
+            if int(path.stem.removeprefix("step_")) > step:
+                path.unlink()
 
     # --- reading
 

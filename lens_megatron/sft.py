@@ -31,8 +31,7 @@ def train_supervised(config: SftConfig, folder: RunFolder | None) -> Path:
     weights = find_weights(config.model)
     tokenizer = load_tokenizer(str(weights))
     check_tokenizer(tokenizer, model.spec.vocab_size)
-    template = config.data.template or model.template
-    examples = load_supervised(config.data.train, tokenizer, template, config.data.split)
+    examples, too_long = load_supervised(config.data, tokenizer, model.template)
     order = PromptOrder([example.id for example in examples], config.seed, config.data.shuffle)
     runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s)
     policy = build_trainable(
@@ -48,6 +47,7 @@ def train_supervised(config: SftConfig, folder: RunFolder | None) -> Path:
         folder.write_config(strict.to_tree(SftConfig, config))
         folder.write_versions()
     with Progress(config.steps, shown=folder is not None) as progress:
+        progress.note(f"{len(examples)} examples; left out as longer than data.max_prompt_tokens: {too_long}")
         for step in range(config.steps):
             batch = [examples[index] for index in order.take(config.data.prompts_per_step)]
             sequences = [torch.tensor((*example.prompt, *example.response)) for example in batch]

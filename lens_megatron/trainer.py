@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -172,6 +172,24 @@ class Trainer:
         for _ in tensors:  # the other ranks' part is done by iterating
             pass
 
+    def benchmark(self, step: int) -> dict[str, float]:
+        """`eval/...` of the weights that the engine has, when an evaluation is due after this step."""
+        if not self.config.evaluation.due(step, last=self.config.steps):
+            return {}
+        with self.phase("eval"):
+            return self.on_rank_zero(lambda host: host.benchmark(step), "evaluate")
+
+    def benchmark_first_policy(self) -> None:
+        """What training started from: a line for step 0, which has no other measurements."""
+        if self.first_step > 0:
+            return
+        metrics = self.benchmark(0)
+        if self.host is not None and metrics:
+            line = {**_EVERY_STEP, "step": 0, **metrics, **self.progress.times()}
+            self.host.folder.append_metrics(line)
+            self.host.trackers.log(line)
+        self.progress.begin_step()
+
     def told_to_end(self) -> Order | None:
         """By signal or file; rank 0 looks, all ranks leave after the same step. The last step is an end anyway."""
         if self.step + 1 == self.config.steps:
@@ -203,7 +221,7 @@ class Trainer:
         self.progress = Progress(self.config.steps, self.first_step, shown=self.host is not None)
 
         def take_up(host: Host) -> None:
-            host.folder.rewind(self.first_step)
+            host.folder.rewind(self.first_step if found is not None else -1)  # step 0 is evaluated again as well
             if found is not None:
                 host.load_state_dict(found.extra)
                 for reason in found.passed_over:
@@ -237,7 +255,7 @@ class Trainer:
             self.host.trackers.log(tree)
             self._last_metrics = {name: value for name, value in tree.items() if value is not None}
             self.progress.finish_step(self._last_metrics)
-            _check_keep_best(self.config.checkpoint.keep_best, tree)
+            _check_keep_best(self.config.checkpoint.keep_best, [*tree, *self.host.benchmark_names])
 
     def close(self) -> None:
         if self.host is not None:
@@ -245,7 +263,7 @@ class Trainer:
         runtime.shutdown()
 
 
-def _check_keep_best(metric: str | None, metrics: Mapping[str, float | None], sure: bool = True) -> None:
+def _check_keep_best(metric: str | None, metrics: Collection[str], sure: bool = True) -> None:
     """`sure`: these are all metrics that there are. Before the first step they are not: only a slip of the pen is found."""
     if metric is None or metric in metrics:
         return

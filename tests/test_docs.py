@@ -84,7 +84,7 @@ def test_every_key_of_a_run_with_its_default() -> None:
 
 
 def test_every_key_of_sft_with_its_default() -> None:
-    sections = {"data", "parallel", "memory", "optimizer"}
+    sections = {"parallel", "memory", "optimizer"}
     own = {key: default for key, default in leaves(SftConfig) if key.partition(".")[0] not in sections}
     check_table(table_rows(RUNNING, "Every key of SFT.yaml"), own)
     hints, of_run = typing.get_type_hints(SftConfig), typing.get_type_hints(RunConfig)

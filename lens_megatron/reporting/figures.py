@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import mean, median
+from typing import Any
 
 from lens_megatron.reporting.charts import smooth
 from lens_megatron.reporting.runs import Point, Run, is_number
@@ -133,9 +134,15 @@ def evaluation_names(runs: Sequence[Run]) -> list[str]:
 
 def seconds_until(run: Run, step: float) -> float | None:
     """Of training, up to the end of this step; None when a step's time is missing."""
-    lines = [line for line in run.metrics if line["step"] <= step]
-    times = [float(line["time/step"]) for line in lines if is_number(line.get("time/step"))]
-    return sum(times) if times and len(times) == len(lines) else None
+    times = [_training_seconds(line) for line in run.steps() if line["step"] <= step]
+    return sum(time for time in times if time is not None) if times and None not in times else None
+
+
+def _training_seconds(line: Mapping[str, Any]) -> float | None:
+    """Of a step, without the evaluation that followed it."""
+    if not is_number(line.get("time/step")):
+        return None
+    return float(line["time/step"]) - float(line.get("time/eval") or 0.0)
 
 
 @dataclass(frozen=True)
@@ -148,14 +155,14 @@ class StepTime:
 
 
 def step_time(run: Run) -> StepTime | None:
-    lines = [line for line in run.metrics if is_number(line.get("time/step"))]
+    lines = [line for line in run.steps() if is_number(line.get("time/step"))]
     lines = lines[1:] if len(lines) > 1 else lines
     if not lines:
         return None
-    times = [float(line["time/step"]) for line in lines]
+    times = [time for line in lines if (time := _training_seconds(line)) is not None]
     names = [name for line in lines for name in line if name.startswith("time/") and name.count("/") == 1]
     known = [phase for phase in PHASES if f"time/{phase}" in names]
-    more = [name[5:] for name in dict.fromkeys(names) if name[5:] not in (*PHASES, "step")]
+    more = [name[5:] for name in dict.fromkeys(names) if name[5:] not in (*PHASES, "step", "eval")]
     phases = {phase: mean(float(line.get(f"time/{phase}") or 0.0) for line in lines) for phase in [*known, *more]}
     rest = mean(times) - sum(phases.values())
     if rest > 0:
@@ -165,16 +172,17 @@ def step_time(run: Run) -> StepTime | None:
 
 def tokens_a_second(run: Run) -> list[Point]:
     return [
-        (float(line["step"]), line["tokens"] / line["time/step"])
-        for line in run.metrics
-        if line.get("tokens") and line.get("time/step")
+        (float(line["step"]), line["tokens"] / time)
+        for line in run.steps()
+        if line.get("tokens") and (time := _training_seconds(line))
     ]
 
 
 def over_time(run: Run, metric: str, unit_seconds: float) -> list[Point]:
     """The metric over training time instead of steps."""
-    if not all(is_number(line.get("time/step")) for line in run.metrics):
+    times = [_training_seconds(line) for line in run.steps()]
+    if None in times:
         return []
-    times = accumulate(float(line["time/step"]) / unit_seconds for line in run.metrics)
-    at_step = {float(line["step"]): time for line, time in zip(run.metrics, times, strict=True)}
-    return [(at_step[step], value) for step, value in run.points(metric)]
+    until = accumulate(time / unit_seconds for time in times if time is not None)
+    at_step = {float(line["step"]): time for line, time in zip(run.steps(), until, strict=True)}
+    return [(at_step.get(step, 0.0), value) for step, value in run.points(metric)]

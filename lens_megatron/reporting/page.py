@@ -1,36 +1,21 @@
-"""`lens-megatron report`: one HTML page from run folders, complete in itself.
-
-Responses are hostile text. On the page they are data: JSON in a script element that is never run, with every `<` escaped,
-put into the page as text. The content policy allows no other script than the page's own.
-"""
+"""`lens-megatron report`: one HTML page from run folders."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 from collections.abc import Sequence
-from datetime import datetime, timezone
-from html import escape
-from pathlib import Path
-from typing import Any
 
 from lens_megatron import __version__
 from lens_megatron.reporting import figures, panels
 from lens_megatron.reporting.browser import browser_data
+from lens_megatron.reporting.document import html_document
 from lens_megatron.reporting.panels import curves
 from lens_megatron.reporting.runs import Run
 
-_HERE = Path(__file__).parent
 _NO_RESCUE = "prompts were not purified"
 
 
 def report_page(runs: Sequence[Run]) -> str:
-    script = (_HERE / "page.js").read_text(encoding="utf-8")
-    style = (_HERE / "page.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     names = ", ".join(run.name for run in runs)
-    made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     sections = [
         ("summary", "Summary", panels.key_numbers(runs) + _about_numbers() + panels.differences(runs)),
         ("learning", "Learning", _grid(learning(runs))),
@@ -39,31 +24,16 @@ def report_page(runs: Sequence[Run]) -> str:
         ("time", "Time", _grid(time(runs))),
         ("browse", "Rollouts", _browser()),
     ]
-    links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)
-    body = "".join(f'<section id="{name}"><h2>{title}</h2>{content}</section>' for name, title, content in sections)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
-script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'">
-<title>{escape(names)}: training report</title>
-<style>{style}</style></head><body>
-<header><div><h1>{escape(names)}</h1>
-<p class="soft">Training report by lens-megatron {__version__}, {made}. Every number comes from the runs' own files.</p>
-{panels.legend(panels.run_legend(runs))}</div></header>
-<nav><div>{links}</div></nav>
-<main>{body}</main>
-<footer>Lines of more than 30 steps: faint as measured, strong as the mean of the last twentieth of the steps. Figure and \
-table numbers are those of arXiv 2601.21244.</footer>
-<script type="application/json" id="rollouts">{embedded_json(browser_data(runs))}</script>
-<script>{script}</script>
-</body></html>
-"""
-
-
-def embedded_json(tree: Any) -> str:
-    """JSON that cannot end its script element, open a comment, or be anything else but JSON."""
-    return json.dumps(tree, allow_nan=False).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    return html_document(
+        f"{names}: training report",
+        names,
+        f"Training report by lens-megatron {__version__}, {{made}}. Every number comes from the runs' own files.",
+        sections,
+        ("rollouts", browser_data(runs)),
+        "Lines of more than 30 steps: faint as measured, strong as the mean of the last twentieth of the steps. Figure and "
+        "table numbers are those of arXiv 2601.21244.",
+        panels.legend(panels.run_legend(runs)),
+    )
 
 
 def learning(runs: Sequence[Run]) -> list[str]:

@@ -26,6 +26,10 @@ class Run:
         """(step, value) where the value is known."""
         return [(float(line["step"]), float(line[name])) for line in self.metrics if is_number(line.get(name))]
 
+    def steps(self) -> list[Mapping[str, Any]]:
+        """Lines of steps that trained: an evaluation of the first policy has a line of its own, step 0."""
+        return [line for line in self.metrics if line["step"] > 0]
+
     def values(self, name: str) -> list[float]:
         return [value for _, value in self.points(name)]
 

@@ -27,6 +27,8 @@ from lens_megatron.rollout.shared_buffer import SharedBuffer, bytes_needed
 if TYPE_CHECKING:
     import torch
 
+    from lens_megatron.evaluation.answering import Answer, Limits
+    from lens_megatron.evaluation.sets import Question
     from lens_megatron.rollout.engine import Health
     from lens_megatron.rollout.sampler import Sampler
     from lens_megatron.rollout.sampling import SampleResult, SamplingConfig
@@ -127,6 +129,11 @@ class RolloutDriver:
         while True:
             if (result := self.sampled(BEAT_SECONDS)) is not None:
                 return result
+
+    def evaluate(self, questions: Sequence[Question], limits: Limits) -> list[Answer]:
+        """Answers to all questions, in their order. What the sampler knows and draws stays as it is."""
+        self._send("evaluate", list(questions), limits)
+        return self._reply(None, "evaluate")
 
     def stop_sampling(self) -> None:
         """The sampling in progress ends: `sampled` raises SamplingAborted's message as RunError."""
@@ -278,6 +285,8 @@ def _serve(pipe: Connection, make_sampler: Callable[[], Sampler], threads: int) 
 
 def _execute(sampler: Sampler, buffer: SharedBuffer | None, command: str, args: tuple[Any, ...]) -> Any:
     engine = sampler.engine
+    if command == "evaluate":
+        return _evaluate(sampler, *args)
     if command == "update":
         assert buffer is not None
         return engine.update(buffer.read(*args))
@@ -292,6 +301,19 @@ def _execute(sampler: Sampler, buffer: SharedBuffer | None, command: str, args: 
         "load_state_dict": sampler.load_state_dict,
     }
     return targets[command](*args)
+
+
+def _evaluate(sampler: Sampler, questions: Sequence[Question], limits: Limits) -> list[Answer]:
+    from lens_megatron.evaluation.answering import answer_all
+
+    answers: dict[tuple[str, str, int, str], Answer] = {}
+    # `judge` is what a TextReward has, and every sampler of a run is made with one
+    judge = sampler.reward.judge  # type: ignore[attr-defined]
+    answer_all(
+        sampler.engine, judge, questions, limits, lambda question, answer: answers.update({question.key: answer}),
+        sampler.stopping,
+    )  # fmt: skip
+    return [answers[question.key] for question in questions]
 
 
 def _listen(pipe: Connection, sampler: Sampler, commands: queue.Queue[tuple[str, tuple[Any, ...]]]) -> None:

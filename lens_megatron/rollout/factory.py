@@ -32,8 +32,11 @@ class TextReward:
         self._tokenizer = tokenizer
         self._pool = RewardPool(config)
 
+    def judge(self, prompt: Prompt, response: tuple[int, ...]) -> tuple[str, Future[Judgement]]:
+        text = self._tokenizer.decode(response, skip_special_tokens=True)
+        return text, self._pool.submit(prompt.id, prompt.source, prompt.answer, text)
+
     def __call__(self, prompt: Prompt, rollout: Rollout) -> Future[float]:
-        text = self._tokenizer.decode(rollout.response, skip_special_tokens=True)
         reward: Future[float] = Future()
 
         def judged(judgement: Future[Judgement]) -> None:
@@ -42,7 +45,7 @@ class TextReward:
             elif reward.set_running_or_notify_cancel():
                 reward.set_result(judgement.result().reward)
 
-        self._pool.submit(rollout.prompt_id, prompt.source, prompt.answer, text).add_done_callback(judged)
+        self.judge(prompt, rollout.response)[1].add_done_callback(judged)
         return reward
 
     def health(self) -> Mapping[str, float]:

@@ -61,6 +61,9 @@ class Sampler:
         """From any thread: the sampling in progress ends with SamplingAborted, and leaves the engine idle."""
         self._stop.set()
 
+    def stopping(self) -> bool:
+        return self._stop.is_set()
+
     def resume(self) -> None:
         """Forgets a `stop` that found nothing to stop."""
         self._stop.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lens_megatron.data.config import DataConfig
+from lens_megatron.data.config import DataConfig, SupervisedDataConfig
 from lens_megatron.data.order import PromptOrder, epoch_order
 from lens_megatron.data.prompts import PromptStream, encode_prompts, load_prompts
 from lens_megatron.data.rows import Message, Row
@@ -198,11 +199,17 @@ def test_a_checkpoint_of_other_data_is_refused(tokenizer: Any) -> None:
 
 
 def test_supervised_rows(tokenizer: Any, tmp_path: Path) -> None:
-    source = write(
-        tmp_path / "s.jsonl", [{"prompt": "1+1?", "response": "It is 2."}, {"prompt": "2+2?", "response": "4"}]
-    )
-    first, _ = load_supervised(source, tokenizer, "Question: {problem}\n")
-    assert tokenizer.decode(first.prompt) == "Question: 1+1?\n"
+    rows = [{"prompt": "1+1?", "response": "It is 2."}, {"prompt": "2+2?", "response": "4"}]
+    rows.append({"prompt": "a long question " * 20, "response": "no"})
+    data = SupervisedDataConfig(write(tmp_path / "s.jsonl", rows), max_prompt_tokens=20)
+    (first, _), too_long = load_supervised(data, tokenizer, "Question: {problem}\n")
+    assert tokenizer.decode(first.prompt) == "Question: 1+1?\n" and too_long == 1
     assert tokenizer.decode(first.response) == "It is 2.<|endoftext|>"
+    with pytest.raises(UsageError, match="all 3 prompts are longer"):
+        load_supervised(replace(data, max_prompt_tokens=1), tokenizer, BARE)
+    named = write(tmp_path / "n.jsonl", [{"q": "1+1?", "a": "It is 2."}])
+    renamed = SupervisedDataConfig(named, prompt_key="q", response_key="a", template="Question: {problem}\n")
+    assert load_supervised(renamed, tokenizer, BARE) == ([replace(first, id="n/1")], 0)
     with pytest.raises(UsageError, match=r"t.jsonl:1: no 'response'"):
-        load_supervised(write(tmp_path / "t.jsonl", [{"prompt": "1+1?", "answer": "2"}]), tokenizer, BARE)
+        other = write(tmp_path / "t.jsonl", [{"prompt": "1+1?", "answer": "2"}])
+        load_supervised(SupervisedDataConfig(other), tokenizer, BARE)

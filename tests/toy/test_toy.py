@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lens_megatron.data import toy
-from lens_megatron.data.config import DataConfig
+from lens_megatron.data.config import DataConfig, SupervisedDataConfig
 from lens_megatron.data.prompts import load_prompts
 from lens_megatron.data.supervised import load_supervised
 from lens_megatron.data.tokenizer import check_tokenizer, load_tokenizer, stop_tokens
@@ -101,7 +101,8 @@ def test_every_word_has_a_token_and_text_survives(folder: Path, tokenizer: Any) 
 
     check_tokenizer(tokenizer, AutoConfig.from_pretrained(str(folder / "model")).vocab_size)
     assert stop_tokens(tokenizer) == (tokenizer.eos_token_id,)
-    examples = load_supervised(str(folder / "sft.jsonl"), tokenizer, toy.TEMPLATE)
+    data = SupervisedDataConfig(str(folder / "sft.jsonl"))
+    examples, _ = load_supervised(data, tokenizer, toy.TEMPLATE)
     unknown = tokenizer.unk_token_id
     assert all(unknown not in (*example.prompt, *example.response) for example in examples)
     assert max(len(example.prompt) + len(example.response) for example in examples) <= 110

@@ -1,0 +1,90 @@
+"""`lens-megatron analyze`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lens_megatron.errors import UsageError
+
+if TYPE_CHECKING:
+    from lens_megatron.evaluation.interference import Interference
+
+SUMMARY = "interference tokens of any two models: the paper's Figures 2b and 2c"
+EXAMPLE = (
+    "lens-megatron analyze interference runs/lens/hf --reference qwen3-8b-base --data failed.jsonl --html page.html"
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("interference",))
+    parser.add_argument("model", metavar="MODEL", help="the policy: an HF folder, a shipped name or a cached hub id")
+    parser.add_argument("--reference", required=True, metavar="R", help="the reference, of the same shape")
+    parser.add_argument("--data", required=True, metavar="D", help="rows with prompt and answer")
+    parser.add_argument("--out", metavar="DIR", help="answers and the page (default: analyses/MODEL)")
+    parser.add_argument("--json", metavar="F", help="write the results to F")
+    parser.add_argument("--html", metavar="F", help="write the page to F instead of into DIR")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. gammas='[0.02]' samples=4 limit=200")
+
+
+def run(args: argparse.Namespace) -> int:
+    from lens_megatron import endings, strict, workers
+    from lens_megatron.evaluation.interference import (
+        InterferenceConfig,
+        load_analysis_prompts,
+        measure,
+        score_all,
+        tree_of,
+    )
+    from lens_megatron.evaluation.interference_page import interference_page
+    from lens_megatron.mcore.layout import check_layout
+    from lens_megatron.model_spec import find_weights, load_model_spec
+    from lens_megatron.output import write_json
+    from lens_megatron.scoring import check_models
+
+    endings.on_signals()
+    config = strict.build(InterferenceConfig, strict.apply_overrides({}, args.overrides), "analyze")
+    for output in (args.json, args.html):
+        if output and not Path(output).absolute().parent.is_dir():
+            raise UsageError(f"{output}: its folder does not exist")
+    check_models(args.model, args.reference)
+    prompts = load_analysis_prompts(args.model, args.data, config)
+    if not workers.is_worker():
+        check_layout(load_model_spec(args.model), config.parallel, config.parallel.processes)
+        if config.parallel.processes > 1:
+            return workers.run_workers(config.parallel.processes, ["analyze", *_arguments(args)])
+    scored = score_all(args.model, args.reference, prompts, config)
+    if workers.rank() > 0:
+        return 0
+    out = Path(args.out) if args.out else Path("analyses") / "_".join(find_weights(args.model).resolve().parts[-2:])
+    found = measure(args.model, prompts, scored, config, out)
+    page = Path(args.html) if args.html else out / "interference.html"
+    page.write_text(interference_page(found, args.model, args.reference, config), encoding="utf-8")
+    if args.json:
+        write_json(Path(args.json), tree_of(found))
+    _show(found, page)
+    return 0
+
+
+def _arguments(args: argparse.Namespace) -> list[str]:
+    """The command line again, for the workers."""
+    options = ("reference", "data", "out", "json", "html")
+    given = [f"--{name}={getattr(args, name)}" for name in options if getattr(args, name) is not None]
+    return [args.what, args.model, *given, *args.overrides]
+
+
+def _show(found: Interference, page: Path) -> None:
+    from rich.table import Table
+
+    from lens_megatron.evaluation.interference_page import HEAD, rows
+    from lens_megatron.output import wide_console
+
+    table = Table(title=f"{found.failed} of {found.prompts} prompts failed; percent of responses correct")
+    for heading in HEAD:
+        table.add_column(heading, justify="right")
+    for row in rows(found):
+        table.add_row(*row)
+    console = wide_console(120)
+    console.print(table)
+    console.print(f"page: {page.resolve()}", markup=False)
