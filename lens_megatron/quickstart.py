@@ -29,6 +29,8 @@ class Outcome:
     last: float
     zero_reward_first: float
     zero_reward_last: float
+    held_out_base: float  # success on problems that were not trained on
+    held_out: float
 
 
 def quickstart(folder: Path, steps: int) -> list[Outcome]:
@@ -93,6 +95,7 @@ def run_config(toy: Path, model: Path, run_dir: Path, algorithm: str, steps: int
         "algorithm": algorithm,
         "parallel": {"tp": 2},
         "data": {"train": str(toy / "train.jsonl"), "prompts_per_step": 16},
+        "evaluation": {"every": max(1, steps // 2), "benchmarks": [str(toy / "test.jsonl")]},
         "rollout": {"n": 8, "max_response_tokens": 96, "schedule": "speculative"},
         "rewards": {"default": {"kind": "numeric"}, "workers": 1},
         "optimizer": {"lr": 1.0e-4},
@@ -102,6 +105,7 @@ def run_config(toy: Path, model: Path, run_dir: Path, algorithm: str, steps: int
 
 
 def outcome(name: str, metrics: Sequence[dict[str, Any]]) -> Outcome:
+    held_out = [float(row["eval/test"]) for row in metrics if "eval/test" in row]
     metrics = [row for row in metrics if row["step"] > 0]  # step 0 is the evaluation of the base model
     part = max(1, len(metrics) // 5)
 
@@ -114,6 +118,8 @@ def outcome(name: str, metrics: Sequence[dict[str, Any]]) -> Outcome:
         mean("success", metrics[-part:]),
         mean("zero_reward_ratio", metrics[:part]),
         mean("zero_reward_ratio", metrics[-part:]),
+        held_out[0],
+        held_out[-1],
     )
 
 

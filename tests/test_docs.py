@@ -23,9 +23,13 @@ from lens_megatron.algorithms.rescue import RescueConfig, rebuild_group
 from lens_megatron.algorithms.transfer import TransferTracker
 from lens_megatron.cli import build_parser, command_names
 from lens_megatron.config import RunConfig, SftConfig, load_run
+from lens_megatron.evaluation.answering import Answer
+from lens_megatron.evaluation.results import step_metrics
+from lens_megatron.evaluation.sets import EvalSet
 from lens_megatron.purification.strategies import Outcome
 from lens_megatron.rollout.sampling import SampleCounts
 from lens_megatron.trainer import _EVERY_STEP
+from lens_megatron.types import Prompt
 from tests.algorithms.minibatches import as_parameters, random_minibatch, whole
 from tests.algorithms.rescue_groups import binary, group
 
@@ -127,11 +131,19 @@ def written_metrics() -> set[str]:
     )
     batch, current = random_minibatch(0, everything)
     names |= set(finish_metrics(whole(batch, as_parameters(current), everything)[1]))
+    names |= set(_evaluation_metrics()) | {"time/eval"}
     return (
         names
         | set(_transfer_metrics())
         | _names_in("diagnostics.py", "host.py", "trainer.py", prefix="diagnostics|purification")
     )
+
+
+def _evaluation_metrics() -> dict[str, float]:
+    prompts = tuple(Prompt(str(i), (1,), (0, 1), "") for i in range(2))
+    sets = [EvalSet(name, name, 1, 2, prompts) for name in ("math500", "held_out")]
+    answers = [Answer(s.name, p.id, 0, "", "", 1, "stop", 1.0, "correct", "", "") for s in sets for p in prompts]
+    return step_metrics(sets, answers)
 
 
 def _transfer_metrics() -> dict[str, float]:

@@ -28,10 +28,11 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.dir)
     outcomes = quickstart(folder, args.steps)
     table = Table(title="share of rollouts that succeed, and of prompts without any success")
-    for heading in ("algorithm", "success, first fifth", "last fifth", "zero-reward, first fifth", "last fifth"):
+    headings = ("algorithm", "success, first fifth", "last fifth", "zero-reward, first fifth", "last fifth")
+    for heading in (*headings, "held-out, base model", "trained"):
         table.add_column(heading)
     for o in outcomes:
-        numbers = (o.first, o.last, o.zero_reward_first, o.zero_reward_last)
+        numbers = (o.first, o.last, o.zero_reward_first, o.zero_reward_last, o.held_out_base, o.held_out)
         table.add_row(o.name, *(f"{number:.3f}" for number in numbers))
     Console().print(table)
     print(f"report: {(folder / 'report.html').resolve()}")

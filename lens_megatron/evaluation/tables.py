@@ -52,7 +52,7 @@ def marks(results: Sequence[ModelResult]) -> list[list[str]]:
     rows = [cells(result) for result in results]
     if len(rows) < 2:
         return [[""] * len(row) for row in rows]
-    marked = []
+    marked: list[list[str]] = []
     for row in rows:
         marked.append([])
         for place, cell in enumerate(row):
@@ -141,7 +141,11 @@ def markdown_details(result: ModelResult) -> str:
 
 def partial_note(results: Sequence[ModelResult]) -> str:
     parts = [f"{one.title}: {one.problems} of {one.size} problems" for one in ordered(results[0]) if not one.whole]
-    return f"* only a part of the benchmark ({'; '.join(parts)}): no figure to compare with others'" if parts else ""
+    return (
+        f"Starred: only a part of the benchmark ({'; '.join(parts)}): no figure to compare with others'"
+        if parts
+        else ""
+    )
 
 
 def _percent(share: float | None) -> str:
