@@ -25,7 +25,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DIR", help="folder with the benchmarks' NAME.jsonl (default: the hub)")
     parser.add_argument("--samples", type=int, metavar="N", help="k of every benchmark (default: the paper's)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems of each, for a trial")
-    parser.add_argument("--engine", metavar="E", help="embedded (default), or http://HOST:PORT of a running SGLang")
+    parser.add_argument(
+        "--engine", metavar="E", help="embedded (default), sglang, or http://HOST:PORT of a running one"
+    )
     parser.add_argument("--out", metavar="DIR", help="answers, tables, pages (default: evaluations/MODEL)")
     parser.add_argument("--json", metavar="F", help="write the results to F as well")
     parser.add_argument(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from lens_megatron.rewards.config import RewardConfig
+from lens_megatron.rollout.sglang_config import ServerConfig
 
 PAPER_TOKENS = 4096
 
@@ -62,14 +63,18 @@ class EvaluationConfig(BenchmarkConfig):
 class GenerationConfig:
     """What answers outside of a run: the engine and its limits.
 
-    engine        embedded (the HF model in this process), or the address of a running SGLang server.
-    slots         responses at once; of a server, requests in flight.
+    engine        embedded (the HF model in this process), sglang (servers started for it), or the address of a
+                  running SGLang server.
+    servers       how many are started, each as `server` says; or server.urls names running ones.
+    slots         responses that the embedded engine works on at once.
     threads       of the embedded engine on CPU.
     template      chat, a text with {problem}, or the name of a shipped model; null: the model's own (a run's: the run's).
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
     engine: str = "embedded"
+    servers: int = 1
+    server: ServerConfig = field(default_factory=ServerConfig)
     slots: int = 128
     threads: int = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPU, fp32 on CPU
@@ -80,9 +85,9 @@ class GenerationConfig:
     rewards: RewardConfig = field(default_factory=RewardConfig)  # of files; benchmarks have rules of their own
 
     def __post_init__(self) -> None:
-        if self.engine != "embedded" and not self.engine.startswith(("http://", "https://")):
-            raise ValueError(f"engine is embedded or the address of a server, http://HOST:PORT (got {self.engine!r})")
-        for name in ("slots", "threads", "max_response_tokens"):
+        if self.engine not in ("embedded", "sglang") and not self.engine.startswith(("http://", "https://")):
+            raise ValueError(f"engine is embedded, sglang or http://HOST:PORT of a server (got {self.engine!r})")
+        for name in ("servers", "slots", "threads", "max_response_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1 (got {getattr(self, name)})")
         if self.stall_seconds <= 0:

@@ -1,18 +1,35 @@
-"""The engine that answers, outside of a training run."""
+"""The engine that answers outside of a training run, with the weights of an HF folder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from lens_megatron.errors import UsageError
 from lens_megatron.evaluation.config import GenerationConfig
 from lens_megatron.rollout.engine import Engine
 
+if TYPE_CHECKING:
+    from lens_megatron.rollout.sglang_engine import SGLangEngine
+    from lens_megatron.rollout.sglang_server import ServerAddress
+
+_NEVER_NAMED = ("default", "unsynced")  # SGLang's own, and that of servers we start
+
 
 @contextmanager
-def engine_for(config: GenerationConfig, folder: Path) -> Iterator[Engine]:
-    """With the weights of an HF folder; closed at the end."""
+def engine_for(config: GenerationConfig, folder: Path, positions: int, logs: Path) -> Iterator[tuple[Engine, int]]:
+    """An engine, closed at the end, and how many positions a response can reach: of `positions`, the model's, and the
+    servers'. `logs`: for servers that are started here."""
+    if config.engine != "embedded":
+        servers, context = _sglang(config, folder, logs)
+        try:
+            yield servers, min(positions, context or positions)
+        finally:
+            servers.close()
+        return
     import torch
 
     from lens_megatron.rollout.embedded import EmbeddedEngine
@@ -20,10 +37,59 @@ def engine_for(config: GenerationConfig, folder: Path) -> Iterator[Engine]:
     on_gpu = torch.cuda.is_available()
     bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
     torch.set_num_threads(config.threads)
-    engine = EmbeddedEngine.from_folder(
+    embedded = EmbeddedEngine.from_folder(
         folder, config.slots, "cuda" if on_gpu else "cpu", "bfloat16" if bf16 else "float32"
     )
     try:
-        yield engine
+        yield embedded, positions
     finally:
+        embedded.close()
+
+
+def _sglang(config: GenerationConfig, folder: Path, logs: Path) -> tuple[SGLangEngine, int | None]:
+    """Ready, and the least context of its servers. What they were started with counts as version 0."""
+    from lens_megatron.rollout.sglang_engine import SGLangEngine
+    from lens_megatron.rollout.sglang_seat import Seat
+    from lens_megatron.rollout.sglang_server import read_api_key, started_servers
+
+    server = config.server
+    if config.engine != "sglang":
+        server = replace(server, urls=(config.engine,))
+    if server.urls:
+        key = read_api_key(server)
+        seats = [Seat(f"sglang_{number}", url, key, None, server) for number, url in enumerate(server.urls)]
+    else:
+        processes = started_servers(server, config.servers, str(folder), logs, 0, {"skip_tokenizer_init": True})
+        seats = [Seat(process.name, "", process.api_key, process, server) for process in processes]
+    engine = SGLangEngine(seats, server, resync=_name_weights)
+    try:
+        addresses = engine.servers()
+        engine.begin_update(0)
+        for address in addresses:
+            _name_weights(address, 0)
+        engine.end_update(addresses)
+    except BaseException:
         engine.close()
+        raise
+    contexts = [seat.info.context_length for seat in seats if seat.info and seat.info.context_length]
+    return engine, min(contexts, default=None)
+
+
+def _name_weights(address: ServerAddress, version: int) -> None:
+    """The engine gives out tokens of weights that somebody vouches for, by their name. Weights that a training run named
+    are its own: they may change at any time."""
+    from lens_megatron.rollout.event_loop import EventLoop
+    from lens_megatron.rollout.sglang_client import SGLangClient
+
+    loop = EventLoop("name-weights")
+    client = SGLangClient(address.url, address.api_key)
+    try:
+        found = loop.run(client.weight_version())
+        if found not in (*_NEVER_NAMED, str(version)):
+            raise UsageError(
+                f"{address.url}: its weights are version {found!r} of a training run; evaluate the run's checkpoints instead"
+            )
+        loop.run(client.set_weight_version(str(version)))
+    finally:
+        loop.run(client.close())
+        loop.close()

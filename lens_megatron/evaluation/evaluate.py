@@ -60,7 +60,6 @@ def answers_of(model: EvalModel, config: EvalConfig, sets: list[EvalSet], tokeni
 
 def made_by(model: EvalModel, config: EvalConfig) -> dict[str, Any]:
     """What an answer depends on, besides its question."""
-    server = {} if config.engine == "embedded" else {"engine": config.engine}
     return {
         "model": model.title,
         "weights": model.weights_id(),
@@ -69,26 +68,21 @@ def made_by(model: EvalModel, config: EvalConfig) -> dict[str, Any]:
         "top_p": config.top_p,
         "max_response_tokens": config.max_response_tokens,
         "seed": config.seed,
-        **server,
+        "engine": "embedded" if config.engine == "embedded" else "sglang",  # they do not draw the same from a seed
     }
 
 
 def _generate(
     model: EvalModel, config: EvalConfig, missing: list[Question], tokenizer: Any, file: AnswerFile, total: int
 ) -> None:
-    limits = Limits(
-        config.max_response_tokens,
-        model.spec.max_positions,
-        stop_tokens(tokenizer),
-        config.temperature,
-        config.top_p,
-        config.stall_seconds,
-    )
     judge = TextReward(tokenizer, with_benchmark_rules(config.rewards))
     try:
         with (
             model.hf_folder(file.path.parent) as folder,
-            engine_for(config, folder) as engine,
+            engine_for(config, folder, model.spec.max_positions, file.path.parent.parent / "logs") as (
+                engine,
+                positions,
+            ),
             AnswerProgress(model.title, total - len(missing), total) as progress,
         ):
 
@@ -96,6 +90,14 @@ def _generate(
                 file.append(answer)
                 progress.add(answer)
 
+            limits = Limits(
+                config.max_response_tokens,
+                positions,
+                stop_tokens(tokenizer),
+                config.temperature,
+                config.top_p,
+                config.stall_seconds,
+            )
             answer_all(engine, judge.judge, missing, limits, keep)
     finally:
         judge.close()

@@ -283,19 +283,14 @@ def _deleted_scores(prompts: Sequence[Prompt], purified: Purified, scores: Score
 def _generate(
     policy: EvalModel, tokenizer: Any, missing: list[Question], total: int, file: AnswerFile, config: InterferenceConfig
 ) -> None:
-    limits = Limits(
-        config.max_response_tokens,
-        policy.spec.max_positions,
-        stop_tokens(tokenizer),
-        config.temperature,
-        config.top_p,
-        config.stall_seconds,
-    )
     judge = TextReward(tokenizer, config.rewards)
     title = "first draw" if missing[0].set == "original" else "purified and resampled"
     try:
         with (
-            engine_for(config, policy.source) as engine,
+            engine_for(config, policy.source, policy.spec.max_positions, file.path.parent / "logs") as (
+                engine,
+                positions,
+            ),
             AnswerProgress(title, total - len(missing), total) as progress,
         ):
 
@@ -303,6 +298,14 @@ def _generate(
                 file.append(answer)
                 progress.add(answer)
 
+            limits = Limits(
+                config.max_response_tokens,
+                positions,
+                stop_tokens(tokenizer),
+                config.temperature,
+                config.top_p,
+                config.stall_seconds,
+            )
             answer_all(engine, judge.judge, missing, limits, keep)
     finally:
         judge.close()
