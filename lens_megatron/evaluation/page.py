@@ -76,7 +76,7 @@ def _curves(results: Sequence[ModelResult]) -> str:
 
 def _details(result: ModelResult) -> str:
     about = (
-        "Percent. Standard error and 95% interval (bootstrap): over another draw of problems. Resampled: the standard error "
+        "Percent. Standard error and interval (bootstrap): over another draw of problems. Resampled: the standard error "
         "of answering the same problems again. pass@k: unbiased. Tokens: mean of a response; cut: at the limit of tokens."
     )
     verdicts = [

@@ -24,7 +24,7 @@ from lens_megatron.types import Prompt, PurifiedPrompt
 from tests.data.tokenizers import byte_level
 from tests.test_score import save_model
 
-PROMPTS = [Prompt(f"p{i}", (1, 2, 3, 4, 100 + i), (0, 5), "yes") for i in range(400)]
+PROMPTS = [Prompt(f"p{i}", (1, 2, 3, 4, 100 + i), (0, 5), "yes") for i in range(1500)]
 SCORED = ScoreResult(
     [
         ScoredPrompt(
@@ -34,6 +34,7 @@ SCORED = ScoreResult(
     ],
     1e-6,
 )
+SAME_MODELS = ScoreResult([replace(one, scores=[None, *[0.0] * 4]) for one in SCORED.prompts[:3]], 0.0)
 
 
 class Sampled:
@@ -56,11 +57,11 @@ class Sampled:
 
 
 def purified() -> dict[tuple[Strategy, float], dict[str, PurifiedPrompt]]:
-    """interference deletes token 3 at every gamma; random deletes one that does not matter, of half of the prompts."""
+    """interference deletes token 3 at every gamma; random deletes one that does not matter, of most prompts."""
     return {
         ("interference", 0.01): {p.id: delete(p, [2]) for p in PROMPTS},
         ("interference", 0.02): {p.id: delete(p, [2]) for p in PROMPTS},
-        ("random", 0.01): {p.id: delete(p, [1]) for p in PROMPTS[::2]},
+        ("random", 0.01): {p.id: delete(p, [1]) for p in PROMPTS[100:]},
         ("random", 0.02): {},
     }
 
@@ -80,16 +81,19 @@ def test_the_control_takes_away_what_the_choice_of_prompts_gives() -> None:
     # deleting what does not matter: seems to help against the first draw, and does not against the control
     assert random_one.prompts < found.failed
     assert random_one.after is not None and random_one.before is not None and random_one.after > random_one.before
-    assert random_one.gain_interval is not None and random_one.gain_interval.low < 0 < random_one.gain_interval.high
-    assert random_one.improved == pytest.approx(random_one.improved_by_resampling, abs=0.1)
+    assert random_one.gain == pytest.approx(0.0, abs=0.04)
+    assert random_one.improved == pytest.approx(random_one.improved_by_resampling, abs=0.08)
+    assert (
+        random_one.improved is not None and random_one.improved > 0.3
+    )  # which without the control looks like a success
     assert (none.prompts, none.after) == (0, None)
     again = [question for question in draw.asked if question.set == "again"]
-    assert len(draw.asked) == 8 * (400 + 2 * found.failed + random_one.prompts)
+    assert len(draw.asked) == 8 * (1500 + 2 * found.failed + random_one.prompts)
     assert len(again) == 8 * found.failed and len({question.key for question in draw.asked}) == len(draw.asked)
     assert len({question.seed for question in draw.asked}) == len(draw.asked)
     tree = json.loads(json.dumps(tree_of(found), allow_nan=False))
     assert tree["score_histogram"]["zero_share"] == 0.25
-    assert tree["deleted_score_histogram"]["tokens"] == 400  # of position 2, whose score is 0
+    assert tree["deleted_score_histogram"]["tokens"] == 1500  # of position 2, whose score is 0
     assert tree["deleted_score_histogram"]["zero_share"] == 1.0
     page = interference_page(found, "m<b>", "r", config)
     assert "Figure 2b" in page and page.count("<svg") == 3 and "<b>:" not in page
@@ -101,7 +105,7 @@ def test_nothing_failed_or_nothing_differs() -> None:
     all_right = Sampled(1.0)
     easy = [delete(prompt, [2]) for prompt in PROMPTS[:3]]  # without the token that makes them fail
     prompts = [replace(p, tokens=x.tokens) for p, x in zip(PROMPTS, easy, strict=False)]
-    found = compare(prompts, {("random", 0.02): {}}, all_right, ScoreResult([], 0.0), config)
+    found = compare(prompts, {("random", 0.02): {}}, all_right, SAME_MODELS, config)
     assert (found.failed, found.before, found.conditions[0].prompts) == (0, None, 0)
     page = interference_page(found, "m", "r", config)
     assert "No prompt failed" in page and "the two models are the same" in page
