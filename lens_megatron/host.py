@@ -18,7 +18,7 @@ from lens_megatron.algorithms.rescue import RebuiltGroup, rebuild_group
 from lens_megatron.algorithms.transfer import TransferTracker
 from lens_megatron.config import RunConfig
 from lens_megatron.data.prompts import PromptStream, load_prompts
-from lens_megatron.data.tokenizer import TokenPieces, check_tokenizer, load_tokenizer, stop_tokens
+from lens_megatron.data.tokenizer import TokenPieces, check_tokenizer, load_tokenizer
 from lens_megatron.errors import RunError, UsageError
 from lens_megatron.evaluation.answering import Limits
 from lens_megatron.evaluation.results import metric_names, step_metrics
@@ -63,10 +63,9 @@ class Host:
         self._answer_limits = Limits(
             config.evaluation.max_response_tokens or config.rollout.max_response_tokens,
             model.spec.max_positions,
-            stop_tokens(self.tokenizer),
-            config.evaluation.temperature,
-            config.evaluation.top_p,
-            config.rollout.stall_seconds,
+            temperature=config.evaluation.temperature,
+            top_p=config.evaluation.top_p,
+            stall_seconds=config.rollout.stall_seconds,
         )
         self.prompt_filter = PromptFilter(config.algorithm.filter, config.data.prompts_per_step, config.seed)
         self.special_ids = frozenset(self.tokenizer.all_special_ids)

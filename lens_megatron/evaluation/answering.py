@@ -52,7 +52,7 @@ class Limits:
 
     max_tokens: int
     positions: int
-    stop_tokens: tuple[int, ...]
+    stop_tokens: tuple[int, ...] = ()  # in training the sampler's
     temperature: float = 1.0
     top_p: float = 1.0
     stall_seconds: float = 600.0

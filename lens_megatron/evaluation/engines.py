@@ -49,19 +49,13 @@ def engine_for(config: GenerationConfig, folder: Path, positions: int, logs: Pat
 def _sglang(config: GenerationConfig, folder: Path, logs: Path) -> tuple[SGLangEngine, int | None]:
     """Ready, and the least context of its servers. What they were started with counts as version 0."""
     from lens_megatron.rollout.sglang_engine import SGLangEngine
-    from lens_megatron.rollout.sglang_seat import Seat
-    from lens_megatron.rollout.sglang_server import read_api_key, started_servers
+    from lens_megatron.rollout.sglang_seat import seats
 
-    server = config.server
-    if config.engine != "sglang":
-        server = replace(server, urls=(config.engine,))
-    if server.urls:
-        key = read_api_key(server)
-        seats = [Seat(f"sglang_{number}", url, key, None, server) for number, url in enumerate(server.urls)]
-    else:
-        processes = started_servers(server, config.servers, str(folder), logs, 0, {"skip_tokenizer_init": True})
-        seats = [Seat(process.name, "", process.api_key, process, server) for process in processes]
-    engine = SGLangEngine(seats, server, resync=_name_weights)
+    server = config.server if config.engine == "sglang" else replace(config.server, urls=(config.engine,))
+    dtype = {"fp32": "float32", "bf16": "bfloat16", "auto": "auto"}[config.precision]
+    common = {"dtype": dtype, "skip_tokenizer_init": True}
+    found = seats(server, config.servers, str(folder.absolute()), logs.absolute(), 0, common, config.seed)
+    engine = SGLangEngine(found, server, resync=_name_weights)
     try:
         addresses = engine.servers()
         engine.begin_update(0)
@@ -71,7 +65,7 @@ def _sglang(config: GenerationConfig, folder: Path, logs: Path) -> tuple[SGLangE
     except BaseException:
         engine.close()
         raise
-    contexts = [seat.info.context_length for seat in seats if seat.info and seat.info.context_length]
+    contexts = [seat.info.context_length for seat in found if seat.info and seat.info.context_length]
     return engine, min(contexts, default=None)
 
 

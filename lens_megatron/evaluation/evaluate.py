@@ -30,7 +30,7 @@ from lens_megatron.evaluation.sets import (
 )
 from lens_megatron.evaluation.show_progress import AnswerProgress
 from lens_megatron.output import write_json
-from lens_megatron.rollout.factory import TextReward
+from lens_megatron.rollout.factory import TextReward, ends_of_the_model
 
 Answers = Mapping[tuple[str, str, int, str], Answer]
 
@@ -93,7 +93,7 @@ def _generate(
             limits = Limits(
                 config.max_response_tokens,
                 positions,
-                stop_tokens(tokenizer),
+                tuple({*stop_tokens(tokenizer), *ends_of_the_model(model.tokenizer)}),
                 config.temperature,
                 config.top_p,
                 config.stall_seconds,

@@ -31,7 +31,7 @@ from lens_megatron.purification.scores import from_optional
 from lens_megatron.purification.strategies import Signals, purify
 from lens_megatron.reporting.figures import BINS_A_DECADE, score_histogram
 from lens_megatron.rollout.engine import derive_seed
-from lens_megatron.rollout.factory import TextReward
+from lens_megatron.rollout.factory import TextReward, ends_of_the_model
 from lens_megatron.scoring import ScoreConfig, ScoreResult, score_prompts
 from lens_megatron.types import Prompt, PurifiedPrompt
 
@@ -301,7 +301,7 @@ def _generate(
             limits = Limits(
                 config.max_response_tokens,
                 positions,
-                stop_tokens(tokenizer),
+                tuple({*stop_tokens(tokenizer), *ends_of_the_model(policy.tokenizer)}),
                 config.temperature,
                 config.top_p,
                 config.stall_seconds,

@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing import reduction
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -310,9 +311,13 @@ def _evaluate(sampler: Sampler, questions: Sequence[Question], limits: Limits) -
     # `judge` is what a TextReward has, and every sampler of a run is made with one
     judge = sampler.reward.judge  # type: ignore[attr-defined]
     answer_all(
-        sampler.engine, judge, questions, limits, lambda question, answer: answers.update({question.key: answer}),
+        sampler.engine,
+        judge,
+        questions,
+        replace(limits, stop_tokens=sampler.stop_tokens),
+        lambda question, answer: answers.update({question.key: answer}),
         sampler.stopping,
-    )  # fmt: skip
+    )
     return [answers[question.key] for question in questions]
 
 

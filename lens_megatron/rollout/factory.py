@@ -123,11 +123,11 @@ def sglang_sampler(
     began = time.monotonic()
     engine = SGLangEngine(found, server, resync)
     print(f"SGLang is ready after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    stop = tuple(sorted({*stop_tokens(tokenizer), *_ends_of_the_model(folder)}))
+    stop = tuple(sorted({*stop_tokens(tokenizer), *ends_of_the_model(folder)}))
     return Sampler(engine, TextReward(tokenizer, rewards), rescue_rules(rescue), sampling, stop, seed)
 
 
-def _ends_of_the_model(folder: Path) -> set[int]:
+def ends_of_the_model(folder: Path) -> set[int]:
     """End tokens of config.json, at which SGLang stops whatever it is asked."""
     listed = json.loads((folder / "config.json").read_text()).get("eos_token_id")
     return set(listed) if isinstance(listed, list) else set() if listed is None else {listed}

@@ -20,6 +20,7 @@ class ScriptedEngine:
         self.slots, self.dies_after, self.aborts = slots, dies_after, aborts
         self.running: list[Request] = []
         self.asked: list[Request] = []
+        self.gone: list[Request] = []
         self.done = 0
         self.most = 0
 
@@ -35,6 +36,9 @@ class ScriptedEngine:
         if self.dies_after is not None and self.done >= self.dies_after:
             self.running = []
             raise KeyboardInterrupt
+        if self.gone:
+            gone, self.gone = self.gone, []
+            return [Finished(request.id, (), (), "abort") for request in gone]
         if not self.running:
             return []
         request = self.running.pop()
@@ -46,8 +50,9 @@ class ScriptedEngine:
         return [Finished(request.id, tokens, (0.0,) * len(tokens), "stop")]
 
     def abort(self, ids: Iterable[str]) -> None:
-        gone = set(ids)
-        self.running = [request for request in self.running if request.id not in gone]
+        wanted = set(ids)
+        self.gone += [request for request in self.running if request.id in wanted]
+        self.running = [request for request in self.running if request.id not in wanted]
 
     def health(self) -> Health:
         return Health(True, len(self.running), 0, 0, self.done)
