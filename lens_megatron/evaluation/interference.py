@@ -122,7 +122,7 @@ def score_all(model: str, reference: str, prompts: Sequence[Prompt], config: Int
     norms = None
     if "gradient" in config.strategies:
         from lens_megatron.mcore.embedding_gradients import embedding_gradient_norms
-        from lens_megatron.mcore.optimizer import OptimizerConfig
+        from lens_megatron.mcore.settings import OptimizerConfig
         from lens_megatron.mcore.step import build_trainable
 
         spec = load_model_config(model).spec
