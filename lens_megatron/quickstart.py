@@ -95,7 +95,7 @@ def run_config(toy: Path, model: Path, run_dir: Path, algorithm: str, steps: int
         "algorithm": algorithm,
         "parallel": {"tp": 2},
         "data": {"train": str(toy / "train.jsonl"), "prompts_per_step": 16},
-        "evaluation": {"every": max(1, steps // 2), "benchmarks": [str(toy / "test.jsonl")]},
+        "evaluation": {"every": max(1, steps // 5), "benchmarks": [str(toy / "test.jsonl")]},
         "rollout": {"n": 8, "max_response_tokens": 96, "schedule": "speculative"},
         "rewards": {"default": {"kind": "numeric"}, "workers": 1},
         "optimizer": {"lr": 1.0e-4},
