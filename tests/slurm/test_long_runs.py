@@ -1,0 +1,91 @@
+"""Runs that outlive their jobs: every ending is gone on from, and the metrics are those of one uninterrupted run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from launchers.queue import Handle
+from lens_megatron import checkpoints
+from tests.loop.runs import decided, metrics
+from tests.slurm.conftest import STEPS, Launcher
+
+pytestmark = pytest.mark.slurm
+
+
+def same_as(base: list[dict[str, Any]], launcher: Launcher) -> None:
+    assert [decided(line) for line in metrics(launcher.run_dir)] == [decided(line) for line in base]
+
+
+def newest_checkpoint(launcher: Launcher) -> int:
+    found = checkpoints.latest(launcher.run_dir / "checkpoints")
+    return 0 if found is None else found.manifest.step
+
+
+def test_two_nodes(launcher: Launcher, base: list[dict[str, Any]]) -> None:
+    """The command itself: TP2 over two nodes, one rank each, the embedded engine; then what `status` says."""
+    code, words = launcher.command("launch", "slurm", *launcher.files({}), "--wait")
+    assert code == 0, words
+    handle = Handle.of(launcher.run_dir)
+    assert handle is not None
+    status = handle.status()
+    assert (status.state, status.slurm, status.restarts) == ("done", "COMPLETED", 0)
+    same_as(base, launcher)
+    code, words = launcher.command("status", str(launcher.run_dir))
+    assert code == 0
+    assert f"step        {STEPS} of {STEPS}" in words and f"checkpoint  step {STEPS}" in words
+    assert "last error  none" in words and f"done (Slurm job {handle.jobs[0]})" in words
+    code, words = launcher.command("launch", "slurm", *launcher.files({}))
+    assert code == 2 and "already holds a run" in words
+    code, words = launcher.command("stop", str(launcher.run_dir))
+    assert code == 2 and "is not running" in words
+
+
+def test_time_limit(launcher: Launcher, base: list[dict[str, Any]]) -> None:
+    """A limit of one minute that Slurm announces soon after the start; later notices by hand."""
+    handle = launcher.submit(site={"time": "00:01:00", "end_notice_s": 55}, checkpoint={"every": 0})
+    (job,) = handle.jobs
+    launcher.until(lambda: launcher.restarts(job) == 1, "requeue")
+    first = newest_checkpoint(launcher)
+    assert first == launcher.steps() and 0 < first < STEPS
+    launcher.cluster.run("scontrol", "update", f"jobid={job}", "timelimit=10")
+    launcher.until(lambda: launcher.steps() > first, "step of the second life")
+    launcher.cluster.run("scancel", "--signal=USR1", job)
+    status = launcher.ended(handle)
+    assert status.state == "done" and status.restarts >= 2
+    same_as(base, launcher)
+
+
+def test_node_set_down(launcher: Launcher, base: list[dict[str, Any]]) -> None:
+    """Slurm queues the job again by itself; what was made since the last checkpoint is made again."""
+    handle = launcher.submit(checkpoint={"every": 2})
+    (job,) = handle.jobs
+    launcher.until(lambda: newest_checkpoint(launcher) >= 2, "checkpoint")
+    launcher.cluster.down("node2")
+    try:
+        launcher.until(lambda: launcher.restarts(job) == 1, "requeue")
+        assert handle.status().state in ("pending", "running")
+    finally:
+        launcher.cluster.resume("node2")
+    assert launcher.ended(handle).state == "done"
+    same_as(base, launcher)
+
+
+def test_chain_and_stop(launcher: Launcher) -> None:
+    """Where jobs may not queue themselves again: the second goes on; stopped, it leaves the third nothing to do."""
+    handle = launcher.submit(links=3, steps=1000)
+    first, second, third = handle.jobs
+    launcher.until(lambda: launcher.steps(), "step")
+    assert "Dependency" in launcher.cluster.job(second)["Reason"]
+    launcher.cluster.run("scancel", "--signal=USR1", first)
+    launcher.until(lambda: launcher.cluster.job(first)["JobState"] == "COMPLETED", "end of the first")
+    before = launcher.steps()
+    assert launcher.restarts(first) == 0 and newest_checkpoint(launcher) == before
+    launcher.until(lambda: launcher.steps() > before, "step of the second")
+    code, words = launcher.command("stop", str(launcher.run_dir))
+    assert code == 0 and "ends after its step" in words
+    status = launcher.ended(handle)
+    assert (status.state, status.job) == ("stopped", second)
+    assert newest_checkpoint(launcher) == launcher.steps() < 1000
+    assert launcher.cluster.job(third)["JobState"] == "CANCELLED"
