@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def submit(jobs: Sequence[Job]) -> list[str]:
         raise UsageError(f"nemo-run rewrites {_REWRITTEN!r} in paths: choose a run_dir and a working folder without it")
     said = io.StringIO()
     logging.getLogger("nemo_run").setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    with _without_input(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         experiment = run.Experiment(jobs[0].name, log_level="ERROR", enable_goodbye_message=False)
         try:
             with experiment:
@@ -101,7 +102,7 @@ def submit(jobs: Sequence[Job]) -> list[str]:
                     before = [experiment.add(task, executor=executor(job), name=name, dependencies=before)]
                 experiment.run(detach=True)
         except Exception as error:  # invoke's, torchx's, AssertionError: nemo-run has no error of its own here
-            raise submission_error(f"{error}\n{said.getvalue()}") from None
+            raise submission_error(f"{said.getvalue()}\n{type(error).__name__}: {error}") from None
     handles = [str(job.handle) for job in experiment.jobs]
     ids = [handle.partition("://")[2].split("/")[1] if handle else "" for handle in handles]
     if not all(ids):
@@ -111,6 +112,18 @@ def submit(jobs: Sequence[Job]) -> list[str]:
         name = "sbatch.sh" if len(scripts) == 1 else f"sbatch-{number}.sh"
         (jobs[0].launch / name).write_text(path_.read_text())
     return ids
+
+
+@contextlib.contextmanager
+def _without_input() -> Iterator[None]:
+    """nemo-run gives sbatch our standard input, and reads from it: a terminal's, or a test's that may not be read."""
+    before = sys.stdin
+    with Path(os.devnull).open() as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = before
 
 
 def submission_error(said: str) -> RunError | UsageError:

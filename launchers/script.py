@@ -206,7 +206,9 @@ def _servers(job: Job) -> list[str]:
     supervise = [
         shlex.quote(python),
         shlex.quote(str(job.launch / "supervisor.py")),
-        shlex.quote(str(job.launch / "servers.json")),
+        '"$LENS_MEGATRON_SERVERS"',
+        shlex.quote(str(job.launch / "servers.stop")),
+        f"--count={servers.count}",
         f"--per-node={servers.per_node}",
         f"--nodes-each={servers.nodes_each}",
     ]
@@ -215,6 +217,7 @@ trap "" USR1
 {environment}exec {" ".join(supervise)}"""
     log = '--output "$RUN/logs/servers-$life-%n.out"'
     return [
+        "export LENS_MEGATRON_SERVERS=$LAUNCH/servers.$life  # where trainer and supervisors leave word for each other",
         _here_document(job.launch / "servers.sh", script),
         f"srun {' '.join(map(shlex.quote, flags))} {log} bash {shlex.quote(str(job.launch / 'servers.sh'))} &",
         "servers=$!",
@@ -224,7 +227,11 @@ trap "" USR1
 def _container(job: Job, place: Place) -> Sequence[str]:
     if place.image is None:
         return ()
-    return (f"--container-image={place.image}", f"--container-mounts={','.join(mounts(job, place))}")
+    return (
+        f"--container-image={place.image}",
+        f"--container-mounts={','.join(mounts(job, place))}",
+        f"--container-env={','.join(environment_names({}))}",
+    )
 
 
 def _here_document(path: Path, text: str) -> str:
@@ -233,4 +240,4 @@ def _here_document(path: Path, text: str) -> str:
 
 def environment_names(environment: Mapping[str, str]) -> list[str]:
     """For pyxis, which lets the image's own values win unless a name is listed."""
-    return [*environment, "MASTER_ADDR", "LENS_MEGATRON_MEETING"]
+    return [*environment, "MASTER_ADDR", "LENS_MEGATRON_MEETING", "LENS_MEGATRON_SERVERS"]

@@ -7,6 +7,8 @@ from lens_megatron.config import RunConfig
 
 
 def servers_of(config: RunConfig) -> Servers | None:
-    """None where the engine needs no server of its own."""
-    assert config.rollout.engine == "embedded"
-    return None
+    """None where the engine needs no server of its own: the embedded one, or servers given by URL."""
+    rollout = config.rollout
+    if rollout.engine != "sglang" or rollout.server.urls:
+        return None
+    return Servers(rollout.servers, rollout.server.gpus, config.placement == "colocated")

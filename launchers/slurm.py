@@ -7,7 +7,6 @@ handle.status().state   # pending, running, done, failed, stopped, unfinished, u
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 import shutil
@@ -126,7 +125,4 @@ def _write(job: Job, tree: dict, config: RunConfig) -> None:
     except OSError as error:
         raise UsageError(f"run_dir {job.run_dir} cannot be written: {error.strerror}") from None
     if job.shape.servers is not None:
-        key = os.open(job.launch / "api_key", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(key, "w") as file:
-            file.write(secrets.token_urlsafe(32))
         shutil.copy(Path(__file__).with_name("supervisor.py"), job.launch / "supervisor.py")

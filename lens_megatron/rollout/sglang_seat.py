@@ -21,6 +21,7 @@ from lens_megatron.rollout.sglang_client import SGLangClient, Unreachable
 from lens_megatron.rollout.sglang_config import ServerConfig
 from lens_megatron.rollout.sglang_schema import OLDEST_SUPPORTED, Generation, ServerInfo
 from lens_megatron.rollout.sglang_server import ServerAddress, ServerProcess, read_api_key, server_processes
+from lens_megatron.rollout.sglang_supervised import SupervisedServer, supervised_folder
 
 State = Literal["starting", "quarantined", "ready", "gone"]
 HEALTH_RETRY_SECONDS = 0.25
@@ -170,5 +171,6 @@ def seats(
     if config.urls:
         key = read_api_key(config)
         return [Seat(f"sglang_{number}", url, key, None, config) for number, url in enumerate(config.urls)]
-    processes = server_processes(config, count, model, logs, first_gpu, common, seed)
+    kind = SupervisedServer if supervised_folder() is not None else ServerProcess  # on nodes of their own, or here
+    processes = server_processes(config, count, model, logs, first_gpu, common, seed, kind=kind)
     return [Seat(process.name, "", process.api_key, process, config) for process in processes]

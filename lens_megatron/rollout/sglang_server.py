@@ -72,7 +72,7 @@ class ServerProcess:
         self.stop()
         port = self._port or free_port(self._config.host)
         self.url = f"http://{self._config.host}:{port}"
-        self._write_settings(port)
+        write_private(self._settings, yaml.safe_dump({**self.settings(), "host": self._config.host, "port": port}))
         environment = {
             **{name: value for name, value in os.environ.items() if name not in _NOT_INHERITED},
             **self._config.env,
@@ -126,23 +126,21 @@ class ServerProcess:
             self._process.wait()
         self._process = None
 
-    def _write_settings(self, port: int) -> None:
+    def settings(self) -> dict[str, Any]:
+        """Of the next start, but for where it listens."""
         config = self._config
         settings = {
             # servers of one seed would give a prompt's rollouts the same random numbers, and so would a second start
             "random_seed": derive_seed(self._seed, self.name, self.starts) % 2**31,
             **self._arguments,
             "model-path": self._model,
-            "host": config.host,
-            "port": port,
             "tp-size": config.tp,
             "ep-size": config.ep,
             "dp-size": config.dp,
             "api-key": self.api_key,
             "weight-version": UNSYNCED,
         }
-        named = {name.replace("_", "-"): value for name, value in settings.items()}
-        write_private(self._settings, yaml.safe_dump(named))
+        return {name.replace("_", "-"): value for name, value in settings.items()}
 
 
 def free_port(host: str) -> int:
@@ -163,13 +161,14 @@ def server_processes(
     common: Mapping[str, Any],
     seed: int = 0,
     first_port: int | None = None,
+    kind: type[ServerProcess] | None = None,
 ) -> list[ServerProcess]:
     """Not started yet, with one key; each on GPUs of its own."""
     logs.mkdir(parents=True, exist_ok=True)
     first, key = config.first_gpu if config.first_gpu is not None else first_gpu, new_api_key()
     on_gpu = config.argument("device") != "cpu"  # there a base_gpu_id would mean another processor socket
     return [
-        ServerProcess(
+        (kind or ServerProcess)(
             f"sglang_{number}",
             config,
             model,

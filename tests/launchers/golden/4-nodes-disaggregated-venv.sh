@@ -89,10 +89,11 @@ esac
 exit $code
 END_OF_SCRIPT
 srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --overlap --chdir=/ bash -c 'say() { echo "error: node ${SLURMD_NODENAME:-$(hostname)} $1" >&2; exit 2; }; [ -e "/shared/runs/lens-8b/launch/token" ] || say "does not see /shared/runs/lens-8b: run_dir must lie on storage that all nodes share"; [ -x "/shared/envs/lens-megatron/bin/lens-megatron" ] || say "has no /shared/envs/lens-megatron/bin/lens-megatron: venv must lie on storage that all nodes share"; [ -d "/home/me/project" ] || say "does not see the folder /home/me/project that the job was launched from"' || exit 2
+export LENS_MEGATRON_SERVERS=$LAUNCH/servers.$life  # where trainer and supervisors leave word for each other
 cat > /shared/runs/lens-8b/launch/servers.sh <<'END_OF_SCRIPT'
 # the SGLang servers of one node
 trap "" USR1
-exec /shared/envs/sglang/bin/python /shared/runs/lens-8b/launch/supervisor.py /shared/runs/lens-8b/launch/servers.json --per-node=1 --nodes-each=1
+exec /shared/envs/sglang/bin/python /shared/runs/lens-8b/launch/supervisor.py "$LENS_MEGATRON_SERVERS" /shared/runs/lens-8b/launch/servers.stop --count=2 --per-node=1 --nodes-each=1
 END_OF_SCRIPT
 srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --relative=2 --overlap --kill-on-bad-exit=0 --cpus-per-task=64 --output "$RUN/logs/servers-$life-%n.out" bash /shared/runs/lens-8b/launch/servers.sh &
 servers=$!
