@@ -24,7 +24,7 @@ from launchers.servers import servers_of
 from launchers.shape import job_shape
 from launchers.site import SiteConfig, load_site, split_overrides
 from lens_megatron import stopping, strict
-from lens_megatron.config import RunConfig, load_run
+from lens_megatron.config import load_run
 from lens_megatron.errors import UsageError
 from lens_megatron.machine import run_command
 from lens_megatron.model_spec import find_weights, load_model_config
@@ -45,8 +45,24 @@ def submit(
     `overrides`: `key.path=value` of the run, and `site.key=value` of the site. `links`: so many jobs, each going on where
     the one before it ended. `resume`: go on with the run that the folder holds.
     """
-    jobs, tree, config = plan(run, overrides, site, name, links)
-    check_cluster(jobs[0].site, str(site))
+    jobs = prepare(run, overrides, site, name, links=links, resume=resume)
+    ids = nemo.submit(jobs)
+    (jobs[0].launch / "jobs.json").write_text(json.dumps({"jobs": ids, "name": jobs[0].name}) + "\n")
+    return Handle(jobs[0].run_dir, tuple(ids))
+
+
+def prepare(
+    run: Path,
+    overrides: Sequence[str],
+    site: Path | SiteConfig | None,
+    name: str = "",
+    *,
+    links: int = 1,
+    resume: bool = False,
+) -> list[Job]:
+    """All of `submit` but the submission: everything checked, and what the jobs read written into the run folder."""
+    jobs, tree = plan(run, overrides, site, name, links)
+    check_cluster(jobs[0].site, str(site) if isinstance(site, Path) else "site")
     folder = RunFolder(jobs[0].run_dir)
     if folder.holds_run() and not resume:
         raise UsageError(
@@ -55,16 +71,14 @@ def submit(
     earlier = Handle.of(folder.path)
     if earlier is not None and (now := earlier.status()).active:
         raise UsageError(f"run_dir {folder.path} belongs to job {now.job}, which is {now.state}: stop it first")
-    _write(jobs[0], tree, config)
-    ids = nemo.submit(jobs)
-    (jobs[0].launch / "jobs.json").write_text(json.dumps({"jobs": ids, "name": jobs[0].name}) + "\n")
-    return Handle(jobs[0].run_dir, tuple(ids))
+    _write(jobs[0], tree)
+    return jobs
 
 
 def plan(
     run: Path, overrides: Sequence[str], site: Path | SiteConfig | None, name: str = "", links: int = 1
-) -> tuple[list[Job], dict, RunConfig]:
-    """The jobs, the run's tree with its overrides, and what it means."""
+) -> tuple[list[Job], dict]:
+    """The jobs, and the run's tree with its overrides."""
     of_run, of_site = split_overrides(overrides)
     if isinstance(site, SiteConfig):
         where = strict.build(SiteConfig, strict.apply_overrides(strict.to_tree(SiteConfig, site), of_site), "site")
@@ -82,7 +96,7 @@ def plan(
     jobs = [
         Job(word, run_dir, work_dir, Path(sys.executable), where, shape, link, links) for link in range(1, links + 1)
     ]
-    return jobs, strict.apply_overrides(strict.read_yaml(run), of_run), config
+    return jobs, strict.apply_overrides(strict.read_yaml(run), of_run)
 
 
 def check_cluster(site: SiteConfig, where: str) -> None:
@@ -111,7 +125,7 @@ def check_cluster(site: SiteConfig, where: str) -> None:
             )
 
 
-def _write(job: Job, tree: dict, config: RunConfig) -> None:
+def _write(job: Job, tree: dict) -> None:
     """What the job reads: the run as it is now, whatever becomes of RUN.yaml while the job waits."""
     try:
         (job.run_dir / "logs").mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from launchers import nemo, slurm
 
     if args.dry_run:
-        jobs, _, _ = slurm.plan(Path(args.run), args.overrides, args.site, args.name, args.chain)
+        jobs, _ = slurm.plan(Path(args.run), args.overrides, args.site, args.name, args.chain)
         print("\n".join(nemo.batch_script(job) for job in jobs), end="")
         return 0
     handle = slurm.submit(Path(args.run), args.overrides, args.site, args.name, links=args.chain, resume=args.resume)

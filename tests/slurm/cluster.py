@@ -66,13 +66,13 @@ class Cluster:
         (self.root / "munge").chmod(0o755)
         munge = [f"--{name}={self.root / 'munge' / file}" for name, file in _MUNGE.items()]
         self._daemon("munged", "--force", "--foreground", *munge)
-        self._until(lambda: (self.root / "munge" / "munge.socket").exists(), "munged")
+        self.until(lambda: (self.root / "munge" / "munge.socket").exists(), "munged")
         if self.accounting:
             self._start_accounting()
         self._daemon("slurmctld", "-D", "-c")
         for node in NODES:
             self.start_node(node)
-        self._until(self._all_up, "the nodes")
+        self.until(self._all_up, "the nodes")
 
     def start_node(self, node: str) -> None:
         # a mount namespace of its own: a test can hide a folder from one node
@@ -102,7 +102,7 @@ class Cluster:
     def stop(self) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired, AssertionError):
             self.run("scancel", "--quiet", "--user=root", seconds=5.0)
-            self._until(lambda: not self.run("squeue", "--noheader", check=False).strip(), "the queue to empty", 10.0)
+            self.until(lambda: not self.run("squeue", "--noheader", check=False).strip(), "the queue to empty", 10.0)
         for process in reversed(self._started):
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
@@ -139,7 +139,7 @@ class Cluster:
         lines = self.run("sinfo", "--noheader", "--Node", "--format", "%N %T", check=False).splitlines()
         return {line.strip() for line in lines} == {f"{node} idle" for node in NODES}  # one line a partition
 
-    def _until(self, holds: object, what: str, seconds: float = _START_S) -> None:
+    def until(self, holds: object, what: str, seconds: float = _START_S) -> None:
         assert callable(holds)
         deadline = time.monotonic() + seconds
         while not holds():
@@ -158,7 +158,8 @@ class Cluster:
             self._database_port = ports[4]
             accounts = (
                 "AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=127.0.0.1\n"
-                f"AccountingStoragePort={ports[3]}\nAccountingStoragePass={socket_}"
+                f"AccountingStoragePort={ports[3]}\nAccountingStoragePass={socket_}\n"
+                "AccountingStorageEnforce=associations"
             )
             settings = self.root / "slurmdbd.conf"
             settings.write_text(_SLURMDBD.format(root=self.root, socket=socket_, port=ports[3], database_port=ports[4]))
@@ -178,14 +179,14 @@ class Cluster:
                      f"--port={self._database_port}", "--innodb-buffer-pool-size=64M", "--innodb-log-file-size=16M",
                      "--innodb-lock-wait-timeout=900", "--innodb-flush-log-at-trx-commit=0")  # fmt: skip
         client = ["mariadb", "--no-defaults", "-S", str(socket_), "-e"]
-        self._until(lambda: subprocess.run([*client, "select 1"], capture_output=True).returncode == 0, "mariadbd")
+        self.until(lambda: subprocess.run([*client, "select 1"], capture_output=True).returncode == 0, "mariadbd")
         grants = [
             f"create user 'slurm'@'{host}' identified by 'slurm'; grant all on slurm_acct.* to 'slurm'@'{host}';"
             for host in ("127.0.0.1", "localhost")
         ]
         subprocess.run([*client, " ".join(grants)], check=True)
         self._daemon("slurmdbd", "-D")
-        self._until(lambda: "error" not in self.run("sacctmgr", "-n", "list", "cluster", check=False), "slurmdbd")
+        self.until(lambda: "error" not in self.run("sacctmgr", "-n", "list", "cluster", check=False), "slurmdbd")
         self.run("sacctmgr", "-i", "add", "cluster", "testcluster", check=False)
         self.run("sacctmgr", "-i", "add", "account", "lab")
         self.run("sacctmgr", "-i", "add", "user", "root", "account=lab")

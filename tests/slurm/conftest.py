@@ -102,14 +102,18 @@ SITE = {
 }
 
 
-@pytest.fixture
-def launcher(
-    cluster: clusters.Cluster, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Launcher]:
+def environment(cluster: clusters.Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("NEMORUN_HOME", str(cluster.root / "nemo-home"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parents[1]), str(HERE.parent / "loop")]))
+
+
+@pytest.fixture
+def launcher(
+    cluster: clusters.Cluster, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Launcher]:
+    environment(cluster, monkeypatch)
     launcher = Launcher(cluster, task, tmp_path)
     yield launcher
     if (handle := Handle.of(launcher.run_dir)) is not None:
