@@ -130,6 +130,14 @@ def one_round(source: Path, work: Path, cache: str) -> dict[str, dict[str, float
     return found
 
 
+def machine() -> dict[str, Any]:
+    cpu = [
+        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    memory = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    return {"cpu": cpu[0] if cpu else platform.machine(), "cores": os.cpu_count(), "memory_gib": round(memory / GIB, 1)}
+
+
 CP_OF = {"hf-to-megatron": "cp HF", "megatron-to-hf": "cp Megatron"}
 
 
