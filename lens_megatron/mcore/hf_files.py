@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -72,7 +73,9 @@ def write_hf_folder(
     disk. config.json gets the tensors' dtype. `replace`: a folder of that name makes way."""
     if target.exists() and not replace:
         raise UsageError(f"{target}: exists already; choose another folder or remove it")
-    partial = checkpoints.begin(target)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
         dtype = _write_shards(partial, tensors, max_shard_bytes)
         if companions_from is not None:
