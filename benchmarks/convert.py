@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-from benchmarks._machine import machine
 from lens_megatron.model_spec import load_model_spec
 from lens_megatron.planning.parameters import count_parameters
 
