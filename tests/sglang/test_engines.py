@@ -1,4 +1,4 @@
-"""The engine tests, on real SGLang servers: one, and two that share the work."""
+"""The engine tests, on a real SGLang server. Two that share the work are in test_faults.py."""
 
 from __future__ import annotations
 

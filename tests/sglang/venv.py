@@ -17,6 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 VERSION = "0.5.21"
+OLDER_VERSION = "0.5.20"  # the last without weight-update sessions
 ROUTER_VERSION = "0.3.2"
 
 
@@ -57,20 +58,26 @@ def build() -> Path:
     return python()
 
 
-def build_router() -> Path:
-    """A folder for PYTHONPATH that holds SGLang's router; its launcher runs with the server's python."""
-    place = _cache() / f"sglang-router-{ROUTER_VERSION}"
+def build_beside(package: str, version: str) -> Path:
+    """A folder for PYTHONPATH that holds one package without what it needs, which the environment has."""
+    place = _cache() / f"{package}-{version}"
     place.parent.mkdir(parents=True, exist_ok=True)
     with (place.parent / f"{place.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (place / ".installed").exists():
             shutil.rmtree(place, ignore_errors=True)
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            subprocess.run(
-                [*pip, "--target", str(place), f"sglang-router=={ROUTER_VERSION}"], check=True, stdout=sys.stderr
-            )
+            pip = [str(build()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            subprocess.run([*pip, "--target", str(place), f"{package}=={version}"], check=True, stdout=sys.stderr)
             (place / ".installed").touch()
     return place
+
+
+def build_router() -> Path:
+    return build_beside("sglang-router", ROUTER_VERSION)
+
+
+def build_older() -> Path:
+    return build_beside("sglang", OLDER_VERSION)
 
 
 def _requirements() -> Path:
@@ -80,3 +87,4 @@ def _requirements() -> Path:
 if __name__ == "__main__":
     print(build())
     build_router()
+    build_older()
