@@ -73,33 +73,76 @@ def load_hf(chunks: Sequence[torch.nn.Module], spec: ModelSpec, folder: Path) ->
         local.parameter.copy_(shard)
 
 
-@torch.no_grad()
-def export_hf(chunks: Sequence[torch.nn.Module], spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
-    """HF tensors on the host of rank 0, in a fixed order, one (one expert) gathered at a time; every rank must iterate.
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of what a Mapping names, as every rank knows of it."""
 
-    Other ranks get nothing, and send what they hold when its turn comes.
-    """
-    rank = dist.get_rank()
+    owner: int
+    mapping: Mapping
+    shards: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Who holds what, agreed among all ranks. `order`: the HF names of each gathered unit, in the order of export."""
+
+    mine: dict[tuple[tuple[str, ...], int], LocalTensor]
+    shards: dict[tuple[tuple[str, ...], int], Shard]
+    order: list[tuple[str, ...]]
+    stages: list[int]  # pipeline stage of each rank
+
+    def stage_of(self, names: tuple[str, ...]) -> int:
+        return self.stages[self.shards[names, 0].owner]
+
+    def leader_of(self, stage: int) -> int:
+        """The rank that gathers and sends a stage's tensors."""
+        return self.stages.index(stage)
+
+
+def agree_on_holdings(chunks: Sequence[torch.nn.Module], spec: ModelSpec) -> Holdings:
+    """Every rank must call."""
     mine = {(t.mapping.hf_names, t.shard): t for t in local_tensors(chunks, spec) if t.primary}
-    held: list[list[tuple[Mapping, int, int, torch.dtype, tuple[int, ...]]]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(
-        held, [(t.mapping, t.shard, t.shards, t.parameter.dtype, tuple(t.parameter.shape)) for t in mine.values()]
-    )
-    owners = {(m.hf_names, shard): (owner, m, n, d, s) for owner, part in enumerate(held) for m, shard, n, d, s in part}
+    held: list[tuple[int, list[tuple[Mapping, int, int, torch.dtype, tuple[int, ...]]]]] = [(0, [])]
+    held *= dist.get_world_size()
+    parts = [(t.mapping, t.shard, t.shards, t.parameter.dtype, tuple(t.parameter.shape)) for t in mine.values()]
+    dist.all_gather_object(held, (parallel_state.get_pipeline_model_parallel_rank(), parts))
+    shards = {
+        (mapping.hf_names, number): Shard(owner, mapping, count, dtype, shape)
+        for owner, (_, part) in enumerate(held)
+        for mapping, number, count, dtype, shape in part
+    }
     order = {name: place for place, name in enumerate(hf_shapes(spec))}
-    for names in sorted({names for names, _ in owners}, key=lambda names: order[names[0]]):
-        _, mapping, count, _, _ = owners[names, 0]
+    units = sorted({names for names, _ in shards}, key=lambda names: order[names[0]])
+    return Holdings(mine, shards, units, [stage for stage, _ in held])
+
+
+@torch.no_grad()
+def gather(
+    holdings: Holdings, spec: ModelSpec, units: Sequence[tuple[str, ...]], root: int, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """HF tensors of `units` on `root`, one unit (one expert's gate and up) at a time. Every rank that holds a part must
+    iterate, and gets nothing unless it is the root."""
+    rank = dist.get_rank()
+    for names in units:
         shards: list[Tensor] = []
-        for number in range(count):
-            owner, _, _, dtype, shape = owners[names, number]
-            if owner == rank:
-                tensor = mine[names, number].parameter.detach().cpu()
-                if rank != 0:
-                    dist.send(tensor.contiguous(), dst=0)
-            elif rank == 0:
-                tensor = torch.empty(shape, dtype=dtype)
-                dist.recv(tensor, src=owner)
-            if rank == 0:
+        for number in range(holdings.shards[names, 0].shards):
+            shard = holdings.shards[names, number]
+            if shard.owner == rank:
+                tensor = holdings.mine[names, number].parameter.detach().to(device)
+                if rank != root:
+                    dist.send(tensor.contiguous(), dst=root)
+            elif rank == root:
+                tensor = torch.empty(shard.shape, dtype=shard.dtype, device=device)
+                dist.recv(tensor, src=shard.owner)
+            if rank == root:
                 shards.append(tensor)
-        if rank == 0:
-            yield from join_shards(mapping, spec, shards)
+        if rank == root:
+            yield from join_shards(holdings.shards[names, 0].mapping, spec, shards)
+
+
+def export_hf(chunks: Sequence[torch.nn.Module], spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
+    """All HF tensors on the host of rank 0, in a fixed order; every rank must iterate."""
+    holdings = agree_on_holdings(chunks, spec)
+    yield from gather(holdings, spec, holdings.order, root=0, device=torch.device("cpu"))

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lens_megatron.types import Prompt, PurifiedPrompt
 
 BEAT_SECONDS = 1.0
+ASIDE = ("servers", "begin_update", "end_update")  # done at once, also while sampling, by engines that are servers
 SILENCE_SECONDS = 60.0  # without a beat: the process is stopped or the machine swaps
 START_SECONDS = 600.0
 COMMAND_SECONDS = 600.0
@@ -57,6 +58,7 @@ class RolloutDriver:
         self._silence_seconds, self._command_seconds = silence_seconds, command_seconds
         self._buffer: SharedBuffer | None = None
         self._sampling = False
+        self._early: list[tuple[str, Any]] = []  # the sampling's answer, come while another was waited for
         self._failure: RunError | None = None
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe(duplex=True)
@@ -75,8 +77,10 @@ class RolloutDriver:
     def pid(self) -> int | None:
         return self._process.pid
 
+    # of an engine that is servers; also while sampling
+
     def servers(self) -> list[ServerAddress]:
-        """Of an engine that works with servers: those that answer. Weights reach them past this process."""
+        """Those that answer. Weights reach them past this process."""
         return self._call("servers")
 
     def begin_update(self, version: int) -> None:
@@ -180,8 +184,10 @@ class RolloutDriver:
     def _send(self, command: str, *args: Any) -> None:
         if self._failure is not None:
             raise self._failure
-        if self._sampling and command != "stop":
+        if self._sampling and command not in ("stop", *ASIDE):
             raise ValueError(f"{command!r} while sampling")
+        if self._sampling and command != "stop":
+            command, args = "aside", (command, *args)
         try:
             self._pipe.send((command, args))
         except (BrokenPipeError, ConnectionResetError):
@@ -199,22 +205,24 @@ class RolloutDriver:
                 self._give_up(f"did not finish {command!r} within {limit:g} s")
             if now - last_sign > silence:
                 self._give_up(f"gave no sign of life for {silence:g} s during {command!r}")
+            if command == "sample" and self._early:
+                return _answered(*self._early.pop())
             left = BEAT_SECONDS if patience is None else max(0.0, min(BEAT_SECONDS, start + patience - now))
             if self._pipe not in wait([self._pipe, self._process.sentinel], left):
                 if not self._process.is_alive() and not self._pipe.poll():
                     self._died()
                 continue
             try:
-                kind, value = self._pipe.recv()
+                kind, value, aside = self._pipe.recv()
             except (EOFError, ConnectionResetError):
                 self._died()
             last_sign = time.monotonic()
-            if kind == "answer":
-                return value
-            if kind == "usage error":
-                raise UsageError(value)
-            if kind == "error":
-                raise RunError(value)
+            if kind == "beat":
+                continue
+            if self._sampling and command != "sample" and not aside:
+                self._early.append((kind, value))
+            else:
+                return _answered(kind, value)
 
     def _died(self) -> NoReturn:
         self._process.join(CLOSE_SECONDS)
@@ -230,6 +238,14 @@ class RolloutDriver:
         raise self._failure
 
 
+def _answered(kind: str, value: Any) -> Any:
+    if kind == "usage error":
+        raise UsageError(value)
+    if kind == "error":
+        raise RunError(value)
+    return value
+
+
 _NOT_YET = object()
 
 
@@ -241,10 +257,24 @@ def _serve(pipe: Connection, make_sampler: Callable[[], Sampler], threads: int) 
     torch.set_num_threads(threads)
     sending = threading.Lock()
 
-    def answer(kind: str, value: Any = None) -> None:
+    def answer(kind: str, value: Any = None, aside: bool = False) -> None:
         # a broken pipe: _listen sees that the caller is gone
         with sending, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            pipe.send((kind, value))
+            pipe.send((kind, value, aside))
+
+    def carry_out(command: str, args: tuple[Any, ...], buffer: SharedBuffer | None, aside: bool = False) -> None:
+        try:
+            answer("answer", _execute(sampler, buffer, command, args), aside)
+        except UsageError as error:
+            answer("usage error", str(error), aside)
+        except RunError as error:
+            answer("error", str(error), aside)
+        except Exception as error:
+            traceback.print_exc()
+            answer("error", f"the rollout driver failed in {command!r}: {type(error).__name__}: {error}", aside)
+
+    def meanwhile(command: str, *args: Any) -> None:
+        threading.Thread(target=carry_out, args=(command, args, None, True), daemon=True).start()
 
     def beat() -> None:
         while True:
@@ -262,7 +292,7 @@ def _serve(pipe: Connection, make_sampler: Callable[[], Sampler], threads: int) 
     answer("answer")
 
     commands: queue.Queue[tuple[str, tuple[Any, ...]]] = queue.Queue()
-    threading.Thread(target=_listen, args=(pipe, sampler, commands), daemon=True).start()
+    threading.Thread(target=_listen, args=(pipe, sampler, commands, meanwhile), daemon=True).start()
     buffer: SharedBuffer | None = None
     while True:
         command, args = commands.get()
@@ -271,15 +301,7 @@ def _serve(pipe: Connection, make_sampler: Callable[[], Sampler], threads: int) 
         if command == "buffer":
             buffer = SharedBuffer(*args)
             continue
-        try:
-            answer("answer", _execute(sampler, buffer, command, args))
-        except UsageError as error:
-            answer("usage error", str(error))
-        except RunError as error:
-            answer("error", str(error))
-        except Exception as error:
-            traceback.print_exc()
-            answer("error", f"the rollout driver failed in {command!r}: {type(error).__name__}: {error}")
+        carry_out(command, args, buffer)
     sampler.close()
     os._exit(0)  # threads of reward pools and clients may still hang
 
@@ -321,8 +343,13 @@ def _evaluate(sampler: Sampler, questions: Sequence[Question], limits: Limits) -
     return [answers[question.key] for question in questions]
 
 
-def _listen(pipe: Connection, sampler: Sampler, commands: queue.Queue[tuple[str, tuple[Any, ...]]]) -> None:
-    """Commands go to the main thread; stopping, and the end of the caller, act at once."""
+def _listen(
+    pipe: Connection,
+    sampler: Sampler,
+    commands: queue.Queue[tuple[str, tuple[Any, ...]]],
+    meanwhile: Callable[..., None],
+) -> None:
+    """Commands go to the main thread; stopping, what is asked aside, and the end of the caller act at once."""
     while True:
         try:
             command, args = pipe.recv()
@@ -335,6 +362,9 @@ def _listen(pipe: Connection, sampler: Sampler, commands: queue.Queue[tuple[str,
             os._exit(1)
         if command == "stop":
             sampler.stop()
+            continue
+        if command == "aside":
+            meanwhile(*args)
             continue
         if command == "sample":
             sampler.resume()  # here, so that a stop sent right after it is not forgotten

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 # Megatron-Core's gradient buffers keep themselves, and so their process groups, alive through hooks on autograd's nodes. A run
 # has one model and never notices; here hundreds would pile up, each with threads of gloo, so the pool starts afresh.
@@ -69,16 +70,17 @@ class WorkerPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        rendezvous = tempfile.mktemp(prefix="lens-test-store-")
+        # a TCP store like a run's own: a file store's waits end otherwise
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.world_size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world_size, rendezvous, there), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.world_size, self._store.port, there), daemon=True)
             process.start()
             there.close()
             self._workers.append((process, here))
 
 
-def _serve(rank: int, world_size: int, rendezvous: str, connection: Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     os.environ.update(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1", PYTHONWARNINGS="ignore")
     import warnings
@@ -88,7 +90,7 @@ def _serve(rank: int, world_size: int, rendezvous: str, connection: Connection) 
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    store = dist.FileStore(rendezvous, world_size)
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     while True:
         try:
@@ -100,4 +102,3 @@ def _serve(rank: int, world_size: int, rendezvous: str, connection: Connection) 
         except BaseException:  # reported to the test, whatever it was
             answer = (False, traceback.format_exc())
         connection.send((*answer, len(list(Path("/proc/self/task").iterdir()))))
-    Path(rendezvous).unlink(missing_ok=True)

@@ -224,3 +224,46 @@ def test_the_buffer_keeps_every_dtype_and_shape() -> None:
     assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in bucket.items())
     with pytest.raises(RunError, match=r"a bucket of \d+ MiB"):
         SharedBuffer.create(2**60)
+
+
+class Servers(EmbeddedEngine):
+    """As an engine of servers: its weights change past the driver, also while it samples."""
+
+    log: list[Any]
+
+    def servers(self) -> list[str]:
+        if self.log:
+            raise RunError(f"told of {self.log}")
+        return ["one", "two"]
+
+    def begin_update(self, version: int) -> None:
+        self.log = [version]
+
+    def end_update(self, synced: Any = ()) -> None:
+        self.log.append(synced)
+
+
+def make_servers(reward: Any = slow) -> Sampler:
+    engine = Servers(tiny.model(0), slots=8)
+    engine.log = []
+    return Sampler(engine, reward, NO_RESCUE, CONFIG, (tiny.STOP,), seed=1)
+
+
+def test_servers_are_updated_while_sampling(fresh: Any) -> None:
+    """Each command gets its own answer, and the samples come afterwards, whole."""
+    driver = fresh(make_servers)
+    driver.start_sampling(PROMPTS, [None] * len(PROMPTS), 1)
+    assert driver.servers() == ["one", "two"]
+    assert driver.begin_update(3) is None
+    assert driver.end_update(["one"]) is None
+    with pytest.raises(RunError, match=r"told of \[3, \['one'\]\]"):  # an error aside is not the sampling's
+        driver.servers()
+    with pytest.raises(ValueError, match="while sampling"):
+        driver.health()
+    time.sleep(6.0)  # the sampling ends meanwhile: its answer comes before that of what is asked now
+    with pytest.raises(RunError, match="told of"):
+        driver.servers()
+    result = driver.sampled(60.0)
+    assert result is not None
+    assert len(result.groups) == len(PROMPTS)
+    assert driver.health().ok

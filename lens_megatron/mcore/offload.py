@@ -1,0 +1,102 @@
+"""A policy's memory off its device and back, for an engine that takes turns with the trainer on the same GPUs.
+
+Every tensor keeps its storage object, which is emptied and filled again: views into Megatron-Core's flat buffers, its
+optimizer's shards and its communication buckets all stay valid. On a GPU this is unverified; on CPU the same code runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lens_megatron.mcore.step import Trainable
+
+
+class Residence:
+    """Where a policy's weights, gradients and optimizer state are."""
+
+    def __init__(self, policy: Trainable) -> None:
+        self._policy = policy
+        self._away: list[tuple[torch.UntypedStorage, int, Tensor | None]] = []  # storage, bytes, its content
+
+    @property
+    def on_device(self) -> bool:
+        return not self._away
+
+    @torch.no_grad()
+    def release(self) -> int:
+        """Bytes that the device got back. Gradients are not kept: every step begins by zeroing them."""
+        if self._away:
+            return 0
+        freed = 0
+        seen: set[int] = set()
+        for tensor, kept in self._tensors():
+            storage = tensor.untyped_storage()
+            if storage._cdata in seen or storage.nbytes() == 0:
+                continue
+            seen.add(storage._cdata)
+            content = _host_copy(storage) if kept else None
+            self._away.append((storage, storage.nbytes(), content))
+            freed += storage.nbytes()
+        for storage, _, _ in self._away:
+            storage.resize_(0)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return freed
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for storage, size, content in self._away:
+            storage.resize_(size)
+            bytes_B = _bytes_of(storage)
+            if content is None:
+                bytes_B.zero_()
+            else:
+                bytes_B.copy_(content)
+        self._away = []
+
+    def _tensors(self) -> Iterator[tuple[Tensor, bool]]:
+        """Everything that the policy holds, and whether its content must come back."""
+        for chunk in self._policy.chunks:
+            for buffer in _flat(chunk):
+                if buffer.grad_data is not None:
+                    yield buffer.grad_data, False
+                if buffer.param_data is not None:
+                    yield buffer.param_data, True
+            for parameter in chunk.parameters():
+                yield parameter.data, True
+        inner = self._policy.optimizer.inner
+        for part in getattr(inner, "chained_optimizers", [inner]):
+            for group in part.optimizer.param_groups:
+                for parameter in group["params"]:
+                    yield parameter.data, True
+                    if parameter.grad is not None:
+                        yield parameter.grad, False
+            for state in part.optimizer.state.values():
+                for value in state.values():
+                    if torch.is_tensor(value):
+                        yield value, True
+
+
+def _flat(chunk: torch.nn.Module) -> list[Any]:
+    """Megatron-Core's flat buffers of parameters and gradients."""
+    return [*chunk.buffers, *chunk.expert_parallel_buffers]
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _host_copy(storage: torch.UntypedStorage) -> Tensor:
+    bytes_B = _bytes_of(storage)
+    pinned = storage.device.type == "cuda"
+    copy = torch.empty(bytes_B.shape, dtype=torch.uint8, pin_memory=pinned)
+    return copy.copy_(bytes_B)
+
+
+def residual_bytes() -> int:
+    """What this process still holds of its GPU; 0 without one."""
+    return int(torch.cuda.memory_reserved()) if torch.cuda.is_available() else 0
