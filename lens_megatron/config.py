@@ -18,6 +18,7 @@ from lens_megatron.mcore.settings import MemoryConfig, OptimizerConfig
 from lens_megatron.rewards.config import RewardConfig
 from lens_megatron.rollout.sampling import SamplingConfig
 from lens_megatron.rollout.sglang_config import ServerConfig
+from lens_megatron.rollout.weight_sync.config import SyncConfig
 from lens_megatron.tracking import TrackingConfig
 from lens_megatron.update_config import DiagnosticsConfig, UpdateConfig
 
@@ -34,6 +35,8 @@ class RolloutConfig(SamplingConfig):
     threads: int = 1  # of the embedded engine, on CPU
     servers: int = 1  # of SGLang, to be started
     server: ServerConfig = field(default_factory=ServerConfig)  # of SGLang
+    staleness: Literal[0, 1] = 0  # 1: the next step's rollouts are made, with older weights, while this step trains
+    sync: SyncConfig = field(default_factory=SyncConfig)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,20 @@ class RunConfig:
             raise ValueError("rollout.temperature 0 leaves no log-probs to train on: set it above 0")
         if self.rollout.servers < 1:
             raise ValueError(f"rollout.servers is at least 1 (got {self.rollout.servers})")
+        corrected = self.algorithm.loss.engine_correction.mode != "none" or self.update.old_logprobs == "engine"
+        if self.rollout.sync.transport == "distributed" and self.placement == "colocated":
+            raise ValueError(
+                "rollout.sync.transport distributed needs servers on GPUs of their own: leave it out with placement colocated"
+            )
+        if self.rollout.staleness and self.placement == "colocated":
+            raise ValueError(
+                "rollout.staleness 1 generates while it trains, which placement colocated cannot: set it to 0"
+            )
+        if self.rollout.staleness and not corrected:
+            raise ValueError(
+                "rollout.staleness 1 trains on rollouts of older weights: correct for it with "
+                "algorithm.loss.engine_correction.mode: truncate, or update.old_logprobs: engine"
+            )
         if self.update.old_logprobs == "engine" and self.algorithm.loss.engine_correction.mode != "none":
             raise ValueError(
                 "update.old_logprobs: engine leaves loss.engine_correction nothing to correct: set one of them off"

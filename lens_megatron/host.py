@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lens_megatron import strict
+from lens_megatron.ahead import Ahead
 from lens_megatron.algorithms.filters import NotEnoughGroups, PromptFilter
 from lens_megatron.algorithms.group_metrics import group_metrics, top_k_overlap
 from lens_megatron.algorithms.rescue import RebuiltGroup, rebuild_group
@@ -27,7 +28,8 @@ from lens_megatron.model_spec import ModelConfig
 from lens_megatron.purification.strategies import Outcome, Signals, purify
 from lens_megatron.rollout.driver import RolloutDriver
 from lens_megatron.rollout.factory import embedded_sampler, sglang_sampler
-from lens_megatron.rollout.sampling import SampleCounts, SamplingConfig
+from lens_megatron.rollout.sampling import SampleCounts, SampleResult, SamplingConfig
+from lens_megatron.rollout.weight_sync.snapshot import Snapshots, snapshot_folder
 from lens_megatron.rollout_table import RolloutRow
 from lens_megatron.run_folder import RunFolder
 from lens_megatron.samples import samples_of_group
@@ -54,6 +56,7 @@ class Host:
                 f"{config.data.train}: data.prompts_per_step is {config.data.prompts_per_step}, and there are "
                 f"{len(self.stream)} prompts ({self.too_long} more are too long): lower it"
             )
+        self._ahead: Ahead | None = None
         self.data_note = (
             f"{len(self.stream)} prompts; left out as longer than data.max_prompt_tokens: {self.too_long}; "
             f"system messages without a place in the template: {loaded.systems_dropped}"
@@ -102,12 +105,20 @@ class Host:
     # one step
 
     def begin_step(self, step: int) -> None:
+        """With the rollouts that were made ahead of it, if there are any."""
         self.step, self._batch = step, 0
         self._groups: list[RebuiltGroup] = []
         self._outcomes: list[Outcome] = []
         self._signals: dict[str, Signals] = {}
         self._counts: list[SampleCounts] = []
-        self.prompt_filter.begin_step(step, self.stream.epoch)
+        self.await_ahead()
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            self.prompt_filter.begin_step(step, self.stream.epoch)
+        else:
+            assert ahead.step == step
+            assert ahead.result is not None
+            self._take_in(ahead.prompts, ahead.signals, ahead.result)
 
     def next_prompts(self) -> list[Prompt]:
         """The next batch to roll out; empty when the step has its groups."""
@@ -124,27 +135,57 @@ class Host:
 
     def roll_out(self, prompts: Sequence[Prompt], signals: Sequence[Signals]) -> None:
         """Original and rescue rollouts of these prompts, judged, rebuilt into training groups and filtered."""
-        algorithm, config = self.config.algorithm, self.config
-        if algorithm.rescue.mode == "none":
-            outcomes: list[Outcome] = []
-            purified = [None] * len(prompts)
-        else:
-            outcomes = [
-                purify(prompt, algorithm.rescue, self.special_ids, signal, config.seed, self.step)
-                for prompt, signal in zip(prompts, signals, strict=True)
-            ]
-            purified = [outcome.rescue_prompt for outcome in outcomes]
-            self._signals.update({p.id: signal for p, signal in zip(prompts, signals, strict=True)})
-        result = self.driver.sample(prompts, purified, self.step * _BATCHES_A_STEP + self._batch)
+        purified = [outcome.rescue_prompt for outcome in self._purify(prompts, signals, self.step)]
+        result = self.driver.sample(
+            prompts, purified or [None] * len(prompts), self.step * _BATCHES_A_STEP + self._batch
+        )
+        self._take_in(prompts, signals, result)
+
+    def _purify(self, prompts: Sequence[Prompt], signals: Sequence[Signals], step: int) -> list[Outcome]:
+        """One outcome a prompt; none without rescues."""
+        rescue, seed = self.config.algorithm.rescue, self.config.seed
+        if rescue.mode == "none":
+            return []
+        return [
+            purify(prompt, rescue, self.special_ids, signal, seed, step)
+            for prompt, signal in zip(prompts, signals, strict=True)
+        ]
+
+    def _take_in(self, prompts: Sequence[Prompt], signals: Sequence[Signals], result: SampleResult) -> None:
+        """A batch of this step, rolled out: rebuilt into training groups and filtered."""
+        algorithm, seed = self.config.algorithm, self.config.seed
         self._batch += 1
-        rebuilt = [rebuild_group(group, algorithm.rescue, config.seed, self.step) for group in result.groups]
+        if algorithm.rescue.mode != "none":
+            self._outcomes += self._purify(prompts, signals, self.step)
+            self._signals.update({p.id: signal for p, signal in zip(prompts, signals, strict=True)})
+        rebuilt = [rebuild_group(group, algorithm.rescue, seed, self.step) for group in result.groups]
         self.prompt_filter.accept(rebuilt)
         self._groups += rebuilt
-        self._outcomes += outcomes
         self._counts.append(result.counts)
+
+    # the next step's first batch, while this step trains
+
+    def draw_ahead(self, step: int) -> list[Prompt]:
+        before = self.stream.state_dict()
+        self.prompt_filter.begin_step(step, self.stream.epoch)
+        self._ahead = Ahead(step, self.next_prompts(), before)
+        return self._ahead.prompts
+
+    def start_ahead(self, signals: Sequence[Signals]) -> None:
+        ahead = self._ahead
+        assert ahead is not None
+        ahead.signals = signals
+        purified = [outcome.rescue_prompt for outcome in self._purify(ahead.prompts, signals, ahead.step)]
+        self.driver.start_sampling(ahead.prompts, purified or [None] * len(ahead.prompts), ahead.step * _BATCHES_A_STEP)
+
+    def await_ahead(self) -> None:
+        ahead = self._ahead
+        while ahead is not None and ahead.result is None:
+            ahead.result = self.driver.sampled(1.0)
 
     def training_groups(self) -> list[list[Sample]]:
         self._trained = self.prompt_filter.finish()
+        self._filter_metrics = self.prompt_filter.metrics()
         return [
             samples_of_group(group, self.config.algorithm.advantage, self.config.rollout.max_response_tokens)
             for group in self._trained
@@ -156,7 +197,9 @@ class Host:
         metrics = group_metrics(self._groups, self._outcomes)
         metrics["response_tokens"] = sum(len(rollout.response) for rollout in rollouts) / len(rollouts)
         metrics["truncated_ratio"] = sum(rollout.finish == "length" for rollout in rollouts) / len(rollouts)
-        metrics.update(self.prompt_filter.metrics())
+        metrics.update(self._filter_metrics)
+        lags = [self.step - rollout.weight_version for rollout in rollouts]
+        metrics["staleness"], metrics["staleness_max"] = sum(lags) / len(lags), float(max(lags))
         metrics.update(self.transfer.update(self.step, self._groups))
         deleted = {o.prompt_id: list(o.purified_prompt.deleted) for o in self._outcomes if o.purified_prompt}
         if (overlap := top_k_overlap(self._deleted, deleted)) is not None:
@@ -228,16 +271,23 @@ class Host:
 
     # the run
 
+    def probe_tokens(self, count: int) -> list[int]:
+        """Text of the data, over and over: what the engine's weights are compared with the trainer's by."""
+        tokens = [token for prompt in self.stream.first(count) for token in prompt.tokens]
+        return (tokens * count)[:count]
+
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         self.driver.load_weights(buckets(tensors), version)
 
     def state_dict(self) -> dict[str, Any]:
+        ahead = self._ahead
         return {
-            "data": self.stream.state_dict(),
+            "data": self.stream.state_dict() if ahead is None else ahead.stream_before,
             "filter": self.prompt_filter.state_dict(),
             "sampler": self.driver.state_dict(),
             "transfer": self.transfer.state_dict(),
             "deleted": self._deleted,
+            "ahead": None if ahead is None else ahead.tree(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -246,6 +296,10 @@ class Host:
         self.driver.load_state_dict(state["sampler"])
         self.transfer.load_state_dict(state["transfer"])
         self._deleted = dict(state["deleted"])
+        if (ahead := state.get("ahead")) is not None:
+            self.draw_ahead(ahead["step"])
+            assert self._ahead is not None
+            self._ahead.restore(ahead)
 
     def close(self) -> None:
         self.driver.close()
@@ -272,6 +326,8 @@ def _of_the_servers(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
         "logs": folder.path / "logs",
         "first_gpu": first_gpu,
         "colocated": colocated,
+        # what the disk transport has written, where it was used, brings a restarted server back
+        "resync": Snapshots(snapshot_folder(rollout.sync, folder.path), rollout.sync.timeout_s).resync,
     }
 
 

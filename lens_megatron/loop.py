@@ -22,11 +22,14 @@ def train(config: RunConfig, trainer: Trainer) -> Order | None:
                 with trainer.phase("generate"):  # originals, rescues and rewards, overlapped
                     trainer.roll_out(prompts, signals)
             groups = trainer.training_groups()
+            trainer.start_rollouts_ahead(step + 1)  # with staleness 1 the next batch is generated while this one trains
 
             with trainer.phase("logprobs"):  # pi_old under x_roll, the reference under x
                 evaluated = trainer.evaluate(groups)
             with trainer.phase("train"):
                 metrics = trainer.update(evaluated)
+            with trainer.phase("generate"):  # it ends with the weights that it began with
+                trainer.await_rollouts_ahead()
             with trainer.phase("sync"):
                 trainer.sync_weights(version=step + 1)
             metrics |= trainer.benchmark(step + 1)  # held-out problems, when due

@@ -19,6 +19,7 @@ from lens_megatron.mcore import runtime
 from lens_megatron.mcore.checkpoint_run import Saver, resume
 from lens_megatron.mcore.hf_copies import HfCopies
 from lens_megatron.mcore.noise import evaluations_in_other_packings
+from lens_megatron.mcore.offload import Residence
 from lens_megatron.mcore.rendezvous import from_rank_zero
 from lens_megatron.mcore.step import ShardedModel, build_frozen, build_trainable
 from lens_megatron.model_spec import ModelConfig, find_weights, load_model_config
@@ -27,6 +28,10 @@ from lens_megatron.purification.noise_floor import measured_noise_floor
 from lens_megatron.purification.scores import interference_scores
 from lens_megatron.purification.strategies import Signals
 from lens_megatron.reference_scores import ReferenceScores, identity_of
+from lens_megatron.rollout.sglang_server import ServerAddress
+from lens_megatron.rollout.weight_sync.handover import Handover, ServerMemory
+from lens_megatron.rollout.weight_sync.sync import WeightSync
+from lens_megatron.rollout.weight_sync.transports import make_transports
 from lens_megatron.run_folder import RunFolder
 from lens_megatron.stopping import Order
 from lens_megatron.types import Prompt, Sample
@@ -53,6 +58,7 @@ class Trainer:
         self.host = Host(config, model, weights, folder) if folder is not None else None
         runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s)
         dtype = _DTYPES.get(config.precision)
+        self._memory = self._take_the_servers_memory() if self._colocated else None  # before any model is built
         self.policy = build_trainable(
             model.spec,
             config.parallel,
@@ -72,6 +78,19 @@ class Trainer:
                 lambda: identity_of(source, dtype, config.parallel), "look at the reference", config.timeout_s
             )
             self.reference_scores = ReferenceScores(identity)
+        self._handover = (
+            Handover(
+                Residence(self.policy),
+                lambda work, what: from_rank_zero(work, what, config.timeout_s),
+                self._servers,
+                self._memory,
+                config.memory.residual_gib,
+            )
+            if self._colocated
+            else None
+        )
+        self.weight_sync = self._weight_sync(weights) if config.rollout.engine == "sglang" else None
+        self._sync_metrics: dict[str, float] = {}
         self.noise_floor: float | None = None
         self.first_step = 0
         self._last_metrics: dict[str, float] = {}  # of the step that ended last; rank 0's
@@ -81,6 +100,45 @@ class Trainer:
         self._checkpoints = Path(config.run_dir) / "checkpoints"
         self._saver = Saver(self.policy, self._checkpoints, config.checkpoint, companions_from=weights)
         self._hf_copies = HfCopies(self.policy, Path(config.run_dir) / "hf", config.checkpoint, weights)
+
+    def _weight_sync(self, weights: Path) -> WeightSync:
+        """Of an engine that is servers: they get the weights from the ranks, past the rollout driver."""
+        settings = self.config.rollout.sync
+        probe: list[int] = self.on_rank_zero(lambda host: host.probe_tokens(settings.probe_tokens), "choose a probe")
+        run_dir = Path(self.config.run_dir)
+        return WeightSync(
+            settings,
+            self.policy,
+            make_transports(settings, run_dir, weights, runtime.device().type, self._colocated),
+            probe,
+            None if self.host is None else self.host.driver,
+            run_dir / "sync",
+            self.config.timeout_s,
+            self.config.update.tokens_per_microbatch,
+        )
+
+    # trainer and servers on the same GPUs, by turns
+
+    @property
+    def _colocated(self) -> bool:
+        return self.config.rollout.engine == "sglang" and self.config.placement == "colocated"
+
+    def _servers(self) -> list[ServerAddress]:
+        return [] if self.host is None else self.host.driver.servers()
+
+    def _take_the_servers_memory(self) -> ServerMemory | None:
+        memory = ServerMemory(self.config.timeout_s) if self.host is not None else None
+
+        def take() -> None:
+            assert memory is not None
+            memory.release(self._servers(), "kv_cache", "weights")
+
+        from_rank_zero(take, "take the servers' memory", self.config.timeout_s)
+        return memory
+
+    def _trainers_turn(self, keep_engine_weights: bool = False) -> None:
+        if self._handover is not None:
+            self._handover.to_trainer(keep_engine_weights)
 
     def on_rank_zero(self, work: Any, what: str) -> Any:
         """`work(host)` on rank 0; its result on every rank."""
@@ -108,8 +166,8 @@ class Trainer:
 
     def begin_step(self, step: int) -> None:
         self.step = step
-        if self.host is not None:
-            self.host.begin_step(step)
+        with self.phase("generate"):  # rollouts made ahead may still be under way
+            self.on_rank_zero(lambda host: host.begin_step(step), "begin the step")
 
     def next_prompts(self) -> list[Prompt]:
         return self.on_rank_zero(lambda host: host.next_prompts(), "choose prompts")
@@ -119,6 +177,7 @@ class Trainer:
         rescue = self.config.algorithm.rescue
         if rescue.mode == "none" or rescue.strategy in ("random", "resample"):
             return [Signals()] * len(prompts)
+        self._trainers_turn(keep_engine_weights=True)
         sequences = [torch.tensor(prompt.tokens) for prompt in prompts]
         budget = self.config.update.tokens_per_microbatch
         if rescue.strategy == "gradient":
@@ -144,12 +203,29 @@ class Trainer:
         ]
 
     def roll_out(self, prompts: Sequence[Prompt], signals: Sequence[Signals]) -> None:
+        if self._handover is not None:
+            self._handover.to_engine()
         self.on_rank_zero(lambda host: host.roll_out(prompts, signals), "generate")
+
+    def start_rollouts_ahead(self, step: int) -> None:
+        """The first batch of the next step, scored with the weights that the engine has, before this step changes them."""
+        if self.config.rollout.staleness == 0 or step == self.config.steps:
+            return
+        prompts: list[Prompt] = self.on_rank_zero(lambda host: host.draw_ahead(step), "choose prompts")
+        with self.phase("score"):
+            signals = self.score_prompts(prompts)
+        self.on_rank_zero(lambda host: host.start_ahead(signals), "start generating")
+
+    def await_rollouts_ahead(self) -> None:
+        """Unless the new weights are to reach rollouts that are under way."""
+        if self.config.rollout.staleness and self.config.rollout.sync.in_flight == "wait":
+            self.on_rank_zero(lambda host: host.await_ahead(), "generate")
 
     def training_groups(self) -> list[list[Sample]]:
         return self.on_rank_zero(lambda host: host.training_groups(), "rebuild groups")
 
     def evaluate(self, groups: Sequence[list[Sample]]) -> list[list[Evaluated]]:
+        self._trainers_turn()
         loss, update, temperature = self.config.algorithm.loss, self.config.update, self.config.rollout.temperature
         if not loss.any_kl:
             return evaluate_samples(groups, self.policy, None, loss, update, temperature)
@@ -166,6 +242,18 @@ class Trainer:
 
     def sync_weights(self, version: int) -> None:
         """Every rank exports what it holds; the engine has the whole model, or the run ends."""
+        if self.weight_sync is not None:
+            handover = self._handover
+            if handover is not None:
+                handover.before_sync()
+            synced = self.weight_sync.sync(version, handover.to_engine if handover is not None else None)
+            if synced is not None:
+                self._sync_metrics = synced.metrics()
+                if handover is not None:
+                    self._sync_metrics["sync/residual_gib"] = handover.residual_gib
+                for complaint in synced.complaints:
+                    self.progress.note(f"weight sync {version}: {complaint}")
+            return
         tensors = self.policy.export_hf()
         if self.host is not None:
             self.host.load_weights(tensors, version)
@@ -177,6 +265,9 @@ class Trainer:
         if not self.config.evaluation.due(step, last=self.config.steps):
             return {}
         with self.phase("eval"):
+            if self._handover is not None:
+                self._handover.to_engine()
+            self.on_rank_zero(lambda host: host.await_ahead(), "generate")  # the engine does one thing at a time
             return self.on_rank_zero(lambda host: host.benchmark(step), "evaluate")
 
     def benchmark_first_policy(self) -> None:
@@ -199,8 +290,11 @@ class Trainer:
     def save(self, step: int, last: bool = False) -> None:
         """When one is due; written in the background. The engine's weights are not in it: they are synced at resume."""
         if self._hf_copies.due(step, last=step == self.config.steps):
+            self._trainers_turn(keep_engine_weights=True)
             self._hf_copies.write(step)
         if self._saver.due(step, last or step == self.config.steps):
+            self._trainers_turn(keep_engine_weights=True)
+            self.on_rank_zero(lambda host: host.await_ahead(), "generate")  # the batch in flight is part of it
             state = {} if self.host is None else self.host.state_dict()
             # rank 0's metrics: it alone writes the manifest, and chooses what to keep by it
             state["noise_floor"] = self.noise_floor
@@ -243,6 +337,7 @@ class Trainer:
                 **_EVERY_STEP,
                 "step": self.step + 1,
                 **self.host.step_metrics(),
+                **self._sync_metrics,
                 **metrics,
             }
             if self.noise_floor is not None:
@@ -258,6 +353,8 @@ class Trainer:
             _check_keep_best(self.config.checkpoint.keep_best, [*tree, *self.host.benchmark_names])
 
     def close(self) -> None:
+        if self.weight_sync is not None:
+            self.weight_sync.close()
         if self.host is not None:
             self.host.close()
         runtime.shutdown()

@@ -131,12 +131,10 @@ def written_metrics() -> set[str]:
     )
     batch, current = random_minibatch(0, everything)
     names |= set(finish_metrics(whole(batch, as_parameters(current), everything)[1]))
-    names |= set(_evaluation_metrics()) | {"time/eval"}
-    return (
-        names
-        | set(_transfer_metrics())
-        | _names_in("diagnostics.py", "host.py", "trainer.py", prefix="diagnostics|purification")
-    )
+    names |= set(_evaluation_metrics()) | {"time/eval", "staleness", "staleness_max"}
+    of_sync = _names_in("rollout/weight_sync/sync.py", "trainer.py", prefix="sync")
+    in_code = _names_in("diagnostics.py", "host.py", "trainer.py", prefix="diagnostics|purification")
+    return names | set(_transfer_metrics()) | in_code | of_sync
 
 
 def _evaluation_metrics() -> dict[str, float]:

@@ -76,8 +76,9 @@ def metric_sums(
         _mean(sums, "kl_original", kl_T, original_T)
     difference_T = engine_log_weight(inputs)
     if difference_T is not None:
-        _mean(sums, "logprob_diff", difference_T.abs(), response_T)
-        sums["logprob_diff/max"] = _zeroed(difference_T.abs(), response_T).amax()
+        for name, mask_T in (("", response_T), ("_purified", purified_T), ("_original", original_T)):
+            _mean(sums, f"logprob_diff{name}", difference_T.abs(), mask_T)
+            sums[f"logprob_diff{name}/max"] = _zeroed(difference_T.abs(), mask_T).amax()
     if terms.engine_weight_T is not None:
         _mean(sums, "engine_weight", terms.engine_weight_T, response_T)
         _mean(sums, "engine_dropped", (terms.engine_weight_T == 0).to(rho_T.dtype), response_T)
@@ -110,7 +111,7 @@ def finish_metrics(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
         if kind == "total":
             metrics[name] = value
         elif kind == "max":
-            metrics[f"{name}_max"] = value
+            metrics[f"{name}_max"] = math.nan if values.get(f"{name}/count") == 0 else value
         elif kind == "sum" and f"{name}/square_sum" not in values:
             metrics[name] = value / count if count else math.nan
         elif kind == "square_sum":

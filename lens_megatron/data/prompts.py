@@ -56,6 +56,10 @@ class PromptStream:
         self._prompts = list(prompts)
         self._order = PromptOrder([_identity(prompt) for prompt in prompts], seed, shuffle)
 
+    def first(self, count: int) -> list[Prompt]:
+        """In the order of the file, without drawing them."""
+        return self._prompts[:count]
+
     def __len__(self) -> int:
         return len(self._prompts)
 

@@ -19,6 +19,7 @@ class MemoryConfig:
     offload_reference: bool = True  # the reference lives on the host between uses
     # the vocabulary's logits are never held whole: in chunks by torch, or by fused triton kernels (unmeasured on a GPU)
     head: HeadKind = "torch"
+    residual_gib: float = 4.0  # most that the trainer may keep of its GPU while a colocated engine generates
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.offload_optimizer <= 1.0:

@@ -281,7 +281,13 @@ class SGLangClient:
 
     async def weight_checksums(self, timeout_s: float | None = None) -> Mapping[str, Any]:
         """What weights_checker answers, as it is."""
-        return await self._succeed("/weights_checker", {"action": "checksum"}, timeout_s)
+        return await self.check_weights("checksum", timeout_s)
+
+    async def check_weights(
+        self, action: Literal["checksum", "snapshot", "compare", "reset_tensors"], timeout_s: float | None = None
+    ) -> Mapping[str, Any]:
+        """Of the server's own tensors. `reset_tensors` makes them random; `compare` holds them against the snapshot."""
+        return await self._succeed("/weights_checker", {"action": action}, timeout_s)
 
     # memory
 

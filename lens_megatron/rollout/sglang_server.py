@@ -183,7 +183,7 @@ def server_processes(
 
 
 def new_api_key() -> str:
-    return secrets.token_urlsafe(32)
+    return secrets.token_hex(32)  # a key that begins with a dash would be taken for an option
 
 
 def write_private(path: Path, text: str) -> None:

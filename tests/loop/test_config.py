@@ -106,8 +106,8 @@ def test_the_runs_own_values_stand_above_the_presets(tmp_path: Path) -> None:
     config = load_run(given, ["data.prompts_per_step=7", "algorithm.loss.clip_high=0.5"])
     assert (config.rollout.n, config.data.prompts_per_step, config.algorithm.loss.clip_high) == (3, 7, 0.5)
     assert config.update.minibatches == 16  # DAPO's
-    with pytest.raises(UsageError, match=r"rollout\.staleness"):
-        load_run(given, ["rollout.staleness=1"])
+    with pytest.raises(UsageError, match=r"rollout\.stalenes"):
+        load_run(given, ["rollout.stalenes=1"])
 
 
 def test_the_run_folders_config_is_the_runs(base: Path) -> None:

@@ -6,16 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import SGLangClient
 from lens_megatron.rollout.sglang_config import ServerConfig
 from lens_megatron.rollout.sglang_engine import SGLangEngine
 from lens_megatron.rollout.sglang_server import UNSYNCED, ServerProcess
+from tests import tiny_models
+from tests.distributed.pool import WorkerPool
 from tests.rollout import tiny
 
 from .engines import sglang_engine
-from .server import servers
+from .server import cpu_config, servers
 
 
 def save_tiny(seed: int, folder: Path) -> None:
@@ -65,3 +68,32 @@ def client(real_server: ServerProcess, loop: EventLoop, tiny_folder: Path) -> It
         loop.run(client.update_weights_from_disk(str(tiny_folder), UNSYNCED))
     yield client
     loop.run(client.close())
+
+
+# of weight sync: trainer's ranks, and two servers that the tests of faults use up at the end
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """With an inner size that SGLang's CPU engine does not pad, so that its checksums can be compared."""
+    place = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny_models._SHAPE, "intermediate_size", 64)
+        tiny_models.save_hf("qwen3", place / "qwen3")
+        model = tiny_models.hf_model("qwen3_tied", seed=3)
+        model.to(torch.bfloat16).save_pretrained(place / "tied_bf16")
+    return {path.name: path for path in place.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[WorkerPool]:
+    pool = WorkerPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def two(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ServerProcess]]:
+    config = cpu_config(args={"context_length": 512})  # the tiny model has no more positions
+    with servers(folders["qwen3"], tmp_path_factory.mktemp("logs"), count=2, config=config) as started:
+        yield started

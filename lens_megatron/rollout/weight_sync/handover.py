@@ -1,0 +1,98 @@
+"""Trainer and servers on the same GPUs, by turns (`placement: colocated`). Every rank calls.
+
+    engine's turn    trainer's weights, gradients and optimizer leave the GPU, what stays is held against the budget,
+                     then the servers take their KV cache
+    trainer's turn   the servers give up the KV cache, then the trainer comes back
+    before a sync    the servers take memory for weights; in them nothing is kept, so that they stay until the rollouts
+                     of the step are done
+
+Resuming memory that was not released kills an SGLang server, so what was released of which start of which server is
+written down here. On a GPU none of this has run yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lens_megatron.errors import RunError
+from lens_megatron.mcore.offload import Residence, residual_bytes
+from lens_megatron.rollout.event_loop import EventLoop
+from lens_megatron.rollout.sglang_client import MemoryTag, SGLangClient
+from lens_megatron.rollout.sglang_server import ServerAddress
+
+GIB = 2**30
+
+
+class ServerMemory:
+    """What the servers hold of the shared GPUs; rank 0's."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._loop, self._timeout_s = EventLoop("server-memory"), timeout_s
+        self._released: dict[tuple[str, int], set[str]] = {}
+
+    def release(self, servers: Sequence[ServerAddress], *tags: MemoryTag) -> None:
+        for server in servers:
+            gone = self._released.setdefault((server.url, server.start), set())
+            if wanted := [tag for tag in tags if tag not in gone]:
+                self._ask(server, lambda client: client.flush_cache())  # a server that is not idle yet would die of it
+                self._ask(server, lambda client, wanted=wanted: client.release_memory_occupation(wanted))
+                gone.update(wanted)
+
+    def resume(self, servers: Sequence[ServerAddress], *tags: MemoryTag) -> None:
+        for server in servers:
+            gone = self._released.setdefault((server.url, server.start), set())
+            if wanted := [tag for tag in tags if tag in gone]:
+                self._ask(server, lambda client, wanted=wanted: client.resume_memory_occupation(wanted))
+                gone.difference_update(wanted)
+
+    def _ask(self, server: ServerAddress, verb: Callable[[SGLangClient], Any]) -> None:
+        client = SGLangClient(server.url, server.api_key, self._timeout_s)
+        try:
+            self._loop.run(verb(client))
+        finally:
+            self._loop.run(client.close())
+
+
+class Handover:
+    """`memory` and `servers` are rank 0's. `on_rank_zero` runs there, and gives its error to every rank."""
+
+    def __init__(
+        self,
+        residence: Residence,
+        on_rank_zero: Callable[[Callable[[], Any], str], Any],
+        servers: Callable[[], Sequence[ServerAddress]],
+        memory: ServerMemory | None,
+        budget_gib: float,
+    ) -> None:
+        self._residence, self._on_rank_zero, self._servers = residence, on_rank_zero, servers
+        self._memory, self._budget_gib = memory, budget_gib
+        self.residual_gib = 0.0  # of this rank, when it let go last
+
+    def to_engine(self) -> None:
+        if not self._residence.on_device:
+            return
+        self._residence.release()
+        self.residual_gib = residual_bytes() / GIB
+        if self.residual_gib > self._budget_gib:
+            raise RunError(
+                f"placement colocated: the trainer keeps {self.residual_gib:.1f} GiB of its GPU while the engine generates, "
+                f"over memory.residual_gib {self._budget_gib:g}: raise it and lower rollout.server.args.mem_fraction_static"
+            )
+        self._ask(lambda memory, servers: memory.resume(servers, "kv_cache"), "give the servers their cache")
+
+    def to_trainer(self, keep_engine_weights: bool) -> None:
+        """`keep_engine_weights`: more is to be generated before the next sync."""
+        tags: list[MemoryTag] = ["kv_cache"] if keep_engine_weights else ["kv_cache", "weights"]
+        self._ask(lambda memory, servers: memory.release(servers, *tags), "take the servers' memory")
+        self._residence.restore()
+
+    def before_sync(self) -> None:
+        self._ask(lambda memory, servers: memory.resume(servers, "weights"), "give the servers room for weights")
+
+    def _ask(self, verb: Callable[[ServerMemory, Sequence[ServerAddress]], None], what: str) -> None:
+        def ask() -> None:
+            assert self._memory is not None
+            verb(self._memory, self._servers())
+
+        self._on_rank_zero(ask, what)

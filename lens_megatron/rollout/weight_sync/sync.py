@@ -1,0 +1,296 @@
+"""The whole hand-over of one version: hold, transfer, check, release, probe. Every rank calls `sync`.
+
+A version is at a server when the ledger is whole, the server's checksums are the exported weights' (where it offers some
+that can be compared), it carries the version's name, and its log-probs of a probe are the trainer's. A server that
+falls short anywhere keeps another name (`unfinished-N`), is not handed to the engine, and gets no rollouts until a later
+sync reaches it whole.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from lens_megatron.errors import RunError
+from lens_megatron.mcore.hf_bridge import Holdings, agree_on_holdings
+from lens_megatron.mcore.hf_names import hf_shapes
+from lens_megatron.mcore.rendezvous import from_rank_zero
+from lens_megatron.mcore.step import ShardedModel
+from lens_megatron.rollout.event_loop import EventLoop
+from lens_megatron.rollout.sglang_schema import ServerInfo
+from lens_megatron.rollout.weight_sync.checksums import ExpectedChecksums, can_be_compared, reported_by_rank
+from lens_megatron.rollout.weight_sync.config import SyncConfig
+from lens_megatron.rollout.weight_sync.delivery import Delivery, Transport
+from lens_megatron.rollout.weight_sync.fleet import Fleet, SyncFailed
+from lens_megatron.rollout.weight_sync.ledger import Ledger, some
+
+if TYPE_CHECKING:
+    from lens_megatron.rollout.sglang_server import ServerAddress
+
+T = TypeVar("T")
+LEDGERS_KEPT = 20
+
+
+class Servers(Protocol):
+    """What the rollout driver offers: servers that answer, and the two ends of an update."""
+
+    def servers(self) -> Sequence[ServerAddress]: ...
+
+    def begin_update(self, version: int) -> None: ...
+
+    def end_update(self, synced: Sequence[ServerAddress]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Synced:
+    """Of one sync, on rank 0."""
+
+    version: int
+    transport: str
+    bytes: int
+    seconds: float
+    transfer_seconds: float
+    servers: int
+    lost: int
+    fell_back: bool
+    probe_max: float  # largest difference of a probe token's log-prob, trainer to any server
+    probe_mean: float
+    changed: float  # share of the tensors that differ from the version before
+    complaints: tuple[str, ...]  # what failed on the way, for people
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "sync/version": float(self.version),
+            "sync/bytes": float(self.bytes),
+            "sync/seconds": self.seconds,
+            "sync/gb_per_s": self.bytes / max(self.transfer_seconds, 1e-9) / 1e9,
+            "sync/servers": float(self.servers),
+            "sync/servers_lost": float(self.lost),
+            "sync/fell_back": float(self.fell_back),
+            "sync/probe_diff_max": self.probe_max,
+            "sync/probe_diff": self.probe_mean,
+            "sync/changed_tensors": self.changed,
+        }
+
+
+@dataclass
+class _Attempt:
+    """Rank 0's side of one attempt."""
+
+    fleet: Fleet
+    ledger: Ledger
+    transport: Transport
+    checksums: ExpectedChecksums | None = None
+    began: float = 0.0
+    transfer_seconds: float = 0.0
+    probe: tuple[float, float] = (0.0, 0.0)
+
+
+class WeightSync:
+    """Holds what lasts from sync to sync. `servers` and `folder` are rank 0's; `probe` is every rank's."""
+
+    def __init__(
+        self,
+        config: SyncConfig,
+        policy: ShardedModel,
+        transports: Sequence[Transport],
+        probe: Sequence[int],
+        servers: Servers | None,
+        folder: Path | None,
+        silence_s: float = 600.0,
+        tokens_per_microbatch: int = 16384,
+    ) -> None:
+        self.config, self.policy, self.transports = config, policy, list(transports)
+        self.probe, self._servers, self._folder = list(probe), servers, folder
+        self._silence_s, self._budget = silence_s, tokens_per_microbatch
+        self._loop = EventLoop("weight-sync") if servers is not None else None
+        self._attempt: _Attempt | None = None
+        self._addresses: dict[str, ServerAddress] = {}
+        self._last: dict[str, str] = {}  # fingerprints of the version before
+
+    def sync(self, version: int, before_probe: Callable[[], None] | None = None) -> Synced | None:
+        """`version` at every server that is well; RunError on all ranks when there is none. The result is rank 0's.
+
+        `before_probe`: when all is sent and before anything is generated, on every rank: where trainer and servers share
+        GPUs, the trainer leaves them here (then there is no second transport: the weights are gone).
+        """
+        began = time.monotonic()
+        self._on_rank_zero(lambda: self._begin(version), "find the rollout servers")
+        holdings = agree_on_holdings(self.policy.chunks, self.policy.spec)
+        failures: list[str] = []
+        for transport in self.transports:
+            problem = self._deliver(transport, version, holdings, before_probe)
+            if problem is None:
+                break
+            failures.append(f"by {transport.name}: {problem}")
+        return self._on_rank_zero(lambda: self._end(version, failures, began), "end the weight sync")
+
+    def close(self) -> None:
+        for transport in self.transports:
+            transport.close()
+        if self._attempt is not None:
+            self._attempt.fleet.close()
+        if self._loop is not None:
+            self._loop.close()
+
+    def _deliver(
+        self, transport: Transport, version: int, holdings: Holdings, before_probe: Callable[[], None] | None
+    ) -> str | None:
+        """Why it failed, or None. The same on every rank."""
+        held = self._on_rank_zero(lambda: self._hold(transport, version), "pause the rollout servers")
+        if isinstance(held, str):
+            return held
+        members, compared = held
+        delivery = Delivery(version, holdings, self.policy.spec, self.config, members)
+        delivery.checksums = ExpectedChecksums() if compared else None
+        attempt = self._attempt
+        if attempt is not None:
+            delivery.fleet, delivery.ledger, attempt.checksums = attempt.fleet, attempt.ledger, delivery.checksums
+        problem: str | None = None
+        try:
+            transport.transfer(delivery)
+        except SyncFailed as error:  # rank 0's
+            problem = str(error)
+        problem = self._on_rank_zero(lambda: problem or self._check(), "check the servers' weights")
+        if problem is not None:
+            return problem
+        logprobs_T = self.policy.score([torch.tensor(self.probe)], self._budget).logprobs[0]
+        if before_probe is not None:
+            before_probe()
+        return self._on_rank_zero(lambda: self._release_and_compare(logprobs_T), "probe the rollout servers")
+
+    def _on_rank_zero(self, work: Callable[[], T], what: str) -> T:
+        return from_rank_zero(work, what, self._silence_s)
+
+    # rank 0
+
+    def _begin(self, version: int) -> None:
+        assert self._servers is not None and self._loop is not None
+        self._servers.begin_update(version)
+        self._addresses = {address.url: address for address in self._servers.servers()}
+        if self._attempt is not None:
+            self._attempt.fleet.close()
+        fleet = Fleet.meet(self._addresses.values(), self._loop, self.config)
+        self._attempt = _Attempt(fleet, self._empty_ledger(version, ""), self.transports[0])
+
+    def _hold(self, transport: Transport, version: int) -> str | tuple[tuple[tuple[str, int], ...], bool]:
+        """Every live server paused and waiting for weights: who they are, and whether their checksums can be compared."""
+        attempt = self._attempt
+        assert attempt is not None
+        fleet = attempt.fleet
+        if attempt.ledger.transport:  # a transport before this one failed: those that answer get another chance
+            fleet.look_again()
+        attempt.ledger, attempt.transport = self._empty_ledger(version, transport.name), transport
+        try:
+            fleet.hold(f"unfinished-{version}", by_disk=transport.name == "disk", scrambled=self._may_be_scrambled)
+        except SyncFailed as error:
+            return str(error)
+        attempt.began = time.monotonic()
+        compared = self.config.checksums and all(
+            can_be_compared(self.policy.spec, fleet.infos[url]) for url in fleet.live
+        )
+        return tuple((url, fleet.ranks(url)) for url in fleet.live), compared
+
+    def _may_be_scrambled(self, server: ServerInfo) -> bool:
+        """Not where it pads with zeros that no update writes again."""
+        return self.config.scramble and (server.device != "cpu" or can_be_compared(self.policy.spec, server))
+
+    def _empty_ledger(self, version: int, transport: str) -> Ledger:
+        return Ledger(version, transport, hf_shapes(self.policy.spec))
+
+    def _check(self) -> str | None:
+        """Before any server may use the version's name: the books, and what the servers themselves say they hold."""
+        attempt = self._attempt
+        assert attempt is not None
+        attempt.transfer_seconds = time.monotonic() - attempt.began
+        fleet, ledger = attempt.fleet, attempt.ledger
+        if problems := ledger.problems():
+            return "; ".join(problems)
+        for url in fleet.live:
+            if problems := ledger.problems([url]):
+                fleet.refuse(url, "; ".join(problems))
+        if ledger.transport != "disk":
+            fleet.end_session()
+        if attempt.checksums is not None:
+            self._check_checksums(fleet, attempt.checksums)
+        return None if fleet.live else "; ".join(fleet.lost.values())
+
+    def _check_checksums(self, fleet: Fleet, checksums: ExpectedChecksums) -> None:
+        for url, answer in fleet.checksums().items():
+            for reported in reported_by_rank(answer):
+                if wrong := checksums.differences(reported, self.policy.spec.tied):
+                    fleet.refuse(url, f"{url} holds other weights than were exported: {some(wrong)}")
+
+    def _release_and_compare(self, logprobs_T: Tensor) -> str | None:
+        attempt = self._attempt
+        assert attempt is not None
+        fleet, version = attempt.fleet, attempt.ledger.version
+        fleet.release(str(version))
+        dtypes = {entry.dtype for entry in attempt.ledger.entries.values()}
+        default = 1e-4 if dtypes == {"float32"} else 0.5
+        tolerance = self.config.probe_tolerance or default
+        largest, means = 0.0, []
+        for url, answer in fleet.probe(self.probe, str(version)).items():
+            difference_T = (torch.tensor(answer) - logprobs_T[1:]).abs()
+            worst = float(difference_T.max()) if bool(difference_T.isfinite().all()) else float("inf")
+            if worst > tolerance:
+                fleet.refuse(
+                    url,
+                    f"{url}: log-probs of the probe differ from the trainer's by up to {worst:.3g} "
+                    f"(rollout.sync.probe_tolerance {tolerance:g})",
+                )
+            else:
+                largest = max(largest, worst)
+                means.append(float(difference_T.mean()))
+        fleet.dismiss(f"refused-{version}")
+        attempt.probe = (largest, sum(means) / len(means) if means else 0.0)
+        if not fleet.live:
+            return "; ".join(fleet.lost.values())
+        attempt.transport.proved(version, self.probe, logprobs_T[1:].tolist(), tolerance)
+        return None
+
+    def _end(self, version: int, failures: list[str], began: float) -> Synced | None:
+        attempt = self._attempt
+        assert attempt is not None and self._servers is not None
+        fleet, ledger = attempt.fleet, attempt.ledger
+        failed = len(failures) == len(self.transports)
+        self._write(ledger, failures, fleet.lost)
+        if failed:
+            raise RunError(
+                f"weight sync: version {version} reached no rollout server whole, and nothing is sampled from part of it: "
+                + "; then ".join(failures)
+            )
+        self._servers.end_update([self._addresses[url] for url in fleet.live])
+        now = {name: entry.exported for name, entry in ledger.entries.items()}
+        changed = sum(self._last.get(name) != value for name, value in now.items()) / len(now)
+        self._last = now
+        return Synced(
+            version,
+            ledger.transport,
+            ledger.bytes,
+            time.monotonic() - began,
+            attempt.transfer_seconds,
+            len(fleet.live),
+            len(self._addresses) - len(fleet.live),
+            bool(failures),
+            *attempt.probe,
+            changed,
+            (*failures, *fleet.lost.values()),
+        )
+
+    def _write(self, ledger: Ledger, failures: Sequence[str], lost: Mapping[str, str]) -> None:
+        """The ledger, into the run folder, whether it is whole or not."""
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        tree = {**ledger.tree(), "failed": list(failures), "lost": dict(lost)}
+        (self._folder / f"version_{ledger.version:06d}.json").write_text(json.dumps(tree, indent=0) + "\n")
+        for old in sorted(self._folder.glob("version_*.json"))[:-LEDGERS_KEPT]:
+            old.unlink()

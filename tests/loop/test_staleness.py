@@ -1,0 +1,80 @@
+"""One step of asynchrony: the next batch is generated, with older weights, while this one trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lens_megatron.config import load_run
+from lens_megatron.errors import UsageError
+from lens_megatron.run_folder import RunFolder
+from tests.loop.runs import as_of, decided, metrics, run_tree, train
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+STEPS = 4
+
+
+def stale_tree(task: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
+    tree = run_tree(task, run_dir, steps=STEPS, parallel={"tp": 1}, checkpoint={"every": 1, "keep": STEPS})
+    tree["rollout"] = {**tree["rollout"], "staleness": 1}
+    correction = {"engine_correction": {"mode": "truncate"}}
+    tree["algorithm"] = {**tree["algorithm"], "loss": correction}
+    return {**tree, **changes}
+
+
+@pytest.fixture(scope="module")
+def stale(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stale")
+    train(folder, stale_tree(task, folder / "run"))
+    return folder / "run"
+
+
+def test_all_but_the_first_batch_are_one_version_old(stale: Path) -> None:
+    lines = metrics(stale)
+    assert [line["staleness"] for line in lines] == [0, 1, 1, 1]
+    assert [line["staleness_max"] for line in lines] == [0, 1, 1, 1]
+    folder = RunFolder.open(stale)
+    for step in range(1, STEPS + 1):
+        assert {row.weight_version for row in folder.read_rollouts(step)} == {max(0, step - 2)}
+    # what the trainer says of them differs from what the engine said, by one update; the correction sees it
+    assert lines[0]["logprob_diff"] < 1e-5
+    assert all(line["logprob_diff"] > 1e-4 for line in lines[1:])
+    assert all(line["purified_ratio"] > 0 for line in lines)
+
+
+def test_the_batch_in_flight_is_part_of_the_checkpoint(task: Path, stale: Path, tmp_path: Path) -> None:
+    run_dir = as_of(stale, 2, tmp_path / "run")
+    again = train(tmp_path, stale_tree(task, run_dir), "--resume")
+    expected = metrics(stale)
+    assert [line["step"] for line in again] == [1, 2, 3, 4]
+    assert [decided(line) for line in again] == [decided(line) for line in expected]
+    before, after = RunFolder.open(stale), RunFolder.open(run_dir)
+    for step in (3, 4):
+        assert before.read_rollouts(step) == after.read_rollouts(step)
+
+
+def test_a_filter_may_ask_for_more_than_was_made_ahead(task: Path, tmp_path: Path) -> None:
+    """Its further batches are made when they are asked for, with weights of the day."""
+    tree = stale_tree(task, tmp_path / "run", steps=3, checkpoint={"every": 0})
+    correction = {"engine_correction": {"mode": "truncate"}}
+    tree["algorithm"] = {"preset": "grpo", "filter": {"mode": "dynamic", "size_factor": 1.0}, "loss": correction}
+    tree["rollout"]["n"] = 2  # two equal rewards are no signal
+    lines = train(tmp_path, tree)
+    assert [line["staleness_max"] for line in lines] == [0, 1, 1]
+    again = [line for line in lines[1:] if line["filter/batches"] > 1]
+    assert again
+    assert all(0 < line["staleness"] < 1 for line in again)
+
+
+def test_it_must_be_corrected_for(task: Path, tmp_path: Path) -> None:
+    tree = stale_tree(task, tmp_path / "run")
+    tree["algorithm"].pop("loss")
+    path = tmp_path / "RUN.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UsageError, match=r"rollout\.staleness 1 trains on rollouts of older weights"):
+        load_run(path, [])
+    assert load_run(path, ["update.old_logprobs=engine"]).rollout.staleness == 1

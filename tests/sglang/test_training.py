@@ -1,0 +1,113 @@
+"""The real command trains the toy task with a real SGLang server as its engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lens_megatron.rollout.sglang_server import ServerProcess
+from lens_megatron.run_folder import RunFolder
+from tests.loop.runs import complaint, finished, run_tree, train, write_run, write_task
+from tests.sglang.server import cpu_config, servers
+
+pytestmark = [pytest.mark.sglang]
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture(scope="module")
+def server(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    config = cpu_config(args={"context_length": 256})
+    with servers(task / "model", tmp_path_factory.mktemp("logs"), config=config) as (one,):
+        yield one
+
+
+def tree_for(task: Path, folder: Path, server: ServerProcess, **sync: Any) -> dict[str, Any]:
+    """Two tensor-parallel ranks; the server by its URL, so that all runs share it."""
+    key = folder / "key"
+    key.write_text(str(server.api_key))
+    tree = run_tree(task, folder / "run", steps=STEPS)
+    found = {"urls": [server.url], "api_key_file": str(key)}
+    settings = {"fallback": "none", "bucket_mib": 0.02, "timeout_s": 60.0, **sync}
+    tree["rollout"] = {**tree["rollout"], "engine": "sglang", "server": found, "sync": settings}
+    return tree
+
+
+@pytest.mark.parametrize("transport", ["tensor", "disk", "distributed"])
+def test_trains_and_agrees(task: Path, server: ServerProcess, tmp_path: Path, transport: str) -> None:
+    lines = train(tmp_path, tree_for(task, tmp_path, server, transport=transport))
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for line in lines:
+        assert line["sync/probe_diff_max"] < 1e-4
+        assert line["logprob_diff_max"] < 1e-4  # of every sampled token, original and purified, under its own prompt
+        assert line["sync/servers"] == 1 and line["sync/fell_back"] == 0
+        assert line["sync/changed_tensors"] > 0.9  # the weights did move
+        assert line["staleness_max"] == 0
+        assert line["grad_norm"] > 0
+    assert any(line["purified_ratio"] > 0 for line in lines)
+    folder = RunFolder.open(tmp_path / "run")
+    for step in range(1, STEPS + 1):
+        assert {row.weight_version for row in folder.read_rollouts(step)} == {step - 1}
+    ledgers = [json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "sync").glob("*.json"))]
+    assert [ledger["version"] for ledger in ledgers] == list(range(STEPS + 1))
+    assert len({ledger["digest"] for ledger in ledgers}) == STEPS + 1
+    assert all(ledger["transport"] == transport and not ledger["failed"] for ledger in ledgers)
+
+
+@pytest.mark.parametrize("in_flight", ["wait", "abort", "retract", "in_place"])
+def test_one_step_of_asynchrony(task: Path, server: ServerProcess, tmp_path: Path, in_flight: str) -> None:
+    """Rollouts are made while the trainer trains; new weights wait for them, or reach them under way."""
+    tree = tree_for(task, tmp_path, server, transport="tensor", in_flight=in_flight)
+    tree["rollout"] |= {"staleness": 1, "max_response_tokens": 100}
+    tree["algorithm"]["loss"] = {"engine_correction": {"mode": "truncate"}}
+    lines = train(tmp_path, tree)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(line["sync/probe_diff_max"] < 1e-4 for line in lines)
+    assert lines[0]["staleness_max"] == 0
+    assert all(0 <= line["staleness"] <= line["staleness_max"] <= 1 for line in lines)
+    if in_flight == "wait":
+        assert [line["staleness"] for line in lines] == [0, 1, 1]
+    folder = RunFolder.open(tmp_path / "run")
+    for step in range(1, STEPS + 1):
+        rows = folder.read_rollouts(step)
+        assert len(rows) >= 16
+        assert {row.weight_version for row in rows} <= {max(0, step - 2), step - 1}
+
+
+def test_engine_logprobs_stand_for_the_trainers(task: Path, server: ServerProcess, tmp_path: Path) -> None:
+    """`old_logprobs: engine` from the same weights is the same update as scoring them once more."""
+    tree = tree_for(task, tmp_path, server, transport="tensor")
+    tree["update"] = {"old_logprobs": "engine"}
+    lines = train(tmp_path, {**tree, "steps": 1})
+    assert lines[0]["ratio_original"] == pytest.approx(1.0, abs=1e-4)
+    assert lines[0].get("logprob_diff") is None  # compared with itself the engine always agrees
+
+
+def test_trainer_and_server_by_turns(task: Path, server: ServerProcess, tmp_path: Path) -> None:
+    """The verbs of `placement: colocated` in their order; on CPU nothing is freed at the server, and it lives on."""
+    tree = {**tree_for(task, tmp_path, server, transport="auto"), "placement": "colocated", "steps": 2}
+    lines = train(tmp_path, {**tree, "checkpoint": {"every": 1}})
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["logprob_diff_max"] < 1e-4 for line in lines)
+    assert all(line["sync/probe_diff_max"] < 1e-4 and line["sync/residual_gib"] == 0 for line in lines)
+    assert json.loads((tmp_path / "run" / "sync" / "version_000002.json").read_text())["transport"] == "tensor"
+    assert not server.has_ended
+
+
+def test_no_server_ends_with_one_line(task: Path, server: ServerProcess, tmp_path: Path) -> None:
+    tree = tree_for(task, tmp_path, server, transport="tensor", probe_tolerance=1e-12)
+    code, words = finished(tmp_path, "train", str(write_run(tmp_path, tree)))
+    assert code == 1
+    line = complaint(words)
+    assert "version 0 reached no rollout server whole" in line
+    assert "log-probs of the probe differ from the trainer's" in line
+    assert not RunFolder(tmp_path / "run").rollout_steps()
