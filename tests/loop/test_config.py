@@ -18,6 +18,8 @@ import lens_megatron
 from lens_megatron import presets, strict
 from lens_megatron.config import RunConfig, SftConfig, load_run
 from lens_megatron.errors import UsageError
+from lens_megatron.evaluation.config import EvalConfig
+from lens_megatron.evaluation.interference import InterferenceConfig
 
 PACKAGE = Path(lens_megatron.__file__).parent
 
@@ -56,7 +58,7 @@ def _owner(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else "?"
 
 
-@pytest.mark.parametrize("root", [RunConfig, SftConfig])
+@pytest.mark.parametrize("root", [RunConfig, SftConfig, EvalConfig, InterferenceConfig])
 def test_every_key_is_read_by_something(root: type) -> None:
     where = reads()
     unread = [
