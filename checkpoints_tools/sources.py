@@ -1,7 +1,7 @@
 """Rows of tensors out of an HF folder or a Megatron checkpoint. Nothing is mapped or kept: memory is what is being read.
 
-Rows that lie in a file as they are to be written are given as extents, which the kernel copies from file to file; others
-(columns cut over ranks, another dtype) are put together in memory. torch is imported only for what computes.
+Rows that lie in a file as they are to be written are given as extents, to be copied as bytes; others (columns cut over
+ranks, another dtype) are put together in memory. torch is imported only for what computes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -64,22 +63,14 @@ def test_round_trip_has_the_same_bits_and_logits(
     assert torch.equal(logits[0], logits[1])
 
 
-@pytest.mark.parametrize("most", [0, 777])
-def test_where_the_kernel_copies_not_or_little_the_bits_are_the_same(
-    most: int, hf: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between some file systems it refuses; a signal or a limit may end a copy early."""
-    copy = os.copy_file_range
-
-    def grudging(source: int, target: int, count: int, *offsets: int) -> int:
-        if most == 0:
-            raise OSError(errno.EXDEV, "Invalid cross-device link")
-        return copy(source, target, min(most, count), *offsets)
-
-    monkeypatch.setattr(os, "copy_file_range", grudging)
-    monkeypatch.setattr(streaming, "BLOCK_BYTES", 1000)
+def test_short_reads_and_writes_are_gone_on_with(hf: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a network file system, or at a signal."""
+    read, write = os.preadv, os.pwrite
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, place: read(file, [buffers[0][:777]], place))
+    monkeypatch.setattr(os, "pwrite", lambda file, content, place: write(file, content[:500], place))
     hf_to_megatron(hf("qwen3_moe"), tmp_path / "there", None, workers=2)
     megatron_to_hf(tmp_path / "there", tmp_path / "back", None, workers=2)
+    monkeypatch.undo()
     assert_same_bits(tensors_of(tmp_path / "back"), tensors_of(hf("qwen3_moe")))
 
 
