@@ -41,7 +41,7 @@ def search(
     tried = 0
     for placement in placements:
         for trainer_gpus, engine_gpus in _splits(gpus, placement):
-            engine_tp = _engine_tp(spec, gpu, engine_gpus)
+            engine_tp = engine_tp_for(spec, gpu, engine_gpus)
             if engine_tp is None:
                 continue
             for layout in _layouts(spec, trainer_gpus, gpu.a_node):
@@ -77,7 +77,7 @@ def _splits(gpus: int, placement: Placement) -> Iterator[tuple[int, int]]:
             yield trainer, gpus - trainer
 
 
-def _engine_tp(spec: ModelSpec, gpu: Gpu, gpus: int) -> int | None:
+def engine_tp_for(spec: ModelSpec, gpu: Gpu, gpus: int) -> int | None:
     """The smallest server whose weights leave at least half of its memory for keys and values; else the smallest that fits."""
     size = 2 * count_parameters(spec)
     fits = [tp for tp in (1, 2, 4, 8, 16, 32) if gpus % tp == 0 and spec.heads % tp == 0]
