@@ -10,7 +10,7 @@ from lens_megatron.model_spec import load_model_config
 from lens_megatron.planning.gpus import find_gpu, rates_of
 from lens_megatron.planning.plans import Plan, make_plan
 from lens_megatron.planning.search import engine_tp_for
-from lens_megatron.planning.setups import setup_of_run
+from lens_megatron.planning.setups import engine_gpus, setup_of_run
 from lens_megatron.planning.work import workload_of_run
 from lens_megatron.studies.config import Cell, Study
 
@@ -26,7 +26,7 @@ def plan_of_cell(study: Study, cell: Cell, response_tokens: float | None = None)
     rates = rates_of(gpu, Path(study.config.calibration) if study.config.calibration else None)
     spec = load_model_config(cell.config.model).spec
     work = workload_of_run(cell.config, response_tokens=response_tokens)
-    setup = setup_of_run(cell.config, spec, gpu, rates, work, cell.processes)
+    setup = setup_of_run(cell.config, spec, gpu, rates, work, cell.processes + engine_gpus(cell.config))
     if cell.where == "simulated" and setup.placement == "embedded":
         tp = engine_tp_for(spec, gpu, cell.processes)
         if tp is None:

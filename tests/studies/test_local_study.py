@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,7 @@ def test_cells_run_fail_and_are_taken_up_again(tmp_path: Path) -> None:
     assert "tp_two" not in measured and "stroke-dasharray" not in measured
 
     # what is done stays; what failed is tried again, and ends well when its cause is gone
-    before = os.stat(folder / "cells" / "grpo-seed0" / "metrics.jsonl").st_mtime_ns
+    before = (folder / "cells" / "grpo-seed0" / "metrics.jsonl").stat().st_mtime_ns
     (folder / "states" / "grpo_weighted-seed0.json").unlink()
     code, words = finished(tmp_path, "study", str(path), "--collect")
     assert code == 1 and rows(folder / "cells.csv")["grpo_weighted-seed0"]["state"] == "waiting"
@@ -89,4 +88,4 @@ def test_cells_run_fail_and_are_taken_up_again(tmp_path: Path) -> None:
     assert code == 1
     assert "3 of 5 cells are done already" in words and "grpo_weighted-seed0: done" in words
     assert "grpo-seed0" not in words
-    assert os.stat(folder / "cells" / "grpo-seed0" / "metrics.jsonl").st_mtime_ns == before
+    assert (folder / "cells" / "grpo-seed0" / "metrics.jsonl").stat().st_mtime_ns == before
