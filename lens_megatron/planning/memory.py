@@ -9,8 +9,8 @@ from operator import add
 import numpy as np
 
 from lens_megatron.mcore.layout import ParallelConfig, padded_vocab_size
-from lens_megatron.model_spec import ModelSpec
-from lens_megatron.planning.activations import Kernels, Pass, Recompute, activation_bytes, kept_by_one_pass
+from lens_megatron.model_spec import AdvisedLayout, ModelSpec
+from lens_megatron.planning.activations import CUDA, Kernels, Pass, Recompute, activation_bytes, kept_by_one_pass
 from lens_megatron.planning.buffers import Buffer, Owned, chunk_buffers, default_bucket_size
 from lens_megatron.planning.shards import chunks_of_stage, kinds_of_stages
 
@@ -214,6 +214,35 @@ def trainer_bytes(
             )
         )  # fmt: skip
     return max(stages, key=lambda held: held.peak)
+
+
+def advised_bytes(spec: ModelSpec, layout: AdvisedLayout) -> TrainerBytes:
+    """Of a layout in model_configs/: packs of 16,384 tokens, sequences of 512 + 4,096, plain torch on CUDA."""
+    return trainer_bytes(
+        spec,
+        advised_parallel(layout),
+        layout.gpus,
+        kernels=CUDA,
+        recompute=layout.recompute,
+        tokens_per_microbatch=16384,
+        longest=4608,
+        microbatches=layout.pp,
+        reference=True,
+        offload_reference=layout.offload_reference,
+    )
+
+
+def advised_host_bytes(spec: ModelSpec, layout: AdvisedLayout) -> int:
+    """Host memory of all nodes together, for an offloaded reference: each GPU keeps its own part there."""
+    if not layout.offload_reference:
+        return 0
+    parallel = advised_parallel(layout)
+    stages = [state_bytes(spec, parallel, layout.gpus, stage, element=2) for stage in range(layout.pp)]
+    return sum(stage.weights for stage in stages) * (layout.gpus // layout.pp)
+
+
+def advised_parallel(layout: AdvisedLayout) -> ParallelConfig:
+    return ParallelConfig(**layout.run_values()["parallel"])
 
 
 def _tile(spec: ModelSpec, layout: ParallelConfig, tokens: int) -> int:
