@@ -22,6 +22,7 @@ from lens_megatron.studies.states import CellState, check_same_cells, read_state
 
 Tell = Callable[[str], None]
 _POLL_S = 5.0
+_ONE_SUBMITS = threading.Lock()  # nemo-run keeps what it submits in globals
 
 
 def run_study(study: Study, tell: Tell) -> None:
@@ -143,7 +144,8 @@ def _on_slurm(study: Study, cell: Cell) -> str:
     if handle is None or not handle.status().active:  # else the job of an interrupted study: only waited for
         resume = RunFolder(cell.run_dir).holds_run()
         overrides = [*cell.overrides, f"run_dir={json.dumps(str(cell.run_dir))}"]
-        handle = slurm.submit(study.run, overrides, study.site, cell.name, resume=resume)
+        with _ONE_SUBMITS:
+            handle = slurm.submit(study.run, overrides, study.site, cell.name, resume=resume)
     now = handle.wait(poll_s=_POLL_S)
     if now.state == "done":
         return ""

@@ -142,6 +142,47 @@ def test_the_last_words_of_a_run(tmp_path: Path) -> None:
     assert last_words(output, 3) == "exit code 3"
 
 
+def test_cells_on_slurm_are_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the launchers' own functions replaced: a real Slurm runs in tests/slurm."""
+    from launchers import queue, slurm
+    from lens_megatron.studies import config
+
+    submitted: list[tuple[str, list[str], bool]] = []
+    ends = {"seed0": ("done", ""), "seed1": ("failed", "error: no such rule"), "seed2": ("unfinished", "")}
+
+    class Job:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait(self, poll_s: float) -> queue.JobStatus:
+            state, reason = ends[self.name]
+            return queue.JobStatus(state, "17", reason=reason)  # type: ignore[arg-type]
+
+        def status(self) -> queue.JobStatus:
+            return queue.JobStatus("running", "17")
+
+    def submit(run: Path, overrides: list[str], site: Path, name: str, *, resume: bool) -> Job:
+        assert site == tmp_path / "site.yaml" and run == tmp_path / "RUN.yaml"
+        submitted.append((name, overrides, resume))
+        return Job(name)
+
+    monkeypatch.setattr(slurm, "submit", submit)
+    monkeypatch.setattr(config, "find_weights", lambda model: tmp_path)
+    running = {"seed0"}  # the job of an earlier, interrupted study
+    monkeypatch.setattr(queue.Handle, "of", lambda folder: Job(folder.name) if folder.name in running else None)
+    path = study(tmp_path, where="slurm", site="site.yaml", at_once=3, grid={"seed": [0, 1, 2]})
+    assert main(["study", str(path)]) == 1
+    out = capsys.readouterr().out
+    assert "seed0: done" in out
+    assert "failed cell seed1: job 17 failed: error: no such rule" in out
+    assert "failed cell seed2: job 17 unfinished" in out
+    assert sorted(name for name, _, _ in submitted) == ["seed1", "seed2"]  # what is queued is not submitted twice
+    run_dir = tmp_path / "study" / "cells" / "seed1"
+    assert {name: overrides for name, overrides, _ in submitted}["seed1"] == ["seed=1", f'run_dir="{run_dir}"']
+
+
 def test_it_does_not_start_inside_a_job_of_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from lens_megatron.studies.running import clean_environment
 
