@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,16 +104,16 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     config = strict.build(StudyConfig, strict.apply_overrides(strict.read_yaml(path), overrides), str(path))
     run = path.parent / config.run
     folder = Path(config.study_dir)
-    base = strict.read_yaml(run)
-    cells = []
-    for arm in config.arms or [Arm("")]:
-        grid = {**config.grid, **arm.grid}
+    arms = [(arm, {**config.grid, **arm.grid}) for arm in config.arms or [Arm("")]]
+    for arm, grid in arms:
         _check_grid(grid, f"{path}: {f'arm {arm.name}: ' if arm.name else ''}grid")
+    if sum(math.prod(len(values) for values in grid.values()) for _, grid in arms) > _MOST_CELLS:
+        raise UsageError(f"{path}: more than {_MOST_CELLS} cells: leave out values of an axis")
+    cells = []
+    for arm, grid in arms:
         for values in itertools.product(*grid.values()):
             labels = ({"arm": arm.name} if arm.name else {}) | dict(zip(grid, values, strict=True))
-            cells.append(_cell(config, path, run, base, folder, arm, grid, labels))
-            if len(cells) > _MOST_CELLS:
-                raise UsageError(f"{path}: more than {_MOST_CELLS} cells: leave out values of an axis")
+            cells.append(_cell(config, path, run, folder, arm, grid, labels))
     names = [cell.name for cell in cells]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -138,7 +140,6 @@ def _cell(
     config: StudyConfig,
     path: Path,
     run: Path,
-    base: Mapping[str, Any],
     folder: Path,
     arm: Arm,
     grid: Grid,
@@ -147,10 +148,14 @@ def _cell(
     name = "-".join(_word(key, value) for key, value in labels.items()) or "run"
     where = arm.where or config.where
     place = f"{path}: cell {name}"
-    changes = {**{key: value for key, value in labels.items() if key not in (*_SPECIAL, "arm")}, **arm.set}
-    changes = {key: value for key, value in changes.items() if key not in labels} | {
-        key: labels[key] for key in labels if key in changes
-    }
+    axes = {key: value for key, value in labels.items() if key not in (*_SPECIAL, "arm")}
+    if both := axes.keys() & arm.set.keys():
+        key = min(both)
+        raise UsageError(
+            f"{path}: arm {arm.name} sets {key}, which is an axis too: give the arm `grid: {{{key}: [...]}}`"
+        )
+    # a whole section before its keys, whoever gives them
+    changes = dict(sorted({**axes, **arm.set}.items(), key=lambda change: change[0].count(".")))
     run_dir = folder / "cells" / name
     try:
         overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
@@ -197,6 +202,4 @@ def _word(key: str, value: Any) -> str:
 
 
 def _digest(value: Any) -> int:
-    import zlib
-
     return zlib.crc32(json.dumps(value, sort_keys=True).encode()) & 0xFFFF

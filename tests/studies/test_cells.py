@@ -48,6 +48,10 @@ def test_axes_are_crossed_and_arms_keep_their_own(tmp_path: Path) -> None:
     assert (last.seed, last.optimizer.lr, last.algorithm.rescue.tau) == (7, 2e-6, 0.5)
     assert found.cells[0].config.algorithm.rescue.mode == "none"
     assert len({cell.config.run_dir for cell in found.cells}) == 6
+    # a section of an arm, and one of its keys as an axis: the key is set within the section
+    arms = [{"name": "a", "set": {"algorithm": {"preset": "lens", "rescue": {"gamma": 0.05}}}}]
+    (cell,) = load_study(study(tmp_path, grid={"algorithm.rescue.tau": [0.25]}, arms=arms)).cells
+    assert (cell.config.algorithm.rescue.tau, cell.config.algorithm.rescue.gamma) == (0.25, 0.05)
 
 
 def test_nodes_become_data_parallel_ranks_and_weak_batches_grow(tmp_path: Path) -> None:
@@ -75,6 +79,10 @@ def test_nodes_become_data_parallel_ranks_and_weak_batches_grow(tmp_path: Path) 
         ({"grid": {"algorithm": ["lenz"]}}, "no preset 'lenz'; did you mean 'lens'?"),
         ({"arms": [{"name": "a"}, {"name": "a"}]}, "a name twice: 'a'"),
         ({"grid": {"arm": ["a"]}}, "arms have a list of their own"),
+        (
+            {"arms": [{"name": "a", "set": {"seed": 1}}], "grid": {"seed": [1]}},
+            "arm a sets seed, which is an axis too: give the arm `grid: {seed: [...]}`",
+        ),
         ({"where": "moon"}, "where: "),
         ({"gird": {}}, "unknown key 'gird'; did you mean 'grid'?"),
         ({"run": "nowhere.yaml"}, "nowhere.yaml: No such file"),
