@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lens_megatron import __version__
 from lens_megatron.reporting import figures, panels
 from lens_megatron.reporting.browser import browser_data
 from lens_megatron.reporting.document import html_document
-from lens_megatron.reporting.frame import grid, html_page
 from lens_megatron.reporting.panels import curves
 from lens_megatron.reporting.runs import Run
 
@@ -18,10 +18,10 @@ def report_page(runs: Sequence[Run]) -> str:
     names = ", ".join(run.name for run in runs)
     sections = [
         ("summary", "Summary", panels.key_numbers(runs) + _about_numbers() + panels.differences(runs)),
-        ("learning", "Learning", grid(learning(runs))),
-        ("purification", "Prompts and purification", grid(purification(runs))),
-        ("update", "The update", grid(update(runs))),
-        ("time", "Time", grid(time(runs))),
+        ("learning", "Learning", _grid(learning(runs))),
+        ("purification", "Prompts and purification", _grid(purification(runs))),
+        ("update", "The update", _grid(update(runs))),
+        ("time", "Time", _grid(time(runs))),
         ("browse", "Rollouts", _browser()),
     ]
     return html_document(
@@ -33,15 +33,6 @@ def report_page(runs: Sequence[Run]) -> str:
         "Lines of more than 30 steps: faint as measured, strong as the mean of the last twentieth of the steps. Figure and "
         "table numbers are those of arXiv 2601.21244.",
         panels.legend(panels.run_legend(runs)),
-    return html_page(
-        ", ".join(run.name for run in runs),
-        "Training report",
-        "Every number comes from the runs' own files.",
-        panels.legend(panels.run_legend(runs)),
-        sections,
-        "Lines of more than 30 steps: faint as measured, strong as the mean of the last twentieth of the steps. Figure and "
-        "table numbers are those of arXiv 2601.21244.",
-        browser_data(runs),
     )
 
 
@@ -175,6 +166,10 @@ def success_over_time(runs: Sequence[Run]) -> str:
 def _if_purified(run: Run, metric: str) -> list[tuple[float, float]]:
     """Ratios of 0 at every step say that the run does not purify, not that it purified badly."""
     return run.points(metric) if any(run.values("purified_ratio")) else []
+
+
+def _grid(parts: Sequence[str]) -> str:
+    return f'<div class="figures">{"".join(parts)}</div>'
 
 
 def _about_numbers() -> str:

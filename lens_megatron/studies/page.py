@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from lens_megatron import __version__
 from lens_megatron.reporting.charts import Bars, Point, Series, bar_chart, line_chart, nothing, number, stacked_bars
-from lens_megatron.reporting.frame import grid, html_page
+from lens_megatron.reporting.document import html_document
 from lens_megatron.reporting.panels import COLOURS, figure, legend, run_colour, table
 from lens_megatron.studies.config import Study
 from lens_megatron.studies.table import PHASES, Result, cell_row
@@ -36,13 +37,25 @@ def study_page(study: Study, results: Sequence[Result]) -> str:
         )
     sections.append(("plans", "Planned against measured", grid([_planned_against_measured(rows)])))
     title = study.config.name or study.folder.name
-    about = f"{len(rows)} cells, {len(measured)} to be measured and {len(simulated)} simulated, from {study.run.name}."
+    about = f"{len(rows)} cells, {len(measured)} to be measured and {len(simulated)} simulated."
     footer = (
         "A step: mean without the first. GPUs: processes, on machines without GPUs. Values of seeds are averaged. "
         "Ideal: the smallest cell's value, times the ratio of GPUs."
     )
     key = legend([(name or "run", _colour(place), "line") for name, place in groups.items()])
-    return html_page(title, "Study", about, key, sections, footer)
+    return html_document(
+        f"{title}: study",
+        title,
+        f"Study by lens-megatron {__version__}, {{made}}. {about}",
+        sections,
+        None,
+        footer,
+        key,
+    )
+
+
+def grid(parts: Sequence[str]) -> str:
+    return f'<div class="figures">{"".join(parts)}</div>'
 
 
 def _group(row: Mapping[str, Any]) -> str:

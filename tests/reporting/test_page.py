@@ -17,7 +17,6 @@ import pytest
 from lens_megatron.cli import main
 from lens_megatron.reporting import browser
 from lens_megatron.reporting.document import embedded_json
-from lens_megatron.reporting.frame import embedded_json
 from lens_megatron.rollout_table import RolloutRow
 from lens_megatron.run_folder import RunFolder
 from tests.reporting import synthetic
