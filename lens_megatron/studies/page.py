@@ -48,7 +48,7 @@ def study_page(study: Study, results: Sequence[Result]) -> str:
         title,
         f"Study by lens-megatron {__version__}, {{made}}. {about}",
         sections,
-        None,
+        ("cells", rows),
         footer,
         key,
     )
