@@ -71,7 +71,10 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        return sum(self.seconds.values())
+        generated = self.seconds["generate"] + self.seconds["verify"]
+        rest = sum(self.seconds.values()) - generated
+        overlaps = self.setup.work.staleness > 0 and self.setup.placement == "disaggregated"
+        return max(generated, rest) if overlaps else generated + rest
 
     @property
     def tokens_per_second_per_gpu(self) -> float:

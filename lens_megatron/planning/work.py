@@ -33,6 +33,7 @@ class Workload:
     minibatches: int = 1
     epochs: int = 1
     tokens_per_microbatch: int = 16384
+    staleness: int = 0  # 1: the next batch is generated while this one trains
 
     @property
     def rollouts(self) -> float:
@@ -141,6 +142,7 @@ def workload_of_run(config: Any, **assumed: Any) -> Workload:
         "minibatches": update.minibatches,
         "epochs": update.epochs,
         "tokens_per_microbatch": update.tokens_per_microbatch,
+        "staleness": rollout.staleness,
     }
     return Workload(**{**values, **{name: value for name, value in assumed.items() if value is not None}})
 

@@ -88,6 +88,17 @@ def test_more_gpus_take_less_time_and_no_more_memory() -> None:
     assert few.trainer.weights == many.trainer.weights
 
 
+def test_a_step_of_staleness_hides_the_shorter_half_on_gpus_of_their_own() -> None:
+    stale = dataclasses.replace(WORK, staleness=1)
+    apart = {"placement": "disaggregated", "engine_gpus": 8}
+    one, two = plan(ParallelConfig(tp=4), **apart), plan(ParallelConfig(tp=4), work=stale, **apart)
+    assert one.seconds == two.seconds
+    generated = one.seconds["generate"] + one.seconds["verify"]
+    assert two.step_seconds == pytest.approx(max(generated, one.step_seconds - generated))
+    together = plan(ParallelConfig(tp=4), work=stale)
+    assert together.step_seconds == pytest.approx(sum(together.seconds.values()))
+
+
 def test_out_of_memory_says_where_and_of_what() -> None:
     small = dataclasses.replace(GPU, memory=40 * 1024**3)
     one = plan(ParallelConfig(), gpu=small)

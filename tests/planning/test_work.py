@@ -80,13 +80,14 @@ def test_a_run_says_what_its_step_does(tmp_path: object) -> None:
     def config(preset: str) -> SimpleNamespace:
         return SimpleNamespace(
             algorithm=load_algorithm(preset),
-            rollout=SimpleNamespace(n=4, max_response_tokens=1000, schedule="early"),
+            rollout=SimpleNamespace(n=4, max_response_tokens=1000, schedule="early", staleness=1),
             update=SimpleNamespace(old_logprobs="engine", minibatches=2, epochs=3, tokens_per_microbatch=2048),
             data=SimpleNamespace(prompts_per_step=16, max_prompt_tokens=100),
         )
 
     lens, grpo = workload_of_run(config("lens")), workload_of_run(config("grpo"))
     assert (lens.prompts, lens.n, lens.minibatches, lens.epochs, lens.schedule) == (16, 4, 2, 3, "early")
+    assert lens.staleness == 1
     assert (lens.prompt_tokens, lens.response_tokens, lens.longest) == (100, 250, 1100)
     assert lens.scores_prompts and lens.rescued > 0 and not lens.scores_old
     assert not grpo.scores_prompts and grpo.rescued == 0
