@@ -94,7 +94,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class AdvisedLayout:
-    """A trainer's layout that fits by the arithmetic of planning/parameters.py. Computed, not measured."""
+    """A trainer's layout that fits by the arithmetic of planning/memory.py. Computed, not measured."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
     gpus: int

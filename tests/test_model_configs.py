@@ -10,15 +10,14 @@ import transformers
 
 from lens_megatron import strict
 from lens_megatron.mcore.layout import ParallelConfig, check_layout
-from lens_megatron.model_spec import AdvisedLayout, ModelConfig, load_model_config, shipped_models, to_hf_config
+from lens_megatron.model_spec import ModelConfig, load_model_config, shipped_models, to_hf_config
+from lens_megatron.planning.memory import advised_bytes, advised_host_bytes, advised_parallel
 from lens_megatron.planning.parameters import (
     count_active_parameters,
     count_parameters,
-    host_bytes,
     layer_parameters,
-    stage_parameters,
-    training_bytes,
 )
+from lens_megatron.planning.shards import chunks_of_stage
 
 # As published: the number of values in each checkpoint's safetensors files.
 PUBLISHED = {
@@ -79,8 +78,8 @@ def test_advised_layouts_are_possible_and_fit(name: str) -> None:
         values = layout.run_values()
         parallel = strict.build(ParallelConfig, values["parallel"], name)
         check_layout(config.spec, parallel, layout.gpus)
-        assert training_bytes(config.spec, layout).peak <= 0.9 * layout.gpu_gb * GIB, layout
-        assert host_bytes(config.spec, layout) <= 128 * GIB * layout.gpus, layout  # 1 TiB a node of 8
+        assert advised_bytes(config.spec, layout).peak <= 0.9 * layout.gpu_gb * GIB, layout
+        assert advised_host_bytes(config.spec, layout) <= 128 * GIB * layout.gpus, layout  # 1 TiB a node of 8
 
 
 @pytest.mark.slow
@@ -104,28 +103,24 @@ def test_small_models_are_advised_for_one_gpu_and_eight() -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_ranks_together_hold_the_model(name: str) -> None:
     config = load_model_config(name)
+    spec, layer = config.spec, layer_parameters(config.spec)
     for layout in config.layouts:
-        stages = stage_parameters(config.spec, layout)
-        assert sum(stage.layers for stage in stages) == config.spec.layers
-        together = sum(stage.dense * layout.tp + stage.expert * layout.ep for stage in stages)
-        # norms and routers are repeated over the tensor ranks, never more than that
-        layer = layer_parameters(config.spec)
-        repeated = (layout.tp - 1) * (config.spec.layers * (layer.norms + layer.router) + config.spec.hidden_size)
-        assert together == count_parameters(config.spec) + repeated
+        parallel = advised_parallel(layout)
+        chunks = [chunk for stage in range(layout.pp) for chunk in chunks_of_stage(spec, parallel, stage)]
+        together = sum(sum(chunk.dense) * layout.tp + sum(chunk.expert) * layout.ep for chunk in chunks)
+        # norms and routers are repeated over the tensor ranks, vocabularies padded, a tied one copied; never more than that
+        repeated = (layout.tp - 1) * (spec.layers * (layer.norms + layer.router) + spec.hidden_size)
+        tables = 1 if spec.tied and layout.pp == 1 else 2
+        padding = tables * spec.hidden_size * (-spec.vocab_size % 128)
+        copy = spec.vocab_size * spec.hidden_size if spec.tied and layout.pp > 1 else 0
+        assert together == count_parameters(spec) + repeated + padding + copy
 
 
 def test_a_tied_embedding_is_copied_to_the_last_pipeline_stage() -> None:
     spec = load_model_config("qwen3-4b-base").spec
-    split = stage_parameters(spec, AdvisedLayout(gpus=2, gpu_gb=80, pp=2))
-    assert sum(stage.dense for stage in split) == count_parameters(spec) + 151_936 * 2560
-
-
-def test_one_gpu_takes_eighteen_bytes_a_parameter() -> None:
-    config = load_model_config("qwen2.5-3b")
-    one = config.layouts[0]
-    assert one.gpus == 1
-    held = training_bytes(config.spec, one)
-    assert held.weights + held.gradients + held.optimizer == 18 * count_parameters(config.spec)
+    split = [chunk for stage in range(2) for chunk in chunks_of_stage(spec, ParallelConfig(pp=2), stage)]
+    assert sum(chunk.elements for chunk in split) == count_parameters(spec) + 151_936 * 2560
+    assert [chunk.shared for chunk in split] == [(0,), (len(split[1].dense) - 1,)]
 
 
 # How a turn ends and the answer begins, in each family's chat format.
@@ -176,7 +171,7 @@ def test_the_documentation_lists_every_model_and_layout_as_computed() -> None:
         config = load_model_config(name)
         assert f"| {name} | {count_parameters(config.spec):,} |" in text
         for layout in config.layouts:
-            peak, host = training_bytes(config.spec, layout).peak, host_bytes(config.spec, layout) / layout.gpus
+            peak, host = advised_bytes(config.spec, layout).peak, advised_host_bytes(config.spec, layout) / layout.gpus
             where = f"| {layout.tp} | {layout.pp} | {layout.ep} | {layout.dp} | {layout.recompute} |"
             row = f"| {name} | {layout.gpus} x 80 GB {where} {peak / GIB:.1f} | {host / GIB:.1f} |"
             assert row in text, row

@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from lens_megatron.model_spec import ModelConfig
-from lens_megatron.planning.parameters import count_active_parameters, count_parameters, host_bytes, training_bytes
+from lens_megatron.planning.memory import advised_bytes, advised_host_bytes
+from lens_megatron.planning.parameters import count_active_parameters, count_parameters
 
 
 def describe(config: ModelConfig) -> dict[str, Any]:
@@ -30,8 +31,8 @@ def describe(config: ModelConfig) -> dict[str, Any]:
             {
                 **dataclasses.asdict(layout),
                 "dp": layout.dp,
-                "computed_peak_gib": round(training_bytes(spec, layout).peak / 1024**3, 1),
-                "computed_host_gib": round(host_bytes(spec, layout) / 1024**3, 1),
+                "computed_peak_gib": round(advised_bytes(spec, layout).peak / 1024**3, 1),
+                "computed_host_gib": round(advised_host_bytes(spec, layout) / 1024**3, 1),
             }
             for layout in config.layouts
         ],

@@ -119,7 +119,9 @@ def smooth(points: Sequence[Point], window: int) -> list[Point]:
     return smoothed
 
 
-def line_chart(series: Sequence[Series], y_label: str, x_label: str = "step", log_y: bool = False) -> str:
+def line_chart(
+    series: Sequence[Series], y_label: str, x_label: str = "step", log_y: bool = False, from_zero: bool = False
+) -> str:
     """Long series: faint as they are, and strong as a trailing mean."""
     drawn = [(one, points) for one in series if (points := [(x, y) for x, y in one.points if not log_y or y > 0])]
     if not drawn:
@@ -127,7 +129,7 @@ def line_chart(series: Sequence[Series], y_label: str, x_label: str = "step", lo
     xs = [x for _, points in drawn for x, _ in points]
     ys = [y for _, points in drawn for _, y in points]
     x_axis = _x_axis(min(xs) if x_label == "step" else 0.0, max(xs))
-    low, high = (min(ys), max(ys)) if log_y else value_range(ys)
+    low, high = (min(ys), max(ys)) if log_y else value_range([*ys, 0.0] if from_zero else ys)
     if log_y:
         low, high = 10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high) + 1e-9)
         high = high if high > low else low * 10

@@ -1,0 +1,168 @@
+"""What a forward pass keeps for the backward pass, in bytes of one rank: a list per layer, each entry with its reason.
+
+Tensors that share a storage are counted once, parameters not at all. The lists are read off the modules as they run (the
+local layer spec; what Transformer Engine keeps is taken from its sources and has not been compared with a run).
+
+    t  tokens of this context-parallel rank          s  of these, the ones this tensor-parallel rank holds (sequence parallel)
+    h  hidden size      q, k  width of queries, of keys, on this rank      f  width of the MLP (an expert) on this rank
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lens_megatron.mcore.layout import ParallelConfig
+from lens_megatron.model_spec import ModelSpec
+from lens_megatron.planning.shards import layers_of_chunk
+
+Recompute = Literal["none", "selective", "full"]
+_LOSS_BYTES = 64  # a token: the loss's own tensors, fp32 and masks
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which implementations run; each keeps other things."""
+
+    name: str
+    attention: Literal["sdpa", "varlen", "engine"]
+    fused_norm: bool  # else in fp32 by elementary operations
+    fused_swiglu: bool
+    fused_rope: bool
+
+
+CPU = Kernels("plain torch on CPU (SDPA by sequence)", "sdpa", fused_norm=False, fused_swiglu=False, fused_rope=False)
+CUDA = Kernels("plain torch on CUDA (varlen flash)", "varlen", fused_norm=True, fused_swiglu=True, fused_rope=False)
+ENGINE = Kernels("Transformer Engine", "engine", fused_norm=True, fused_swiglu=True, fused_rope=True)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One micro-batch: `tokens` over all context-parallel ranks, in sequences of these padded lengths."""
+
+    tokens: int
+    lengths: tuple[int, ...] = ()
+
+    def squares(self) -> int:
+        return sum(length * length for length in self.lengths)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that one micro-batch leaves behind."""
+
+    layer_input: int  # what a recomputed layer needs
+    attention: int  # all of a layer but its MLP or experts, its input included
+    mlp: int
+    mlp_input: int  # what a recomputed MLP needs
+    head: int  # final norm, head and loss
+    embedding: int
+
+    @property
+    def layer(self) -> int:
+        return self.attention + self.mlp
+
+    def in_layers(self, layers: int, recompute: Recompute) -> int:
+        if recompute == "full":
+            return layers * self.layer_input
+        if recompute == "selective":
+            return layers * (self.attention + self.mlp_input)
+        return layers * self.layer
+
+    def computed_again(self, recompute: Recompute) -> int:
+        """What one layer holds while the backward pass is in it, beside what was kept."""
+        return {"none": 0, "selective": self.mlp - self.mlp_input, "full": self.layer}[recompute]
+
+
+def kept_by_one_pass(spec: ModelSpec, layout: ParallelConfig, one: Pass, element: int, kernels: Kernels) -> Kept:
+    """`element`: bytes of an activation, 2 in bf16."""
+    t = -(-one.tokens // layout.cp)
+    s = -(-t // layout.tp) if layout.sequence_parallel else t
+    h = spec.hidden_size
+    norm_h = _norm(h, s, s, element, kernels)
+    attention = norm_h + s * h * element + _attention(spec, layout, t, one, element, kernels)
+    mlp, mlp_input = _mlp(spec, layout, t, s, element, kernels)
+    head = norm_h + t * h * element + t * 16 + t * _LOSS_BYTES
+    return Kept(s * h * element, attention + norm_h, mlp, mlp_input, head, embedding=8 * t)
+
+
+def _norm(width: int, tokens: int, rows: int, element: int, kernels: Kernels) -> int:
+    """Its input (or that input in fp32), 1/rms of each row, and what it normalised unless the kernel is fused."""
+    if kernels.fused_norm:
+        return tokens * width * element + 4 * rows
+    return 2 * tokens * width * 4 + 4 * rows
+
+
+def _attention(spec: ModelSpec, layout: ParallelConfig, t: int, one: Pass, element: int, kernels: Kernels) -> int:
+    heads, kv_heads = spec.heads // layout.tp, spec.kv_heads // layout.tp
+    q, k = heads * spec.head_dim, kv_heads * spec.head_dim
+    gathers = layout.cp > 1 and kernels.attention != "engine"  # keys and values of all context-parallel ranks
+    norm_views = spec.qk_norm and (kernels.fused_norm or element == 4)
+    kept = 0
+    if not gathers or norm_views:  # queries, keys and values in one storage, held by a view of the values or keys
+        kept += t * (q + 2 * k) * element
+    if spec.qk_norm:
+        kept += _norm(q, t, t * heads, element, kernels) + _norm(k, t, t * kv_heads, element, kernels)
+        kept -= t * k * element if norm_views else 0  # the keys' norm keeps a view of that storage
+    if not kernels.fused_rope:
+        kept += 4 * t * spec.head_dim * element  # cosines and sines, for queries and for keys
+    kept += t * q * element + t * heads * 4  # rotated queries, log-sums
+    if gathers:  # whole packs of both, their order, and a mask of each sequence
+        kept += 2 * one.tokens * k * element + 8 * one.tokens + one.squares() // layout.cp * element
+        return kept + 2 * t * q * element
+    kept += t * k * element  # rotated keys
+    # the output, and again as linear_proj's input where sequences are concatenated
+    return kept + (2 if kernels.attention == "sdpa" else 1) * t * q * element
+
+
+def _mlp(spec: ModelSpec, layout: ParallelConfig, t: int, s: int, element: int, kernels: Kernels) -> tuple[int, int]:
+    """(all that is kept, its input)."""
+    h = spec.hidden_size
+    mlp_input = s * h * element
+    if spec.moe is None:
+        f = spec.ffn_size // layout.tp
+        # both halves, [the shifted half, the silu,] and the product that goes down
+        return mlp_input + t * f * element * (3 if kernels.fused_swiglu else 5), mlp_input
+    f, chosen = spec.moe.expert_ffn_size // layout.expert_tp, spec.moe.experts_per_token
+    # the router's choice; then every copy of a token that its expert reads, on average over the ranks
+    routing = s * (16 * chosen + 8 * chosen + 5 * spec.moe.experts + 8 * chosen)
+    copies = s * chosen * layout.expert_tp
+    experts = copies * (h + f * (3 if kernels.fused_swiglu else 6)) * element + 4 * copies
+    return mlp_input + routing + experts, mlp_input
+
+
+def chunks_in_flight(layout: ParallelConfig, stage: int, microbatches: int) -> int:
+    """Forward passes of a chunk whose backward pass is still to come, at the fullest moment of 1F1B or its interleaved form."""
+    if layout.vpp == 1:
+        return min(layout.pp - stage, microbatches)
+    warm_up = 2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp
+    return min(warm_up + 1, microbatches * layout.vpp)
+
+
+def activation_bytes(
+    spec: ModelSpec,
+    layout: ParallelConfig,
+    stage: int,
+    one: Pass,
+    *,
+    microbatches: int,
+    element: int,
+    kernels: Kernels,
+    recompute: Recompute,
+) -> int:
+    """The most that is kept at once on a rank of this stage, with what is computed again in the backward pass."""
+    kept = kept_by_one_pass(spec, layout, one, element, kernels)
+    flying = chunks_in_flight(layout, stage, microbatches)
+    # interleaved: the schedule goes round the chunks, `pp` micro-batches in each before the next
+    counts = [0] * layout.vpp
+    for number in range(flying):
+        counts[number // layout.pp % layout.vpp] += 1
+    total, last_chunk_flies = 0, False
+    for virtual, count in enumerate(counts):
+        layers = layers_of_chunk(spec, layout, stage, virtual)
+        total += count * kept.in_layers(layers, recompute)
+        if stage == 0 and virtual == 0:
+            total += count * kept.embedding
+        last_chunk_flies |= count > 0 and virtual == layout.vpp - 1
+    ends = stage == layout.pp - 1 and last_chunk_flies
+    return total + max(kept.head if ends else 0, kept.computed_again(recompute))

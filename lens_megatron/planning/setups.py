@@ -1,0 +1,52 @@
+"""From a run's configuration to what a plan is computed from."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lens_megatron.config import RunConfig
+from lens_megatron.errors import UsageError
+from lens_megatron.model_spec import ModelSpec
+from lens_megatron.planning.activations import CUDA, ENGINE
+from lens_megatron.planning.gpus import Gpu, Rates
+from lens_megatron.planning.plans import Setup
+from lens_megatron.planning.work import Workload
+
+
+def engine_gpus(config: RunConfig) -> int:
+    """That the servers take for themselves."""
+    if config.rollout.engine == "embedded" or config.placement == "colocated":
+        return 0
+    return config.rollout.servers * config.rollout.server.gpus
+
+
+def setup_of_run(
+    config: RunConfig, spec: ModelSpec, gpu: Gpu, rates: Rates, work: Workload, gpus: int, engine_kernels: bool = False
+) -> Setup:
+    """The run's own layout on `gpus` GPUs in all; engine servers, where it has any, on their part of them."""
+    if config.memory.offload_optimizer > 0:
+        raise UsageError("memory.offload_optimizer: refused on CUDA until it is verified: set it to 0 to plan this run")
+    run = Setup(
+        spec,
+        gpu,
+        rates,
+        work,
+        config.parallel,
+        trainer_gpus=gpus,
+        placement="embedded",
+        engine_gpus=1,
+        engine_tp=1,
+        recompute=config.memory.recompute,
+        offload_reference=config.memory.offload_reference,
+        slots=config.rollout.slots,
+        kernels=ENGINE if engine_kernels else CUDA,
+    )
+    if config.rollout.engine == "embedded":
+        return run
+    run = dataclasses.replace(run, engine_tp=config.rollout.server.gpus, slots=Setup.slots)
+    if config.placement == "colocated":
+        return dataclasses.replace(run, placement="colocated", engine_gpus=gpus)
+    servers = engine_gpus(config)
+    if servers >= gpus:
+        raise UsageError(f"--gpus {gpus}: the engine's servers alone take {servers}; name the trainer's as well")
+    return dataclasses.replace(run, placement="disaggregated", trainer_gpus=gpus - servers, engine_gpus=servers)

@@ -1,0 +1,164 @@
+"""Cells run one after another, or several at once: on this machine as processes, on Slurm as jobs, or only planned."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from lens_megatron.errors import RunError, UsageError
+from lens_megatron.run_folder import RunFolder
+from lens_megatron.studies.config import Cell, Study
+from lens_megatron.studies.planned import plan_of_cell
+from lens_megatron.studies.states import CellState, check_same_cells, read_state, to_do, write_state
+
+Tell = Callable[[str], None]
+_POLL_S = 5.0
+_ONE_SUBMITS = threading.Lock()  # nemo-run keeps what it submits in globals
+
+
+def run_study(study: Study, tell: Tell) -> None:
+    """A cell that fails does not stop the others."""
+    check_same_cells(study)
+    try:
+        study.folder.mkdir(parents=True, exist_ok=True)
+        (study.folder / "logs").mkdir(exist_ok=True)
+        lock = (study.folder / "study.lock").open("w")
+    except OSError as error:
+        raise UsageError(f"study_dir {study.folder} cannot be written: {error.strerror}") from None
+    with lock:
+        _take(lock.fileno(), study.folder)
+        cells = to_do(study)
+        done = len(study.cells) - len(cells)
+        if done:
+            tell(f"{done} of {len(study.cells)} cells are done already")
+        children = Children()
+        count = iter(range(done + 1, len(study.cells) + 1))
+
+        def one(cell: Cell) -> None:
+            state = _run(study, cell, children)
+            if children.stopping:
+                return
+            write_state(study, cell, state)
+            words = state.reason or (f"{state.seconds:.0f} s" if state.seconds else "")
+            tell(f"[{next(count)}/{len(study.cells)}] {cell.name}: {state.state}{f' ({words})' if words else ''}")
+
+        with ThreadPoolExecutor(study.config.at_once) as pool:
+            try:
+                for future in [pool.submit(one, cell) for cell in cells]:
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                children.stop()
+                raise
+
+
+class Children:
+    """The processes under way, so that an interrupted study leaves none behind."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self.stopping = False
+
+    def run(self, command: list[str], output: Path) -> int:
+        with output.open("ab") as file:
+            with self._lock:
+                if self.stopping:
+                    return -signal.SIGTERM
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                )
+                self._processes.add(process)
+            code = process.wait()
+            with self._lock:
+                self._processes.discard(process)
+            return code
+
+    def stop(self) -> None:
+        with self._lock:
+            self.stopping = True
+            for process in self._processes:
+                with suppress(ProcessLookupError):
+                    process.terminate()
+
+
+def _take(lock: int, folder: Path) -> None:
+    import fcntl
+
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UsageError(f"study_dir {folder} is in use by another running study") from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def _run(study: Study, cell: Cell, children: Children) -> CellState:
+    start = time.monotonic()
+    try:
+        if cell.where == "simulated":
+            plan = plan_of_cell(study, cell)
+            if not plan.fits:
+                return CellState("failed", plan.complaint, None, cell.overrides)
+            return CellState("simulated", "", None, cell.overrides)
+        reason = _on_slurm(study, cell) if cell.where == "slurm" else _here(study, cell, children)
+    except (UsageError, RunError) as error:
+        reason = str(error)
+    return CellState("failed" if reason else "done", reason, time.monotonic() - start, cell.overrides)
+
+
+def _here(study: Study, cell: Cell, children: Children) -> str:
+    """Why it failed; empty when it did not."""
+    output = study.folder / "logs" / f"{cell.name}.txt"
+    resume = ["--resume"] if RunFolder(cell.run_dir).holds_run() else []
+    run_dir = f"run_dir={json.dumps(str(cell.run_dir))}"
+    command = [sys.executable, "-m", "lens_megatron.cli", "train", *resume, str(study.run), *cell.overrides, run_dir]
+    code = children.run(command, output)
+    return "" if code == 0 else last_words(output, code)
+
+
+def last_words(output: Path, code: int) -> str:
+    """The line that says why, else the last one, else the exit code."""
+    lines = [line.strip() for line in output.read_text(errors="replace").splitlines() if line.strip()]
+    for line in reversed(lines):
+        if line.startswith(("error:", "failed:")):
+            return line
+    ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return f"{ended}: {lines[-1]}" if lines else ended
+
+
+def _on_slurm(study: Study, cell: Cell) -> str:
+    from launchers import slurm
+    from launchers.queue import Handle
+
+    handle = Handle.of(cell.run_dir)
+    if handle is None or not handle.status().active:  # else the job of an interrupted study: only waited for
+        resume = RunFolder(cell.run_dir).holds_run()
+        overrides = [*cell.overrides, f"run_dir={json.dumps(str(cell.run_dir))}"]
+        with _ONE_SUBMITS:
+            handle = slurm.submit(study.run, overrides, study.site, cell.name, resume=resume)
+    now = handle.wait(poll_s=_POLL_S)
+    if now.state == "done":
+        return ""
+    return f"job {now.job} {now.state}{f': {now.reason}' if now.reason else ''}"
+
+
+def summary(study: Study) -> list[str]:
+    """One line for each cell that failed."""
+    states = [(cell, read_state(study, cell)) for cell in study.cells]
+    return [f"{cell.name}: {state.reason}" for cell, state in states if state.state == "failed"]
+
+
+def clean_environment() -> None:
+    """A study inside torchrun or srun would start cells as ranks of it."""
+    if "RANK" in os.environ:
+        raise UsageError("study: started inside torchrun or srun; start it by itself, it starts its cells")

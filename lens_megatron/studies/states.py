@@ -1,0 +1,62 @@
+"""What became of each cell: a small file beside the runs, so that a study can be taken up again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from lens_megatron.errors import RunError, UsageError
+from lens_megatron.studies.config import Cell, Study
+
+State = Literal["waiting", "done", "failed", "simulated"]
+
+
+@dataclass(frozen=True)
+class CellState:
+    state: State = "waiting"
+    reason: str = ""  # why it failed
+    seconds: float | None = None  # of the last attempt, start to end
+    overrides: tuple[str, ...] = ()
+
+
+def state_path(study: Study, cell: Cell) -> Path:
+    return study.folder / "states" / f"{cell.name}.json"
+
+
+def read_state(study: Study, cell: Cell) -> CellState:
+    path = state_path(study, cell)
+    if not path.exists():
+        return CellState()
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        state = CellState(**{**tree, "overrides": tuple(tree["overrides"])})
+    except (ValueError, TypeError, KeyError):
+        raise RunError(f"{path}: not a state that a study wrote; remove it to run the cell again") from None
+    return state
+
+
+def write_state(study: Study, cell: Cell, state: CellState) -> None:
+    path = state_path(study, cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def check_same_cells(study: Study) -> None:
+    """A cell that was run with other values is another cell: its results would stand under a false name."""
+    for cell in study.cells:
+        before = read_state(study, cell)
+        if before.state != "waiting" and before.overrides != cell.overrides:
+            raise UsageError(
+                f"{study.folder}: cell {cell.name} was run with other values ({' '.join(before.overrides)}): "
+                "choose another study_dir, or remove its folder and its file in states/"
+            )
+
+
+def to_do(study: Study) -> Sequence[Cell]:
+    """Cells that are not done. Failed ones are tried again."""
+    return [cell for cell in study.cells if read_state(study, cell).state not in ("done", "simulated")]

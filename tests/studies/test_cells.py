@@ -1,0 +1,197 @@
+"""Grids into cells; bad ones refused in one line before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lens_megatron.cli import main
+from lens_megatron.errors import UsageError
+from lens_megatron.reporting.runs import Run
+from lens_megatron.studies.config import Target, load_study
+from lens_megatron.studies.running import last_words
+from lens_megatron.studies.table import hours_to_target
+
+ROOT = Path(__file__).parents[2]
+BASE: dict[str, Any] = {
+    "model": "qwen3-8b-base",
+    "run_dir": "runs/unused",
+    "algorithm": "lens",
+    "data": {"train": "prompts.jsonl", "prompts_per_step": 128},
+    "parallel": {"tp": 4},
+    "memory": {"recompute": "full"},
+}
+
+
+def study(folder: Path, **tree: Any) -> Path:
+    (folder / "RUN.yaml").write_text(yaml.safe_dump(BASE))
+    path = folder / "STUDY.yaml"
+    common = {"run": "RUN.yaml", "study_dir": str(folder / "study"), "where": "simulated", "gpu": "h100"}
+    path.write_text(yaml.safe_dump({**common, **tree}, sort_keys=False))
+    return path
+
+
+def test_axes_are_crossed_and_arms_keep_their_own(tmp_path: Path) -> None:
+    arms = [
+        {"name": "grpo", "set": {"algorithm": "grpo"}},
+        {"name": "tau half", "set": {"algorithm": {"preset": "lens", "rescue": {"tau": 0.5}}}, "grid": {"seed": [7]}},
+    ]
+    found = load_study(study(tmp_path, grid={"seed": [0, 1], "optimizer.lr": [1e-6, 2e-6]}, arms=arms))
+    assert [cell.name for cell in found.cells] == [
+        "grpo-seed0-lr1e_06", "grpo-seed0-lr2e_06", "grpo-seed1-lr1e_06", "grpo-seed1-lr2e_06",
+        "tau_half-seed7-lr1e_06", "tau_half-seed7-lr2e_06",
+    ]  # fmt: skip
+    last = found.cells[-1].config
+    assert (last.seed, last.optimizer.lr, last.algorithm.rescue.tau) == (7, 2e-6, 0.5)
+    assert found.cells[0].config.algorithm.rescue.mode == "none"
+    assert len({cell.config.run_dir for cell in found.cells}) == 6
+    # a section of an arm, and one of its keys as an axis: the key is set within the section
+    arms = [{"name": "a", "set": {"algorithm": {"preset": "lens", "rescue": {"gamma": 0.05}}}}]
+    (cell,) = load_study(study(tmp_path, grid={"algorithm.rescue.tau": [0.25]}, arms=arms)).cells
+    assert (cell.config.algorithm.rescue.tau, cell.config.algorithm.rescue.gamma) == (0.25, 0.05)
+
+
+def test_nodes_become_data_parallel_ranks_and_weak_batches_grow(tmp_path: Path) -> None:
+    cells = load_study(study(tmp_path, grid={"nodes": [2, 6], "scaling": ["strong", "weak"]})).cells
+    seen = {cell.name: (cell.config.parallel.dp, cell.config.data.prompts_per_step, cell.processes) for cell in cells}
+    assert seen == {
+        "nodes2-strong": (4, 128, 16),
+        "nodes2-weak": (4, 128, 16),
+        "nodes6-strong": (12, 128, 48),
+        "nodes6-weak": (12, 384, 48),
+    }
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"grid": {"seed": []}}, "grid.seed: an empty list"),
+        ({"grid": {"nodes": [0]}}, "grid.nodes: whole numbers above 0"),
+        ({"grid": {"scaling": ["weak"]}}, "grid.scaling: needs the axis nodes"),
+        ({"grid": {"nodes": [1], "scaling": ["thick"]}}, "strong or weak (got 'thick')"),
+        ({"grid": {"parallel.tp": [1, 3]}}, "cell tp3: parallel.tp: tp=3 does not divide"),
+        ({"grid": {"nodes": [1], "parallel.tp": [16]}}, "cell nodes1-tp16"),
+        ({"grid": {"optimiser.lr": [1]}}, "unknown key 'optimiser'; did you mean 'optimizer'?"),
+        ({"grid": {"seed": [1, 1]}}, "two cells are the same: seed1"),
+        ({"grid": {"algorithm": ["lenz"]}}, "no preset 'lenz'; did you mean 'lens'?"),
+        ({"arms": [{"name": "a"}, {"name": "a"}]}, "a name twice: 'a'"),
+        ({"grid": {"arm": ["a"]}}, "arms have a list of their own"),
+        (
+            {"arms": [{"name": "a", "set": {"seed": 1}}], "grid": {"seed": [1]}},
+            "arm a sets seed, which is an axis too: give the arm `grid: {seed: [...]}`",
+        ),
+        ({"where": "moon"}, "where: "),
+        ({"gird": {}}, "unknown key 'gird'; did you mean 'grid'?"),
+        ({"run": "nowhere.yaml"}, "nowhere.yaml: No such file"),
+        ({"at_once": 0}, "at_once and gpus_a_node are at least 1"),
+        ({"grid": {"seed": list(range(200)), "steps": list(range(1, 100))}}, "more than 10000 cells"),
+        ({"where": "local", "grid": {"seed": [1]}}, "cell seed1: "),  # its weights are not here
+    ],
+)
+def test_a_bad_grid_is_one_line_and_starts_nothing(
+    tree: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", str(study(tmp_path, **tree))]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert not (tmp_path / "study").exists()
+
+
+def test_cells_that_were_run_with_other_values_are_not_taken_for_these(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", str(study(tmp_path, arms=[{"name": "x", "set": {"steps": 3}}]))]) == 0
+    assert main(["study", str(study(tmp_path, arms=[{"name": "x", "set": {"steps": 4}}]))]) == 2
+    assert "cell x was run with other values (steps=3)" in capsys.readouterr().err
+
+
+def test_a_simulated_cell_that_does_not_fit_fails_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = study(tmp_path, grid={"nodes": [1, 4], "memory.recompute": ["none", "full"], "parallel.tp": [1]})
+    assert main(["study", str(path)]) == 1
+    out = capsys.readouterr().out
+    assert "failed cell nodes1-recomputenone-tp1: out of memory: a trainer GPU of stage 0 needs" in out
+    assert "nodes4-recomputefull-tp1: simulated" in out
+    page = (tmp_path / "study" / "study.html").read_text()
+    assert "SIMULATED" in page and 'id="measured"' not in page
+    assert main(["study", str(path), "--list"]) == 0
+    assert "failed     nodes1-recomputenone-tp1" in capsys.readouterr().out
+
+
+def test_the_example_is_a_study() -> None:
+    cells = load_study(ROOT / "examples" / "scaling" / "STUDY.yaml").cells
+    assert len(cells) == 20 and {cell.where for cell in cells} == {"simulated"}
+
+
+def test_cost_until_a_target_is_reached() -> None:
+    metrics = [
+        {"step": n + 1, "success": value, "time/step": 36.0} for n, value in enumerate([0.1, 0.9, 0.1, 0.6, 0.8])
+    ]
+    run = Run("r", {}, {}, metrics)
+    assert hours_to_target(run, Target(0.9), 100) == pytest.approx(2 * 36 * 100 / 3600)
+    assert hours_to_target(run, Target(0.7, window=2), 100) == pytest.approx(5 * 36 * 100 / 3600)
+    assert hours_to_target(run, Target(0.95), 100) is None
+    assert hours_to_target(run, None, 100) is None
+
+
+def test_the_last_words_of_a_run(tmp_path: Path) -> None:
+    output = tmp_path / "log.txt"
+    output.write_text("step 1\nfailed: the disk is full\nTrackers closed\n")
+    assert last_words(output, 1) == "failed: the disk is full"
+    output.write_text("step 1\n\n")
+    assert last_words(output, -9) == "ended by SIGKILL: step 1"
+    output.write_text("")
+    assert last_words(output, 3) == "exit code 3"
+
+
+def test_cells_on_slurm_are_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the launchers' own functions replaced: a real Slurm runs in tests/slurm."""
+    from launchers import queue, slurm
+    from lens_megatron.studies import config
+
+    submitted: list[tuple[str, list[str], bool]] = []
+    ends = {"seed0": ("done", ""), "seed1": ("failed", "error: no such rule"), "seed2": ("unfinished", "")}
+
+    class Job:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait(self, poll_s: float) -> queue.JobStatus:
+            state, reason = ends[self.name]
+            return queue.JobStatus(state, "17", reason=reason)  # type: ignore[arg-type]
+
+        def status(self) -> queue.JobStatus:
+            return queue.JobStatus("running", "17")
+
+    def submit(run: Path, overrides: list[str], site: Path, name: str, *, resume: bool) -> Job:
+        assert site == tmp_path / "site.yaml" and run == tmp_path / "RUN.yaml"
+        submitted.append((name, overrides, resume))
+        return Job(name)
+
+    monkeypatch.setattr(slurm, "submit", submit)
+    monkeypatch.setattr(config, "find_weights", lambda model: tmp_path)
+    running = {"seed0"}  # the job of an earlier, interrupted study
+    monkeypatch.setattr(queue.Handle, "of", lambda folder: Job(folder.name) if folder.name in running else None)
+    path = study(tmp_path, where="slurm", site="site.yaml", at_once=3, grid={"seed": [0, 1, 2]})
+    assert main(["study", str(path)]) == 1
+    out = capsys.readouterr().out
+    assert "seed0: done" in out
+    assert "failed cell seed1: job 17 failed: error: no such rule" in out
+    assert "failed cell seed2: job 17 unfinished" in out
+    assert sorted(name for name, _, _ in submitted) == ["seed1", "seed2"]  # what is queued is not submitted twice
+    run_dir = tmp_path / "study" / "cells" / "seed1"
+    assert {name: overrides for name, overrides, _ in submitted}["seed1"] == ["seed=1", f'run_dir="{run_dir}"']
+
+
+def test_it_does_not_start_inside_a_job_of_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lens_megatron.studies.running import clean_environment
+
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UsageError, match="start it by itself"):
+        clean_environment()
