@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class Stub:
         self.version, self.token_seconds, self.slots = version, token_seconds, slots
         self.api_key, self.fault, self.vocab = api_key, fault, vocab
         self.weight_version, self.paused, self.in_session, self.finished_tokens = "default", False, False, 0
+        self.released: set[str] = set()  # kinds of memory
         self.running: dict[str, Request] = {}
         self.going_on = asyncio.Event()
         self.going_on.set()
@@ -66,6 +68,8 @@ class Stub:
                 web.post("/update_weights_from_tensor", self.update_in_session),
                 web.post("/update_weights_from_distributed", self.update_in_session),
                 web.post("/update_weight_version", self.rename),
+                web.post("/release_memory_occupation", self.release_memory),
+                web.post("/resume_memory_occupation", self.resume_memory),
             ]
         )
         return app
@@ -108,6 +112,7 @@ class Stub:
         if self.fault == "error_400":
             return web.json_response({"error": {"message": "made-up refusal"}}, status=400)
         await self.going_on.wait()
+        assert not self.released, "nothing can be generated without memory"
         item = self.running[body["rid"]] = Request(body, time.monotonic())
         try:
             async with self.admitted:
@@ -215,6 +220,18 @@ class Stub:
         if not self.in_session:
             return _success(False, "weight update outside a session")
         return await self.update(request)
+
+    async def release_memory(self, request: web.Request) -> web.Response:
+        assert not self.running, "the real server dies of it when it is not idle"
+        self.released |= set((await request.json())["tags"])
+        return web.Response(text="null")
+
+    async def resume_memory(self, request: web.Request) -> web.Response:
+        tags = set((await request.json())["tags"])
+        if not tags <= self.released:
+            os._exit(1)  # like the real one
+        self.released -= tags
+        return web.Response(text="null")
 
     async def rename(self, request: web.Request) -> web.Response:
         self.weight_version = (await request.json())["new_version"]
