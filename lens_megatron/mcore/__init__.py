@@ -10,7 +10,7 @@ hf_index.py, hf_files.py, hf_companions.py, hf_copies.py   HF folders: looked at
 packing.py, batch.py, context.py                 ragged sequences into equal micro-batches for every rank
 pipeline.py, logprobs.py, noise.py, routing.py   passes over Megatron's schedules; experts recorded and replayed
 embedding_gradients.py                           what each prompt token's embedding weighs
-optimizer.py, step.py                            training steps
+optimizer.py, step.py, offload.py                training steps; off the device and back, for an engine that takes turns
 checkpoint.py, checkpoint_optimizer.py, checkpoint_writer.py, checkpoint_run.py   saved and loaded in any layout
 checkpoint_index.py, safe_pickle.py, stored_dtypes.py   what is in a checkpoint, read without running anything of it
 """

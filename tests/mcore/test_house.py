@@ -1,4 +1,4 @@
-"""The list of files in the package's docstring is the files that there are."""
+"""The files that the package's docstring names are there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from lens_megatron import mcore
 
 
-def test_every_file_is_in_the_docstring() -> None:
+def test_every_file_named_in_the_docstring_exists() -> None:
     listed = re.findall(r"\b(\w+\.py)\b", mcore.__doc__ or "")
-    there = {path.name for path in Path(mcore.__file__).parent.glob("*.py")} - {"__init__.py"}
-    assert sorted(listed) == sorted(there)
+    there = {path.name for path in Path(mcore.__file__).parent.glob("*.py")}
+    assert len(listed) > 20 and len(set(listed)) == len(listed)
+    assert set(listed) <= there
