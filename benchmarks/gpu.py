@@ -244,8 +244,7 @@ class Bench:
                 for recompute in ("none", "selective", "full"):
                     found = guarded_rows(partial(self._train, name, budget, recompute))
                     free()
-                    out_of_memory = any("OutOfMemory" in str(row.get("failed")) for row in found)
-                    if out_of_memory and recompute != "full":
+                    if any("out of memory" in row for row in found) and recompute != "full":
                         continue  # the next one holds less
                     rows += [{"model": name, "budget": budget, "recompute": recompute, **row} for row in found]
                     break
@@ -461,6 +460,10 @@ def guarded(work: Callable[[], Row]) -> Row:
     """Its row, or why there is none."""
     try:
         return work()
+    except torch.OutOfMemoryError:  # a result: what holds all logits cannot hold many
+        stop_patches()
+        free()
+        return {"out of memory": True}
     except Exception as error:
         stop_patches()
         free()
