@@ -43,6 +43,14 @@ def test_one_part_that_fails_is_reported_and_the_others_run(
     assert "failed in: correct" in capsys.readouterr().out
 
 
+def test_out_of_memory_is_a_result() -> None:
+    def too_much() -> gpu.Row:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert gpu.guarded(too_much) == {"out of memory": True}
+    assert "failed" in gpu.guarded(lambda: {}["missing"])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
 def test_without_a_gpu_only_in_small(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
