@@ -90,6 +90,7 @@ def setup_lines(job: Job) -> str:
 _FUNCTIONS = """
 life=$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}
 export LENS_MEGATRON_MEETING=$LAUNCH/meeting.$life  # where rank 0 says on which port it is to be met
+export LENS_MEGATRON_NOTICE=$LAUNCH/notice.$life  # is there once Slurm has announced the time limit
 
 outcome() {{ echo "$1" > "$LAUNCH/outcome.partial" && mv "$LAUNCH/outcome.partial" "$LAUNCH/outcome"; }}
 
@@ -149,15 +150,24 @@ def _chain_check(job: Job) -> list[str]:
 
 
 def _rank_script(job: Job) -> str:
-    program = _program(job.site, job)
-    told = f"{job.launch}/told.$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"
+    launch, work_dir = shlex.quote(str(job.launch)), shlex.quote(str(job.work_dir))
     return f"""# one rank of the trainer
-trap "" USR1  # the program finds it when it is ready: see lens_megatron/stopping.py
-cd {shlex.quote(str(job.work_dir))} || exit 2
-{program} train --continue {shlex.quote(str(job.launch / "run.yaml"))}
-code=$?
+life=$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}
+notice() {{ touch {launch}/notice.$life; }}
+trap notice USR1  # Slurm's, before the time limit; it may come before the program can hear it
+trap : TERM  # the program ends itself in order
+(trap "" USR1; cd {work_dir} && exec {_program(job.site, job)} train --continue {launch}/run.yaml) &
+while :; do
+  wait $!
+  now=$?
+  case $now in
+    127) break ;;  # it has gone, and its exit code was read
+    138|143) code=$now ;;  # a signal to this shell, or the program's own end by it
+    *) code=$now; break ;;
+  esac
+done
 case $code in  # told to end: no failure, and no reason for srun to kill the other ranks
-  {_AGAIN}|{_STOP}) if [ "$SLURM_PROCID" = 0 ]; then echo $code > "{told}"; fi; exit 0 ;;
+  {_AGAIN}|{_STOP}) if [ "$SLURM_PROCID" = 0 ]; then echo $code > {launch}/told.$life; fi; exit 0 ;;
 esac
 exit $code"""
 
@@ -240,4 +250,4 @@ def _here_document(path: Path, text: str) -> str:
 
 def environment_names(environment: Mapping[str, str]) -> list[str]:
     """For pyxis, which lets the image's own values win unless a name is listed."""
-    return [*environment, "MASTER_ADDR", "LENS_MEGATRON_MEETING", "LENS_MEGATRON_SERVERS"]
+    return [*environment, "MASTER_ADDR", "LENS_MEGATRON_MEETING", "LENS_MEGATRON_NOTICE", "LENS_MEGATRON_SERVERS"]

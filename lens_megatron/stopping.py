@@ -16,6 +16,9 @@ from lens_megatron.errors import UsageError
 Order = Literal["make room", "stop"]
 # of `train`: 85 asks the batch script to queue the job again, 86 says that nobody should
 EXIT_CODES: dict[Order, int] = {"make room": 85, "stop": 86}
+NOTICE = (
+    "LENS_MEGATRON_NOTICE"  # a file that a launched job makes of the signal, also of one that comes too early for us
+)
 _SIGNAL = signal.SIGUSR1
 
 
@@ -40,7 +43,8 @@ def order(run_dir: Path) -> Order | None:
     """What this process was told, if anything."""
     if stop_file(run_dir).exists():
         return "stop"
-    return "make room" if _SIGNAL in signal.sigpending() else None
+    noticed = NOTICE in os.environ and Path(os.environ[NOTICE]).exists()
+    return "make room" if noticed or _SIGNAL in signal.sigpending() else None
 
 
 def stop_file(run_dir: Path) -> Path:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from launchers.site import load_site, split_overrides
+from launchers.site import SiteConfig, load_site, split_overrides
+from lens_megatron import strict
 from lens_megatron.errors import UsageError
-from tests.launchers.jobs import SITES
+from tests.launchers.jobs import ROOT, SITES
 
 
 @pytest.mark.parametrize("path", sorted(SITES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -39,6 +41,22 @@ def test_refused(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         load_site(path)
     assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_every_key_is_read_and_documented() -> None:
+    code = "".join(path.read_text() for path in (ROOT / "launchers").glob("*.py") if path.name != "site.py")
+    table = (ROOT / "docs" / "slurm.md").read_text().partition("## SITE.yaml")[2].partition("\n## ")[0]
+    documented = {
+        name: default
+        for names, default in re.findall(r"^\| (`.*?`) \| `(.*?)` \|", table, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    defaults = strict.to_tree(SiteConfig, SiteConfig())
+    for name, value in defaults.items():
+        name_ = {"ranks_per_node": "slots_per_node", "servers": "servers_place"}.get(name, name)
+        assert re.search(rf"(site|place)\.{name_}\b", code), name
+        assert strict.parse_yaml(documented.pop(name), name) == value, name
+    assert not documented
 
 
 def test_overrides_are_told_apart() -> None:

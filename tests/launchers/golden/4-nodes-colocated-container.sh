@@ -46,6 +46,7 @@ export MASTER_ADDR=$(scontrol -o show node "$head_node" | sed -n "s/.*NodeAddr=\
 
 life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 export LENS_MEGATRON_MEETING=$LAUNCH/meeting.$life  # where rank 0 says on which port it is to be met
+export LENS_MEGATRON_NOTICE=$LAUNCH/notice.$life  # is there once Slurm has announced the time limit
 
 outcome() { echo "$1" > "$LAUNCH/outcome.partial" && mv "$LAUNCH/outcome.partial" "$LAUNCH/outcome"; }
 
@@ -79,12 +80,22 @@ trap end_of_job EXIT
 rm -f "$LAUNCH/outcome" "$LAUNCH/servers.stop"
 cat > /shared/runs/lens-8b/launch/rank.sh <<'END_OF_SCRIPT'
 # one rank of the trainer
-trap "" USR1  # the program finds it when it is ready: see lens_megatron/stopping.py
-cd /home/me/project || exit 2
-lens-megatron train --continue /shared/runs/lens-8b/launch/run.yaml
-code=$?
+life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+notice() { touch /shared/runs/lens-8b/launch/notice.$life; }
+trap notice USR1  # Slurm's, before the time limit; it may come before the program can hear it
+trap : TERM  # the program ends itself in order
+(trap "" USR1; cd /home/me/project && exec lens-megatron train --continue /shared/runs/lens-8b/launch/run.yaml) &
+while :; do
+  wait $!
+  now=$?
+  case $now in
+    127) break ;;  # it has gone, and its exit code was read
+    138|143) code=$now ;;  # a signal to this shell, or the program's own end by it
+    *) code=$now; break ;;
+  esac
+done
 case $code in  # told to end: no failure, and no reason for srun to kill the other ranks
-  85|86) if [ "$SLURM_PROCID" = 0 ]; then echo $code > "/shared/runs/lens-8b/launch/told.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"; fi; exit 0 ;;
+  85|86) if [ "$SLURM_PROCID" = 0 ]; then echo $code > /shared/runs/lens-8b/launch/told.$life; fi; exit 0 ;;
 esac
 exit $code
 END_OF_SCRIPT
@@ -95,14 +106,14 @@ cat > /shared/runs/lens-8b/launch/servers.sh <<'END_OF_SCRIPT'
 trap "" USR1
 exec python3 /shared/runs/lens-8b/launch/supervisor.py "$LENS_MEGATRON_SERVERS" /shared/runs/lens-8b/launch/servers.stop --count=8 --per-node=2 --nodes-each=1
 END_OF_SCRIPT
-srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --relative=0 --overlap --kill-on-bad-exit=0 --cpus-per-task=96 --container-image=/shared/images/sglang-0.5.21.sqsh --container-mounts=/shared/models:/shared/models,/shared/runs/lens-8b:/shared/runs/lens-8b,/home/me/project:/home/me/project --container-env=MASTER_ADDR,LENS_MEGATRON_MEETING,LENS_MEGATRON_SERVERS --output "$RUN/logs/servers-$life-%n.out" bash /shared/runs/lens-8b/launch/servers.sh &
+srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --relative=0 --overlap --kill-on-bad-exit=0 --cpus-per-task=96 --container-image=/shared/images/sglang-0.5.21.sqsh --container-mounts=/shared/models:/shared/models,/shared/runs/lens-8b:/shared/runs/lens-8b,/home/me/project:/home/me/project --container-env=MASTER_ADDR,LENS_MEGATRON_MEETING,LENS_MEGATRON_NOTICE,LENS_MEGATRON_SERVERS --output "$RUN/logs/servers-$life-%n.out" bash /shared/runs/lens-8b/launch/servers.sh &
 servers=$!
 
 
 
 # Command 1
 
-srun --output /shared/runs/lens-8b/logs/log-lens.lens-8b_%j_${SLURM_RESTART_COUNT:-0}.out --container-image /shared/images/lens-megatron.sqsh --container-mounts /shared/models:/shared/models,/shared/data:/shared/data:ro,/shared/runs/lens-8b:/shared/runs/lens-8b,/home/me/project:/home/me/project,/shared/runs/lens-8b/launch/nemo/nemo:/nemo_run --container-workdir /nemo_run/code --container-env NCCL_SOCKET_IFNAME,HF_HOME,MASTER_ADDR,LENS_MEGATRON_MEETING,LENS_MEGATRON_SERVERS --wait=60 --kill-on-bad-exit=1 --nodes=4 --ntasks=32 --ntasks-per-node=8 --distribution=block --overlap --cpus-per-task=12 bash /shared/runs/lens-8b/launch/rank.sh
+srun --output /shared/runs/lens-8b/logs/log-lens.lens-8b_%j_${SLURM_RESTART_COUNT:-0}.out --container-image /shared/images/lens-megatron.sqsh --container-mounts /shared/models:/shared/models,/shared/data:/shared/data:ro,/shared/runs/lens-8b:/shared/runs/lens-8b,/home/me/project:/home/me/project,/shared/runs/lens-8b/launch/nemo/nemo:/nemo_run --container-workdir /nemo_run/code --container-env NCCL_SOCKET_IFNAME,HF_HOME,MASTER_ADDR,LENS_MEGATRON_MEETING,LENS_MEGATRON_NOTICE,LENS_MEGATRON_SERVERS --wait=60 --kill-on-bad-exit=1 --nodes=4 --ntasks=32 --ntasks-per-node=8 --distribution=block --overlap --cpus-per-task=12 bash /shared/runs/lens-8b/launch/rank.sh
 
 exitcode=$?
 

@@ -47,6 +47,7 @@ export MASTER_ADDR=$(scontrol -o show node "$head_node" | sed -n "s/.*NodeAddr=\
 
 life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 export LENS_MEGATRON_MEETING=$LAUNCH/meeting.$life  # where rank 0 says on which port it is to be met
+export LENS_MEGATRON_NOTICE=$LAUNCH/notice.$life  # is there once Slurm has announced the time limit
 
 outcome() { echo "$1" > "$LAUNCH/outcome.partial" && mv "$LAUNCH/outcome.partial" "$LAUNCH/outcome"; }
 
@@ -80,12 +81,22 @@ trap end_of_job EXIT
 rm -f "$LAUNCH/outcome" "$LAUNCH/servers.stop"
 cat > /shared/runs/lens-8b/launch/rank.sh <<'END_OF_SCRIPT'
 # one rank of the trainer
-trap "" USR1  # the program finds it when it is ready: see lens_megatron/stopping.py
-cd /home/me/project || exit 2
-/shared/envs/lens-megatron/bin/lens-megatron train --continue /shared/runs/lens-8b/launch/run.yaml
-code=$?
+life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+notice() { touch /shared/runs/lens-8b/launch/notice.$life; }
+trap notice USR1  # Slurm's, before the time limit; it may come before the program can hear it
+trap : TERM  # the program ends itself in order
+(trap "" USR1; cd /home/me/project && exec /shared/envs/lens-megatron/bin/lens-megatron train --continue /shared/runs/lens-8b/launch/run.yaml) &
+while :; do
+  wait $!
+  now=$?
+  case $now in
+    127) break ;;  # it has gone, and its exit code was read
+    138|143) code=$now ;;  # a signal to this shell, or the program's own end by it
+    *) code=$now; break ;;
+  esac
+done
 case $code in  # told to end: no failure, and no reason for srun to kill the other ranks
-  85|86) if [ "$SLURM_PROCID" = 0 ]; then echo $code > "/shared/runs/lens-8b/launch/told.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"; fi; exit 0 ;;
+  85|86) if [ "$SLURM_PROCID" = 0 ]; then echo $code > /shared/runs/lens-8b/launch/told.$life; fi; exit 0 ;;
 esac
 exit $code
 END_OF_SCRIPT
