@@ -3,15 +3,19 @@ any weights and makes up tokens and log-probs; tests/sglang/test_training.py doe
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from lens_megatron.run_folder import RunFolder
-from tests.loop.runs import complaint, finished, run_tree, train, write_run
+from tests.loop.runs import Command, complaint, finished, metrics, run_tree, started, train, write_run
 from tests.rollout.test_sglang_client import stub_server
+from tests.rollout.test_sglang_server import LAUNCHER
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -66,3 +70,32 @@ def test_a_probe_that_differs_ends_the_run(task: Path, tmp_path: Path) -> None:
     assert code == 1
     assert "version 0 reached no rollout server whole" in complaint(words)
     assert "log-probs of the probe differ from the trainer's by up to" in complaint(words)
+
+
+def _server(command: Command, settings: Path) -> psutil.Process:
+    """Not its guard, which has the same words behind its own."""
+    found = []
+    for process in command.look_around():
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[1:] == [LAUNCHER, "--config", str(settings)]:
+                found.append(process)
+    (server,) = found
+    return server
+
+
+def test_servers_that_the_run_starts_end_with_it_and_one_that_dies_is_replaced(task: Path, tmp_path: Path) -> None:
+    environment = {"TOKEN_SECONDS": "0.1", "VOCAB": "97"}
+    server = {"command": [sys.executable, LAUNCHER], "env": environment, "restarts": 1, "start_timeout_s": 60.0}
+    tree = run_tree(task, tmp_path / "run", parallel={"tp": 1})
+    sync = {"transport": "disk", "fallback": "none", "timeout_s": 20.0, "probe_tolerance": 1e9}
+    tree["rollout"] = {**tree["rollout"], "engine": "sglang", "servers": 2, "server": server, "sync": sync}
+    with started(tmp_path, "train", str(write_run(tmp_path, tree))) as command:
+        log = tmp_path / "run" / "logs" / "sglang_1.log"
+        ledger = tmp_path / "run" / "sync" / "version_000000.json"
+        command.until(ledger.exists, "the first weights at the servers")
+        _server(command, log.with_suffix(".yaml")).kill()
+        assert command.ends() == 0, command.words()
+        command.nobody_left()
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
+    assert log.read_text().count("--- start") == 2
+    assert "SGLang is ready after" in command.words()

@@ -12,7 +12,8 @@ from benchmarks.sglang_stub import Stub, serve
 
 async def run() -> None:
     settings = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
-    stub = Stub("0.5.21", float(os.environ["TOKEN_SECONDS"]), 64, settings["api-key"], "none", 50000)
+    seconds, vocab = float(os.environ["TOKEN_SECONDS"]), int(os.environ.get("VOCAB", "50000"))
+    stub = Stub("0.5.21", seconds, 64, settings["api-key"], "none", vocab)
     stub.weight_version = settings["weight-version"]
     await serve(stub, settings["port"])
 
