@@ -225,12 +225,13 @@ class Trainer:
         return self.on_rank_zero(lambda host: host.training_groups(), "rebuild groups")
 
     def evaluate(self, groups: Sequence[list[Sample]]) -> list[list[Evaluated]]:
+        staleness = self.config.rollout.staleness
         self._trainers_turn()
         loss, update, temperature = self.config.algorithm.loss, self.config.update, self.config.rollout.temperature
         if not loss.any_kl:
-            return evaluate_samples(groups, self.policy, None, loss, update, temperature)
+            return evaluate_samples(groups, self.policy, None, loss, update, temperature, staleness)
         with self.reference_at_hand() as reference:
-            return evaluate_samples(groups, self.policy, reference, loss, update, temperature)
+            return evaluate_samples(groups, self.policy, reference, loss, update, temperature, staleness)
 
     def update(self, groups: Sequence[list[Evaluated]]) -> dict[str, float]:
         loss, update, temperature = self.config.algorithm.loss, self.config.update, self.config.rollout.temperature
