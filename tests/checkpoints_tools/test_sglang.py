@@ -16,6 +16,8 @@ from lens_megatron.rollout.sglang_client import SGLangClient
 from tests.checkpoints_tools import layout_cases as cases
 from tests.sglang.server import cpu_config, servers
 
+# of these tiny models; in a prompt SGLang takes it for word 0 (it cuts off ids that stand for images, and one too many)
+LAST_WORD = 124
 pytestmark = [pytest.mark.sglang, pytest.mark.distributed]
 
 
@@ -26,12 +28,18 @@ def test_a_converted_checkpoint_is_served_as_it_is(
     _, expected = four_workers.run(cases.trained, hf("qwen3_tied"), saved, ParallelConfig(tp=2, pp=2))[0]
     four_workers.close()  # their memory is the server's now
     assert main(["convert", "megatron-to-hf", str(saved), str(folder)]) == 0
+    assert sum(LAST_WORD not in sequence for sequence in cases.SEQUENCES) >= 3
     loop = EventLoop()
     config = cpu_config(args={"context_length": 512})  # what config.json allows
     with servers(folder, tmp_path / "logs", config=config) as (server,):
         client = SGLangClient(server.url, server.api_key, timeout_s=60.0)
-        for number, (sequence, wanted) in enumerate(zip(cases.SEQUENCES, expected, strict=True)):
-            found, _ = loop.run(client.prompt_logprobs(f"{number}/", tuple(sequence.tolist())))
-            torch.testing.assert_close(torch.tensor(found), wanted[1:], atol=1e-4, rtol=0)
-        loop.run(client.close())
+        try:
+            for number, (sequence, wanted) in enumerate(zip(cases.SEQUENCES, expected, strict=True)):
+                tokens = tuple(sequence.tolist())
+                if LAST_WORD in tokens:
+                    continue
+                found, _ = loop.run(client.prompt_logprobs(f"{number}/", tokens))
+                torch.testing.assert_close(torch.tensor(found), wanted[1:], atol=1e-4, rtol=0)
+        finally:
+            loop.run(client.close())
     loop.close()
