@@ -102,7 +102,8 @@ def submit(jobs: Sequence[Job]) -> list[str]:
                     before = [experiment.add(task, executor=executor(job), name=name, dependencies=before)]
                 experiment.run(detach=True)
         except Exception as error:  # invoke's, torchx's, AssertionError: nemo-run has no error of its own here
-            raise submission_error(f"{said.getvalue()}\n{type(error).__name__}: {error}") from None
+            own = str(error)  # what nemo-run prints of it is wrapped to the width of a terminal
+            raise submission_error(own if "sbatch: error" in own else f"{said.getvalue()}\n{own}") from None
     handles = [str(job.handle) for job in experiment.jobs]
     ids = [handle.partition("://")[2].split("/")[1] if handle else "" for handle in handles]
     if not all(ids):
@@ -128,11 +129,9 @@ def _without_input() -> Iterator[None]:
 
 def submission_error(said: str) -> RunError | UsageError:
     """sbatch's own words, out of what nemo-run makes of them."""
-    refusals = re.findall(r"sbatch: error: (.*)", said)
-    reasons = [line for line in refusals if not line.startswith("Batch job submission failed")] or refusals
-    final = [line.partition(": ")[2] for line in refusals if line.startswith("Batch job submission failed")]
-    if reasons:
-        return UsageError("Slurm refused the job: " + "; ".join(dict.fromkeys([*reasons, *final])))
+    lines = [line.removeprefix("Batch job submission failed: ") for line in re.findall(r"sbatch: error: (.*)", said)]
+    if lines:
+        return UsageError("Slurm refused the job: " + "; ".join(dict.fromkeys(line.strip() for line in lines)))
     last = [line for line in said.splitlines() if line.strip()]
     return RunError(f"nemo-run did not submit the job: {last[-1] if last else 'it gave no reason'}")
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slurm
         ({"image": "nvcr.io#nvidia/pytorch"}, {}, "srun here has no --container-image: pyxis is not installed"),
         ({}, {"parallel": {"tp": 3}}, "tp=3 does not divide"),
         ({"ranks_per_node": 2}, {"parallel": {"tp": 1, "dp": 3}}, "3 ranks do not fill nodes of 2"),
-        ({"cpus_per_rank": 64}, {}, "Slurm refused the job"),
+        ({"reservation": "nobodys"}, {}, "Slurm refused the job: Requested reservation is invalid"),
         ({}, {"model": "/no/model"}, "/no/model"),
     ],
 )
