@@ -126,7 +126,7 @@ class Cluster:
         with (self.root / "log" / f"{command[0]}-{len(self._started)}.out").open("wb") as log:
             self._started.append(
                 subprocess.Popen(
-                    command,
+                    ["setpriv", "--pdeathsig", "KILL", *command],  # gone with these tests, however they end
                     env={**os.environ, **self.environment},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
