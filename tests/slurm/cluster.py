@@ -93,7 +93,8 @@ class Cluster:
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
     def resume(self, node: str) -> None:
-        self.run("scontrol", "update", f"nodename={node}", "state=resume")
+        """Unless it has come back by itself (ReturnToService)."""
+        self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
 
     def job(self, job: str) -> dict[str, str]:
         line = self.run("scontrol", "--oneliner", "show", "job", job)
