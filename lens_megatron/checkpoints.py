@@ -34,6 +34,7 @@ class CheckpointConfig:
     every: int = 20  # steps; 0: only after the last step
     keep: int = 3  # newest ones kept
     keep_best: str | None = None  # also keep the one with the highest value of this metric
+    timeout_s: float = 3600.0  # to write one; longer, and the run ends
     asynchronous: bool = True  # written in the background while training goes on; costs a copy in host memory
     hf_every: int = 0  # steps between copies of the weights as HF folders, run_dir/hf/step_000020; 0: none
     hf_keep: int | None = None  # newest ones kept; null: all
@@ -41,6 +42,8 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.every < 0:
             raise ValueError(f"every must be 0 or more (got {self.every})")
+        if self.timeout_s <= 0:
+            raise ValueError(f"timeout_s is above 0 (got {self.timeout_s})")
         if self.keep < 1:
             raise ValueError(f"keep must be at least 1 (got {self.keep})")
         if self.hf_every < 0:

@@ -13,6 +13,7 @@ from lens_megatron.checkpoints import CheckpointConfig
 from lens_megatron.data.config import DataConfig, SupervisedDataConfig
 from lens_megatron.errors import UsageError
 from lens_megatron.evaluation.config import EvaluationConfig
+from lens_megatron.guards.config import GuardConfig
 from lens_megatron.mcore.layout import ParallelConfig
 from lens_megatron.mcore.settings import MemoryConfig, OptimizerConfig
 from lens_megatron.rewards.config import RewardConfig
@@ -64,6 +65,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
     timeout_s: float = 600.0  # of collectives, and of waiting for a rank that shows no sign of life
 
     def __post_init__(self) -> None:

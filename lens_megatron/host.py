@@ -24,6 +24,8 @@ from lens_megatron.errors import RunError, UsageError
 from lens_megatron.evaluation.answering import Limits
 from lens_megatron.evaluation.results import metric_names, step_metrics
 from lens_megatron.evaluation.sets import load_sets, questions, with_benchmark_rules
+from lens_megatron.guards import checks
+from lens_megatron.guards.bits import PassingSums
 from lens_megatron.model_spec import ModelConfig
 from lens_megatron.purification.strategies import Outcome, Signals, purify
 from lens_megatron.rollout.driver import RolloutDriver
@@ -99,6 +101,8 @@ class Host:
         self.trackers = Trackers(config.tracking, folder.path, config.name, strict.to_tree(RunConfig, config))
         self.transfer = TransferTracker()
         self._pieces = TokenPieces(self.tokenizer)
+        self._reward_counts: dict[str, float] = {}
+        self.check_seconds = 0.0  # of the engine's weights, since the last step's line
         self._deleted: dict[str, list[int]] = {}  # at each prompt's last purification
         self.begin_step(0)
 
@@ -154,6 +158,10 @@ class Host:
     def _take_in(self, prompts: Sequence[Prompt], signals: Sequence[Signals], result: SampleResult) -> None:
         """A batch of this step, rolled out: rebuilt into training groups and filtered."""
         algorithm, seed = self.config.algorithm, self.config.seed
+        if self.config.guards.engine_weights:
+            rollouts = [r for group in result.groups for r in (*group.originals, *group.purified)]
+            oldest = self.step - self.config.rollout.staleness
+            checks.weight_version([rollout.weight_version for rollout in rollouts], oldest, self.step)
         self._batch += 1
         if algorithm.rescue.mode != "none":
             self._outcomes += self._purify(prompts, signals, self.step)
@@ -209,10 +217,23 @@ class Host:
         for counts in self._counts:
             for name, value in asdict(counts).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
+        metrics["data/checksum"] = float(self.stream.checksum())
+        metrics.update(self._reward_health())
         metrics["time/reward"] = totals.pop("reward_seconds")
         metrics.update({f"sampling/{name}": value for name, value in totals.items()})
         metrics["tokens"] = totals["original_tokens"] + totals["purified_tokens"]
         return metrics
+
+    def _reward_health(self) -> dict[str, float]:
+        """What became of this step's judgements."""
+        if self._ahead is not None and self._ahead.result is None:  # the driver is busy: counted with the next step's
+            return {}
+        now = self.driver.reward_health()
+        step = {name: count - self._reward_counts.get(name, 0.0) for name, count in now.items()}
+        self._reward_counts = now
+        failed = sum(step.get(name, 0.0) for name in ("timeouts", "memory", "crashes"))
+        checks.reward_failures(failed, step.get("submitted", 0.0), self.config.guards.reward_failures)
+        return {"rewards/failed": failed}
 
     def rollout_rows(self, groups: Sequence[list[Sample]]) -> Iterator[RolloutRow]:
         """Every rollout of the step, with what became of it."""
@@ -277,7 +298,15 @@ class Host:
         return (tokens * count)[:count]
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        self.driver.load_weights(buckets(tensors), version)
+        sums = PassingSums()
+        watched = self.config.guards.engine_weights
+        self.driver.load_weights(buckets(sums.of(tensors) if watched else tensors), version)
+        if watched:
+            with sums.timed():
+                held = self.driver.weight_checksums()
+                if held is not None:
+                    checks.engine_checksums(sums.sums, held, version)
+            self.check_seconds += sums.seconds
 
     def state_dict(self) -> dict[str, Any]:
         ahead = self._ahead

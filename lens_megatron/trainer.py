@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from lens_megatron import stopping
+from lens_megatron import checkpoints, stopping
 from lens_megatron.config import RunConfig
 from lens_megatron.diagnostics import after_update, before_update
 from lens_megatron.errors import UsageError
+from lens_megatron.guards.run_guards import RunGuards
 from lens_megatron.host import Host
 from lens_megatron.mcore import runtime
 from lens_megatron.mcore.checkpoint_run import Saver, resume
@@ -22,11 +25,13 @@ from lens_megatron.mcore.noise import evaluations_in_other_packings
 from lens_megatron.mcore.offload import Residence
 from lens_megatron.mcore.rendezvous import from_rank_zero
 from lens_megatron.mcore.step import ShardedModel, build_frozen, build_trainable
+from lens_megatron.mcore.watch import Watch
 from lens_megatron.model_spec import ModelConfig, find_weights, load_model_config
 from lens_megatron.progress import Progress
 from lens_megatron.purification.noise_floor import measured_noise_floor
 from lens_megatron.purification.scores import interference_scores
 from lens_megatron.purification.strategies import Signals
+from lens_megatron.recorder import Recorder
 from lens_megatron.reference_scores import ReferenceScores, identity_of
 from lens_megatron.rollout.sglang_server import ServerAddress
 from lens_megatron.rollout.weight_sync.handover import Handover, ServerMemory
@@ -39,6 +44,7 @@ from lens_megatron.update import Evaluated, evaluate_samples, update_policy
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _NOISE_PROMPTS = 16
+_MARGIN_S = 5.0  # a collective gives up later than the watch, which knows whom it waited for
 # What metrics.jsonl has at every step, whatever the algorithm: null where nothing was measured (no purified rollouts, no
 # KL term), 0 seconds where nothing was done. A step is saved after its line is written, so that a resumed run misses no
 # line: its time/save stands in the next step's.
@@ -56,7 +62,10 @@ class Trainer:
         _check_keep_best(config.checkpoint.keep_best, _EVERY_STEP, sure=False)
         weights = find_weights(config.model)
         self.host = Host(config, model, weights, folder) if folder is not None else None
-        runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s)
+        runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s + _MARGIN_S)
+        self.watch = Watch(Path(config.run_dir), config.timeout_s)
+        self.recorder = Recorder(Path(config.run_dir) / "logs" / "recorder", dist.get_rank())
+        self.step = 0
         dtype = _DTYPES.get(config.precision)
         self._memory = self._take_the_servers_memory() if self._colocated else None  # before any model is built
         self.policy = build_trainable(
@@ -68,10 +77,19 @@ class Trainer:
             memory=config.memory,
             dtype=dtype,
         )
+        self.guards = RunGuards(
+            config.guards,
+            config.rollout.temperature,
+            config.update.tokens_per_microbatch,
+            config.timeout_s,
+            config.rollout.staleness,
+        )
+        self.guards.after_loading(self.policy, "policy", weights)
         self.reference = None
         if config.algorithm.needs_reference:
             source = _reference_weights(config, model, weights)
             self.reference = build_frozen(model.spec, config.parallel, source, config.memory, dtype)
+            self.guards.after_loading(self.reference, "reference", source)
             if config.memory.offload_reference:
                 self.reference.move(torch.device("cpu"))
             identity = from_rank_zero(  # rank 0's view of the files: on another node their times may differ
@@ -158,9 +176,13 @@ class Trainer:
             if offloaded:
                 self.reference.move(torch.device("cpu"))
 
-    def phase(self, name: str) -> AbstractContextManager[Any]:
-        """Seconds spent go to time/NAME of this step."""
-        return self.progress.phase(name)
+    @contextmanager
+    def phase(self, name: str, limit_s: float | None = None) -> Iterator[None]:
+        """Seconds spent go to time/NAME of this step; who looks for a rank that hangs or died finds it here."""
+        self.recorder.record(self.step + 1, name)
+        with self.watch.doing(name, limit_s), self.progress.phase(name) as timer:
+            yield
+        self.recorder.record(self.step + 1, name, timer.seconds)
 
     # the verbs
 
@@ -197,6 +219,8 @@ class Trainer:
                 return model.score(tokens, budget, entropy=False).logprobs
 
         reference = self.reference_scores.of(prompts, by_reference)
+        if self._as_loaded():
+            self.guards.first_scores(policy, reference, self.policy)
         return [
             Signals(scores_T=interference_scores(p, r), measured_floor=self.noise_floor)
             for p, r in zip(policy, reference, strict=True)
@@ -228,12 +252,33 @@ class Trainer:
         staleness = self.config.rollout.staleness
         self._trainers_turn()
         loss, update, temperature = self.config.algorithm.loss, self.config.update, self.config.rollout.temperature
+        if self.config.guards.leaves_out:  # what is too far from the engine must be known before the training pass
+            update = replace(update, reuse_logprobs=False)
         if not loss.any_kl:
             return evaluate_samples(groups, self.policy, None, loss, update, temperature, staleness)
         with self.reference_at_hand() as reference:
             return evaluate_samples(groups, self.policy, reference, loss, update, temperature, staleness)
 
     def update(self, groups: Sequence[list[Evaluated]]) -> dict[str, float]:
+        update = self.config.update
+        groups, noticed = self.guards.before_update(
+            self.step,
+            groups,
+            self.policy,
+            self.reference,
+            same_weights=self._as_loaded(),
+            engine_stands_in=update.old_logprobs == "engine",
+        )
+        metrics = self._update(groups)
+        once = update.minibatches == update.epochs == 1
+        self.guards.after_update(metrics, self.policy, before_any=once and self._as_loaded())
+        return {**metrics, **noticed}
+
+    def _as_loaded(self) -> bool:
+        """Before the first update of a run whose reference is its initial policy."""
+        return self.step == 0 and self.config.reference is None
+
+    def _update(self, groups: Sequence[list[Evaluated]]) -> dict[str, float]:
         loss, update, temperature = self.config.algorithm.loss, self.config.update, self.config.rollout.temperature
         if not self.config.diagnostics.due(self.step + 1):
             return update_policy(self.policy, groups, loss, update, temperature)
@@ -290,6 +335,10 @@ class Trainer:
 
     def save(self, step: int, last: bool = False) -> None:
         """When one is due; written in the background. The engine's weights are not in it: they are synced at resume."""
+        with self.watch.doing("save", self.config.checkpoint.timeout_s):
+            self._save(step, last)
+
+    def _save(self, step: int, last: bool) -> None:
         if self._hf_copies.due(step, last=step == self.config.steps):
             self._trainers_turn(keep_engine_weights=True)
             self._hf_copies.write(step)
@@ -297,6 +346,7 @@ class Trainer:
             self._trainers_turn(keep_engine_weights=True)
             self.on_rank_zero(lambda host: host.await_ahead(), "generate")  # the batch in flight is part of it
             state = {} if self.host is None else self.host.state_dict()
+            state["guards"] = self.guards.state(self.policy)
             # rank 0's metrics: it alone writes the manifest, and chooses what to keep by it
             state["noise_floor"] = self.noise_floor
             if self.reference is not None:
@@ -313,6 +363,8 @@ class Trainer:
                 self.noise_floor = found.extra["noise_floor"]
             if self.reference is not None and "reference_scores" in found.extra:
                 self.reference_scores.load_state_dict(found.extra["reference_scores"])
+            if (manifest := checkpoints.read_manifest(found.folder)).optimizer:  # else only the weights were loaded
+                self.guards.after_resume(self.policy, found.folder, found.extra.get("guards", {}), manifest.dtype)
         self.progress = Progress(self.config.steps, self.first_step, shown=self.host is not None)
 
         def take_up(host: Host) -> None:
@@ -330,10 +382,13 @@ class Trainer:
 
     def finish(self) -> None:
         """The last checkpoint is whole before the run ends."""
-        self._saver.finish()
+        with self.watch.doing("finish the last checkpoint", self.config.checkpoint.timeout_s):
+            self._saver.finish()
 
     def finish_step(self, groups: Sequence[list[Sample]], metrics: dict[str, float]) -> None:
-        if self.host is not None:
+        if self.host is None:
+            return
+        with self.watch.doing("write the step's files", self.config.timeout_s):
             tree: dict[str, float | None] = {
                 **_EVERY_STEP,
                 "step": self.step + 1,
@@ -347,6 +402,9 @@ class Trainer:
                 tree["purification/reference_known"] = known
             self.host.folder.write_rollouts(self.step + 1, list(self.host.rollout_rows(groups)))
             tree.update(self.progress.times())
+            self.guards.add("engine_weights", self.host.check_seconds)
+            self.host.check_seconds = 0.0
+            tree.update(self.guards.times())
             self.host.folder.append_metrics(tree)
             self.host.trackers.log(tree)
             self._last_metrics = {name: value for name, value in tree.items() if value is not None}
@@ -358,6 +416,7 @@ class Trainer:
             self.weight_sync.close()
         if self.host is not None:
             self.host.close()
+        self.watch.close()
         runtime.shutdown()
 
 

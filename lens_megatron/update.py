@@ -42,6 +42,7 @@ class Evaluated:
     reference_R: Tensor | None
     proximal_original_R: Tensor | None  # under x
     proximal_purified_R: Tensor | None  # under x', or x where there is none
+    trusted_R: Tensor | None = None  # False: no policy gradient (guards.on_logprob_diff); None: all are trusted
 
 
 def current_is_proximal(
@@ -178,6 +179,7 @@ def loss_of_pack(
         "proximal_original_logprobs_T": _flat(batch, [e.proximal_original_R for e in batch]),
         "proximal_purified_logprobs_T": _flat(batch, [e.proximal_purified_R for e in batch]),
         "high_entropy_T": _flat(batch, list(masks)) if masks is not None else None,
+        "trusted_T": _trusted(batch),
     }
     advantages_S = torch.tensor([e.sample.advantage for e in batch], device=where)
     weights_S = torch.tensor([e.sample.weight for e in batch], device=where)
@@ -220,6 +222,14 @@ def _flat(batch: Sequence[Evaluated], values: Sequence[Tensor | None]) -> Tensor
         assert value is not None
         parts += [value.new_zeros(len(evaluated.sample.prompt_tokens)), value]
     return torch.cat(parts).to(device())
+
+
+def _trusted(batch: Sequence[Evaluated]) -> Tensor | None:
+    if all(e.trusted_R is None for e in batch):
+        return None
+    return _flat(
+        batch, [torch.ones(len(e.sample.response)).bool() if e.trusted_R is None else e.trusted_R for e in batch]
+    )
 
 
 def _response_part(evaluated: Evaluated, values: Tensor) -> Tensor:

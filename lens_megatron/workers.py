@@ -25,6 +25,7 @@ _MEETING_S = 600.0  # for rank 0 to be started and to import torch
 _meeting_point: object = None  # rank 0's, open as long as it lives
 _GRACE_S = 10.0
 _SETTLE_S = 2.0
+_BLOCKED_S = 2.0  # for a killed process to be gone, unless the kernel holds it
 TERMINATED = 128 + signal.SIGTERM  # exit code of a worker that this process told to end
 LOST_PEER = 75  # exit code of a worker that only met another one's end: it says nothing, the other knows why
 _WELL = (0, *stopping.EXIT_CODES.values())
@@ -167,6 +168,8 @@ def _report(workers: Sequence[subprocess.Popen[bytes]], errors: Sequence[Path]) 
     number = _first_to_know(workers)
     _end(workers)  # before anything is said: rank 0 may be closing, and say it at the end of that
     code = workers[0].returncode
+    if code is None:  # it cannot be ended
+        return 1
     if number == 0 or (code > 0 and code not in _SILENT):  # below 0 it was ended just now
         return _exit_code(0, workers[0])
     if number is None:
@@ -197,9 +200,24 @@ def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
         if worker.poll() is None:
             worker.terminate()
     deadline = time.monotonic() + _GRACE_S
-    for worker in workers:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            worker.wait(timeout=max(0.0, deadline - time.monotonic()))
+    # a stopped process hears nothing but SIGKILL
+    while time.monotonic() < deadline and any(w.poll() is None and not _is_stopped(w.pid) for w in workers):
+        time.sleep(0.05)
+    for number, worker in enumerate(workers):
         if worker.poll() is None:
             worker.kill()
-            worker.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.wait(timeout=_BLOCKED_S)
+                continue
+            print(
+                f"rank {number} (process {worker.pid}) cannot be ended: a file system does not answer", file=sys.stderr
+            )
+
+
+def _is_stopped(pid: int) -> bool:
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED,)
+    except psutil.Error:
+        return False

@@ -40,6 +40,7 @@ class LossInputs:
     proximal_original_logprobs_T: Float[Tensor, " T"] | None = None  # log pi_old(y|x) of every rollout
     proximal_purified_logprobs_T: Float[Tensor, " T"] | None = None  # log pi_old(y|x'); where there is no x': under x
     high_entropy_T: Bool[Tensor, " T"] | None = None  # from token_masks, computed before micro-batching
+    trusted_T: Bool[Tensor, " T"] | None = None  # False: left out of the policy term, as too far from the engine's
     # Sums a token vector per sample, differentiably. Under context parallelism it all-reduces over the ranks that share
     # the sequences, in the backward pass too: a rank's token moves the sequence ratio that the other ranks use.
     sum_over_sample: Callable[[Tensor], Tensor] | None = None

@@ -69,6 +69,9 @@ def metric_sums(
     _mean(sums, "entropy", entropy_T, response_T)
     _mean(sums, "entropy_purified", entropy_T, purified_T)
     _mean(sums, "entropy_negative", entropy_T, original_T & (inputs.to_tokens(inputs.advantages_S) < 0))
+    if inputs.high_entropy_T is not None:
+        _mean(sums, "entropy_high", entropy_T, response_T & inputs.high_entropy_T)
+        _mean(sums, "entropy_low", entropy_T, response_T & ~inputs.high_entropy_T)
     if terms.kl_T is not None:
         kl_T = terms.kl_T.detach()
         _mean(sums, "kl", kl_T, response_T)

@@ -65,10 +65,11 @@ def policy_loss(inputs: LossInputs, config: LossConfig, denominators: Denominato
 def policy_mask(inputs: LossInputs, config: LossConfig) -> Tensor:
     """The tokens that carry the policy gradient."""
     split = config.entropy_split
+    response_T = inputs.response_mask_T if inputs.trusted_T is None else inputs.response_mask_T & inputs.trusted_T
     if split is None or split.train_on == "all":
-        return inputs.response_mask_T
+        return response_T
     assert inputs.high_entropy_T is not None
-    return inputs.response_mask_T & (inputs.high_entropy_T if split.train_on == "high" else ~inputs.high_entropy_T)
+    return response_T & (inputs.high_entropy_T if split.train_on == "high" else ~inputs.high_entropy_T)
 
 
 def token_surrogate(inputs: LossInputs, config: LossConfig) -> Surrogate:

@@ -70,6 +70,10 @@ class PromptStream:
     def take(self, count: int) -> list[Prompt]:
         return [self._prompts[index] for index in self._order.take(count)]
 
+    def checksum(self) -> int:
+        """Of this epoch's prompts in their order: 48 bits, which a number in metrics.jsonl holds exactly."""
+        return int(self._order.checksum()[:12], 16)
+
     def state_dict(self) -> dict[str, Any]:
         return self._order.state_dict()
 

@@ -30,7 +30,7 @@ def optimizer_state(optimizer: Optimizer, model_state: dict[str, Any], metadata:
     """To be saved. Collective: each data-parallel group gathers its parts on the host of its first rank."""
     options = {**metadata, "distrib_optim_fully_reshardable_mem_efficient": True}
     state = {}
-    for number, part in enumerate(_parts(optimizer)):
+    for number, part in enumerate(optimizer_parts(optimizer)):
         _ensure_moments(part)
         state[number] = part.sharded_param_state_fully_reshardable(model_state, metadata=options) or {}
     return state
@@ -44,7 +44,7 @@ def load_optimizer(optimizer: Optimizer, model_state: dict[str, Any], folder: Pa
         for place in nested_values(model_state)
         if isinstance(place, (ShardedTensor, ShardedTensorFactory))
     }
-    owned = [(part, *own) for part in _parts(optimizer) for own in _owned(part)]
+    owned = [(part, *own) for part in optimizer_parts(optimizer) for own in owned_ranges(part)]
     values: list[dict[str, Tensor]] = [{} for _ in owned]
     for kind in _STATES:
         wanted = {number: _stored(kind, places[id(own[1])]) for number, own in enumerate(owned)}
@@ -53,7 +53,7 @@ def load_optimizer(optimizer: Optimizer, model_state: dict[str, Any], folder: Pa
             values[number][kind] = found["state"][number].flatten()[start:stop].clone()
     stepped: list[dict[str, Any]] = []
     step_devices: dict[int, torch.device] = {}
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         _ensure_moments(part, may_step=True)
         # Megatron-Core's setter wants every entry of a state, and the step is no tensor of the file
         for state in part.optimizer.state.values():
@@ -66,7 +66,7 @@ def load_optimizer(optimizer: Optimizer, model_state: dict[str, Any], folder: Pa
     for state in stepped:
         # a tensor each: torch's AdamW adds 1 in place, once for every parameter
         state["step"] = torch.tensor(float(adam_step), dtype=torch.float32, device=step_devices[id(state)])
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         if not is_torch_adam(part.optimizer):
             for group in part.optimizer.param_groups:
                 group["step"] = adam_step
@@ -76,7 +76,7 @@ def load_optimizer(optimizer: Optimizer, model_state: dict[str, Any], folder: Pa
 
 def adam_step(optimizer: Optimizer) -> int:
     """How many updates Adam's bias correction has seen: one number for all parameters and ranks. Collective."""
-    seen = {step for part in _parts(optimizer) for step in _adam_steps(part.optimizer)}
+    seen = {step for part in optimizer_parts(optimizer) for step in _adam_steps(part.optimizer)}
     # a rank may own no part of any parameter; it takes the others' number
     bounds = torch.tensor([max(seen, default=-1), -min(seen, default=2**31)], dtype=torch.int64, device=device())
     dist.all_reduce(bounds, dist.ReduceOp.MAX)
@@ -120,12 +120,12 @@ def set_random_states(states: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _parts(optimizer: Optimizer) -> Sequence[Any]:
+def optimizer_parts(optimizer: Optimizer) -> Sequence[Any]:
     parts = getattr(optimizer.inner, "chained_optimizers", [optimizer.inner])
     return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
 
 
-def _owned(part: Any) -> Iterator[tuple[Tensor, int, int]]:
+def owned_ranges(part: Any) -> Iterator[tuple[Tensor, int, int]]:
     """Parameters of which this rank updates a part, and which part: elements [start, stop) of the flattened tensor."""
     for buffer in part.gbuf_ranges:
         for buckets in buffer.values():

@@ -21,6 +21,7 @@ from lens_megatron.mcore.layout import ParallelConfig, check_layout
 from lens_megatron.model_spec import ModelSpec
 
 _CPU = torch.device("cpu")
+_START = datetime.timedelta(seconds=1800)  # for all ranks to have started, whatever timeout_s
 _prepared = False
 _layout: ParallelConfig | None = None
 
@@ -196,9 +197,19 @@ def initialize(spec: ModelSpec, layout: ParallelConfig, seed: int = 0, timeout_s
             alone = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
         else:
-            dist.init_process_group(backend, timeout=timeout)
+            store, rank = _meet(world_size)
+            store.set_timeout(timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     without_cuda()
     set_layout(layout, seed, timeout_s)
+
+
+def _meet(world_size: int) -> tuple[Any, int]:
+    """The store of all ranks, once all have come: rank 0 starts its engine first, and that has its own time."""
+    store, rank, _ = next(dist.rendezvous("env://", timeout=_START))
+    store.set(f"lens/here/{rank}", "1")
+    store.wait([f"lens/here/{other}" for other in range(world_size)], _START)
+    return store, rank
 
 
 def set_layout(layout: ParallelConfig, seed: int = 0, timeout_s: float = 600.0) -> None:

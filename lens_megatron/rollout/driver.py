@@ -147,6 +147,14 @@ class RolloutDriver:
     def health(self) -> Health:
         return self._call("health")
 
+    def weight_checksums(self) -> dict[str, str] | None:
+        """Of the weights that the engine holds; None of an engine whose sync proves them itself."""
+        return self._call("weight_checksums")
+
+    def reward_health(self) -> dict[str, float]:
+        """The reward pool's counters since the start; empty where rewards have no pool."""
+        return self._call("reward_health")
+
     def state_dict(self) -> dict[str, Any]:
         return self._call("state_dict")
 
@@ -315,6 +323,12 @@ def _execute(sampler: Sampler, buffer: SharedBuffer | None, command: str, args: 
         return engine.update(buffer.read(*args))
     if command == "servers":
         return getattr(engine, command)()  # only some engines work with servers
+    if command == "weight_checksums":
+        checksums = getattr(engine, "checksums", None)
+        return checksums() if checksums is not None else None
+    if command == "reward_health":
+        health = getattr(sampler.reward, "health", None)
+        return dict(health()) if health is not None else {}
     targets: dict[str, Callable[..., Any]] = {
         "begin_update": engine.begin_update,
         "end_update": engine.end_update,

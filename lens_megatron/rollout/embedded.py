@@ -197,6 +197,10 @@ class EmbeddedEngine:
         self._weights.end()
         self._updating, self._version = False, self._next_version
 
+    def checksums(self) -> dict[str, str]:
+        """Of every weight that it holds, by its Hugging Face name (weight_sync.ledger.fingerprint)."""
+        return self._weights.checksums()
+
     @torch.inference_mode()
     def step(self) -> None:
         """One more token for every row that runs, after waiting rows have taken the free slots."""

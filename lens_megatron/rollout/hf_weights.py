@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lens_megatron.errors import RunError
+from lens_megatron.rollout.weight_sync.ledger import fingerprint
 
 
 class HFWeights:
@@ -46,6 +47,10 @@ class HFWeights:
             raise RunError(
                 f"weight sync: {len(missing)} of {len(self._targets)} weights never came, first {missing[0]}"
             )
+
+    def checksums(self) -> dict[str, str]:
+        """Of what the model holds now, by checkpoint name."""
+        return {name: fingerprint(target) for name, target in self._targets.items()}
 
 
 def _checkpoint_names(name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:

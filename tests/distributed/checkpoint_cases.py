@@ -110,7 +110,7 @@ def _spoil(optimizer: Any, what: str) -> None:
 def checkpoint_optimizer_parts(optimizer: Any) -> Any:
     from lens_megatron.mcore import checkpoint_optimizer
 
-    return checkpoint_optimizer._parts(optimizer)
+    return checkpoint_optimizer.optimizer_parts(optimizer)
 
 
 def moments(folder: Path, layout: ParallelConfig, source: Path) -> tuple[list[int], float]:

@@ -1,0 +1,165 @@
+"""The guards of one run: when each looks, and what it took. Every rank calls, in the same order."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lens_megatron.guards import checks
+from lens_megatron.guards.config import GuardConfig
+from lens_megatron.guards.mismatch import watch_mismatch
+from lens_megatron.guards.streamed import different_exports, streamed_logprobs
+from lens_megatron.mcore.agreement import on_rank_0
+from lens_megatron.mcore.checksums import differing_replicas, state_checksums
+from lens_megatron.mcore.rendezvous import from_rank_zero
+from lens_megatron.mcore.step import ShardedModel, Trainable
+from lens_megatron.update import Evaluated
+
+
+class RunGuards:
+    def __init__(
+        self, config: GuardConfig, temperature: float, budget: int, timeout_s: float, staleness: int = 0
+    ) -> None:
+        self.config, self._staleness = config, staleness
+        self._temperature, self._budget, self._timeout_s = temperature, budget, timeout_s
+        self._skipped_in_row = 0
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def add(self, name: str, seconds: float) -> None:
+        """Of a guard that looks elsewhere."""
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def times(self) -> dict[str, float]:
+        """time/guards/NAME since the last call, and time/guards in all. The first step's hold those after loading."""
+        times = {f"time/guards/{name}": seconds for name, seconds in self._seconds.items()}
+        total = sum(self._seconds.values())
+        self._seconds = {}
+        return {**times, "time/guards": total}
+
+    # after loading
+
+    def after_loading(self, model: ShardedModel, who: str, folder: Path) -> None:
+        if self.config.hf_parity:
+            with self._timed("hf_parity"):
+                self._hf_parity(model, who, folder)
+        if self.config.export_parity and isinstance(model, Trainable):
+            with self._timed("export_parity"):
+                exported = model.export_hf()
+                if dist.get_rank() != 0:
+                    for _ in exported:  # the other ranks' part is done by iterating
+                        pass
+                checks.export_parity(str(folder), *on_rank_0(lambda: different_exports(folder, exported)))
+
+    def _hf_parity(self, model: ShardedModel, who: str, folder: Path) -> None:
+        length = min(self.config.probe_tokens, model.spec.max_positions)
+        probe = checks.probe_text(model.spec.vocab_size, length)
+        # rank 0 computes alone while the others wait on the store: the collectives of the sharded model come after
+        expected_T = from_rank_zero(
+            lambda: streamed_logprobs(folder, probe), "compute the probe from the HF files", self._timeout_s
+        )
+        # twice: a second sequence in the pack must not see the first
+        scores = model.score([torch.tensor(probe), torch.tensor(probe)], self._budget)
+        bound = self.config.within_trainer(precision(model))
+        for logprobs_T in scores.logprobs:
+            checks.hf_parity(who, str(folder), logprobs_T[1:], expected_T, bound)
+
+    def first_scores(self, policy: Sequence[Tensor], reference: Sequence[Tensor], model: ShardedModel) -> None:
+        """Of prompts, before the first update of the reference's own weights: interference scores are all 0."""
+        if self.config.first_step:
+            bound = self.config.within_trainer(precision(model))
+            checks.first_step([p[1:] for p in policy], [r[1:] for r in reference], bound)
+
+    # around the update
+
+    def before_update(
+        self,
+        step: int,
+        groups: Sequence[list[Evaluated]],
+        policy: Trainable,
+        reference: ShardedModel | None,
+        *,
+        same_weights: bool,
+        engine_stands_in: bool,
+    ) -> tuple[list[list[Evaluated]], dict[str, float]]:
+        """The groups to train on, and metrics. `same_weights`: this is the first update, of the reference's own weights;
+        `engine_stands_in`: pi_old is the engine's own, so that there is nothing to compare it with."""
+        every = self.config.replicas_every
+        if every and step % every == 0:
+            with self._timed("replicas"):
+                for who, model in (("policy", policy), ("reference", reference)):
+                    if model is not None:
+                        names = differing_replicas(model)
+                        checks.replicas(
+                            who, names, "data parallel, or copies under tensor or context parallelism", step + 1
+                        )
+        if same_weights and self.config.first_step and not engine_stands_in:
+            with self._timed("first_step"):
+                # a purified rollout's pi_old is under another prompt than the reference
+                pairs = [
+                    (e.proximal_R, e.reference_R)
+                    for group in groups
+                    for e in group
+                    if not e.sample.purified and e.proximal_R is not None and e.reference_R is not None
+                ]
+                bound = self.config.within_trainer(precision(policy))
+                checks.first_step([p for p, _ in pairs], [r for _, r in pairs], bound)
+        if engine_stands_in:
+            return [list(group) for group in groups], {}
+        with self._timed("logprob_diff"):
+            return watch_mismatch(groups, self.config, self._to_engine(policy), self._temperature)
+
+    def _to_engine(self, model: ShardedModel) -> float:
+        """The bound; none by default for rollouts of older weights, which differ by what was learnt since."""
+        if self._staleness and self.config.logprob_diff is None:
+            return math.inf
+        return self.config.to_engine(precision(model))
+
+    def after_update(self, metrics: Mapping[str, float], policy: ShardedModel, before_any: bool) -> None:
+        """`before_any`: KL and mismatch were measured with policy and reference of the same weights."""
+        if self.config.on_logprob_diff == "stop" and "logprob_diff" in metrics:
+            checks.engine_difference(metrics["logprob_diff"], None, self._to_engine(policy), self._temperature)
+        if before_any and self.config.first_step and "kl_original" in metrics:
+            checks.first_kl(metrics["kl_original"], self.config.within_trainer(precision(policy)))
+        loss, norm = metrics.get("loss", 0.0), metrics.get("grad_norm", 0.0)
+        bad = metrics.get("skipped", 0.0) >= 1.0 or loss != loss
+        self._skipped_in_row = self._skipped_in_row + 1 if bad else 0
+        checks.skipped(self._skipped_in_row, self.config.skipped_in_row, loss, norm)
+        if self.config.entropy_masks and "entropy_high" in metrics and "entropy_low" in metrics:
+            checks.entropy_masks(metrics["entropy_high"], metrics["entropy_low"])
+
+    # around a checkpoint
+
+    def state(self, policy: Trainable) -> dict[str, int]:
+        """To be saved with the checkpoint."""
+        if not self.config.resume_parity:
+            return {}
+        with self._timed("resume_parity"):
+            return state_checksums(policy)
+
+    def after_resume(self, policy: Trainable, folder: Path, saved: Mapping[str, int], dtype: str) -> None:
+        """`saved`: what `state` said then; empty for a checkpoint that tools have changed."""
+        if not self.config.resume_parity or not saved:
+            return
+        with self._timed("resume_parity"):
+            loaded = state_checksums(policy)
+            # in another precision the weights are rounded; their fp32 copies in the optimizer are not
+            same = dtype == str(policy.config.params_dtype).removeprefix("torch.")
+            wanted = {name: value for name, value in saved.items() if same or name != "weights"}
+            checks.resume_parity(str(folder), wanted, loaded)
+
+
+def precision(model: ShardedModel) -> str:
+    return "bf16" if model.config.params_dtype == torch.bfloat16 else "fp32"

@@ -1,0 +1,67 @@
+"""A flight recorder: what this process did last, in a small file that survives being killed.
+
+run_dir/logs/recorder/rank_00000.txt is a ring of lines of one length, written through memory: no system call, and nothing
+to wait for when the file system does not answer. `read` puts the lines in order; so does `sort`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+_LINE = 64
+_LINES = 128  # some 10 steps
+
+
+class Event(NamedTuple):
+    number: int
+    clock: float  # of the wall, for people: durations are measured by the monotonic one
+    step: int
+    what: str
+    seconds: float | None  # None: begun
+
+
+class Recorder:
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._memory: mmap.mmap | None = None
+        with contextlib.suppress(OSError):  # no room for it: the run's own files will say so
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"rank_{rank:05}.txt"
+            events = read(path) if path.exists() else []
+            self._number = events[-1].number + 1 if events else 0
+            if not path.exists() or path.stat().st_size != _LINE * _LINES:
+                empty = b"".join(_line("") for _ in range(_LINES))
+                path.write_bytes(empty)  # whole now: a hole in it would kill us on a full disk
+            with path.open("r+b") as file:
+                self._memory = mmap.mmap(file.fileno(), _LINE * _LINES)
+
+    def record(self, step: int, what: str, seconds: float | None = None) -> None:
+        if self._memory is None:
+            return
+        took = "begins" if seconds is None else f"{seconds:.6f}"
+        text = f"{self._number:012} {time.time():.3f} {step} {took} {what}"
+        start = self._number % _LINES * _LINE
+        self._memory[start : start + _LINE] = _line(text)
+        self._number += 1
+
+
+def _line(text: str) -> bytes:
+    return text.encode("ascii", "replace")[: _LINE - 1].ljust(_LINE - 1) + b"\n"
+
+
+def read(path: Path) -> list[Event]:
+    """Oldest first; a line that was being written when its process was killed is left out."""
+    events = []
+    for line in path.read_text(encoding="ascii", errors="replace").splitlines():
+        parts = line.split(maxsplit=4)
+        try:
+            number, clock, step, took, what = parts
+            events.append(
+                Event(int(number), float(clock), int(step), what.strip(), None if took == "begins" else float(took))
+            )
+        except ValueError:
+            continue
+    return sorted(events)
