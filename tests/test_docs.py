@@ -17,7 +17,7 @@ import torch
 from lens_megatron import strict
 from lens_megatron.algorithms.filters import FilterConfig, PromptFilter
 from lens_megatron.algorithms.group_metrics import group_metrics
-from lens_megatron.algorithms.loss_config import EngineCorrectionConfig, LossConfig
+from lens_megatron.algorithms.loss_config import EngineCorrectionConfig, EntropySplitConfig, LossConfig
 from lens_megatron.algorithms.loss_metrics import finish_metrics
 from lens_megatron.algorithms.rescue import RescueConfig, rebuild_group
 from lens_megatron.algorithms.transfer import TransferTracker
@@ -134,7 +134,11 @@ def written_metrics() -> set[str]:
     names |= set(_evaluation_metrics()) | {"time/eval", "staleness", "staleness_max"}
     of_sync = _names_in("rollout/weight_sync/sync.py", "trainer.py", prefix="sync")
     in_code = _names_in("diagnostics.py", "host.py", "trainer.py", prefix="diagnostics|purification")
-    return names | set(_transfer_metrics()) | in_code | of_sync
+    of_guards = _names_in("host.py", "guards/mismatch.py", "guards/run_guards.py", prefix="guards|rewards|data|time")
+    split = LossConfig(entropy_split=EntropySplitConfig())
+    batch, current = random_minibatch(0, split)
+    names |= set(finish_metrics(whole(batch, as_parameters(current), split)[1])) | {"time/guards/hf_parity"}
+    return names | set(_transfer_metrics()) | in_code | of_sync | of_guards
 
 
 def _evaluation_metrics() -> dict[str, float]:
