@@ -161,7 +161,8 @@ class Trainer:
     def on_rank_zero(self, work: Any, what: str) -> Any:
         """`work(host)` on rank 0; its result on every rank."""
         host = self.host
-        return from_rank_zero(lambda: work(host), what, self.config.timeout_s)
+        with self.watch.doing(what):
+            return from_rank_zero(lambda: work(host), what, self.config.timeout_s)
 
     @contextmanager
     def reference_at_hand(self) -> Iterator[ShardedModel]:

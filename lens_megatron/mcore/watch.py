@@ -62,7 +62,8 @@ class Watch:
         try:
             yield
         finally:
-            self._doing = (before[0], time.monotonic(), before[2])
+            outermost = before[0] in ("start", "go on")
+            self._doing = ("go on" if outermost else before[0], time.monotonic(), before[2])
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:

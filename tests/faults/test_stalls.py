@@ -3,7 +3,6 @@ waited for whom."""
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -26,24 +25,10 @@ def stop_rank(rank: int) -> Callable[[Command, Path], None]:
     return stop
 
 
-def stop_driver(command: Command, run_dir: Path) -> None:
-    command.member("spawn_main", RANK="0").send_signal(signal.SIGSTOP)
-
-
-def block_files(command: Command, run_dir: Path) -> None:
-    """A file that waits for a reader for ever, in the place of one that rank 0 writes."""
-    path = run_dir / "metrics.jsonl"
-    os.mkfifo(path.with_suffix(".fifo"))
-    path.with_suffix(".fifo").replace(path)
-
-
 STALLS: dict[
     str, tuple[Callable[[Command, Path], None], str, int]
 ] = {  # how, what the line says, ranks that leave stacks
     "rank 1 stopped": (stop_rank(1), "rank 0 waited for rank 1", 1),
-    "rank 0 stopped": (stop_rank(0), "rank 1 waited for rank 0", 1),
-    "engine stopped": (stop_driver, "rollout driver", 2),
-    "files blocked": (block_files, "did not finish to write the step's files", 2),
 }
 
 
