@@ -91,7 +91,7 @@ def submit(jobs: Sequence[Job]) -> list[str]:
         raise UsageError(f"nemo-run rewrites {_REWRITTEN!r} in paths: choose a run_dir and a working folder without it")
     said = io.StringIO()
     logging.getLogger("nemo_run").setLevel(logging.ERROR)
-    with _without_input(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    with without_input(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         experiment = run.Experiment(jobs[0].name, log_level="ERROR", enable_goodbye_message=False)
         try:
             with experiment:
@@ -116,7 +116,7 @@ def submit(jobs: Sequence[Job]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _without_input() -> Iterator[None]:
+def without_input() -> Iterator[None]:
     """nemo-run gives sbatch our standard input, and reads from it: a terminal's, or a test's that may not be read."""
     before = sys.stdin
     with Path(os.devnull).open() as nothing:

@@ -167,15 +167,19 @@ _OTHER = re.compile(  # of a rank (Slurm may put its number before it), of Slurm
 )
 
 
+# what the other ranks say when one has ended
+_ECHOES = ("another process of the run went away", "waited for rank 0 to", "did not say within")
+
+
 def last_error(run_dir: Path) -> str:
     """Of the newest log that has one: our own one-line errors before anybody else's last words."""
     logs = sorted((run_dir / "logs").glob("*.out"), key=lambda path: path.stat().st_mtime, reverse=True)
     texts = [_tail(path) for path in logs if not path.name.startswith("servers-")][:2]
     for pattern in (_ERROR, _OTHER):
         for text in texts:
-            found = [match.group(1) for line in text.splitlines() if (match := pattern.match(line))]
+            found = [match.group(1).strip() for line in text.splitlines() if (match := pattern.match(line))]
             if found:
-                return found[-1].strip()
+                return next((line for line in reversed(found) if not any(word in line for word in _ECHOES)), found[-1])
     return ""
 
 

@@ -37,6 +37,11 @@ def write_logs(folder: Path, *texts: str) -> Path:
             "/x/slurm_script: line 3: lens-megatron: command not found",
         ),
         (["no error: here is none\n"], ""),
+        (["error: why\nfailed: rank 1: another process of the run went away (gloo)\n"], "error: why"),
+        (
+            ["failed: rank 1: another process of the run went away (x)\n"],
+            "failed: rank 1: another process of the run went away (x)",
+        ),
     ],
 )
 def test_last_error(texts: list[str], expected: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers import queue
+from launchers import nemo, queue
 from lens_megatron import cli
 from lens_megatron.machine import Output, run_command
 from tests.loop.runs import complaint
@@ -59,11 +59,12 @@ def test_ends_of_jobs_from_accounting(
     experiments = [
         nemo_run.Experiment.from_id(path.name) for path in (accounts.root / "nemo-home").glob("experiments/run/*")
     ]
-    states = {
-        int(job["job_id"]): job["status"].name
-        for experiment in experiments
-        for job in (experiment.status(return_dict=True) or {}).values()
-    }
+    with nemo.without_input():
+        states = {
+            int(job["job_id"]): job["status"].name
+            for experiment in experiments
+            for job in (experiment.status(return_dict=True) or {}).values()
+        }
     assert states == {int(good.jobs[0]): "SUCCEEDED", int(bad.jobs[0]): "FAILED"}
     capfd.readouterr()
 
