@@ -18,6 +18,7 @@ from typing import Any
 
 from aiohttp import web
 
+CONTEXT = 10**6
 FAULTS = (
     "none",
     "not_json",
@@ -28,6 +29,7 @@ FAULTS = (
     "wrong_version",
     "error_500",
     "error_400",
+    "first_dropped",
 )
 
 
@@ -39,9 +41,18 @@ class Request:
 
 
 class Stub:
-    def __init__(self, version: str, token_seconds: float, slots: int, api_key: str, fault: str, vocab: int) -> None:
+    def __init__(
+        self,
+        version: str,
+        token_seconds: float,
+        slots: int,
+        api_key: str,
+        fault: str,
+        vocab: int,
+        kv_tokens: int = 10**8,
+    ) -> None:
         self.version, self.token_seconds, self.slots = version, token_seconds, slots
-        self.api_key, self.fault, self.vocab = api_key, fault, vocab
+        self.api_key, self.fault, self.vocab, self.kv_tokens = api_key, fault, vocab, kv_tokens
         self.weight_version, self.paused, self.in_session, self.finished_tokens = "default", False, False, 0
         self.released: set[str] = set()  # kinds of memory
         self.running: dict[str, Request] = {}
@@ -82,12 +93,23 @@ class Stub:
         return await handler(request)
 
     async def health(self, request: web.Request) -> web.Response:
+        await self.going_on.wait()  # nor does the real one answer while it is paused
         return web.Response()
 
     async def server_info(self, request: web.Request) -> web.Response:
-        sizes = {"tp_size": 1, "dp_size": 1, "pp_size": 1, "max_running_requests": self.slots, "context_length": 10**6}
         return web.json_response(
-            {"version": self.version, "dtype": "float32", "device": "cpu", "internal_states": [{}], **sizes}
+            {
+                "version": self.version,
+                "dtype": "float32",
+                "device": "cpu",
+                "internal_states": [{}],
+                "tp_size": 1,
+                "dp_size": 1,
+                "pp_size": 1,
+                "max_running_requests": self.slots,
+                "context_length": CONTEXT,
+                "max_total_num_tokens": self.kv_tokens,
+            }
         )
 
     async def model_info(self, request: web.Request) -> web.Response:
@@ -117,7 +139,8 @@ class Stub:
         try:
             async with self.admitted:
                 item.started = time.monotonic()
-                wanted = body["sampling_params"]["max_new_tokens"]
+                wanted = self._wanted(body)
+                reason: dict[str, Any]
                 try:
                     await asyncio.wait_for(item.ended.wait(), wanted * self.token_seconds)
                     count, reason = self._done(item), {"type": "abort", "message": "Aborted"}
@@ -125,15 +148,20 @@ class Stub:
                     count, reason = wanted, {"type": "length", "length": wanted}
         finally:
             self.running.pop(body["rid"], None)
+        if self.fault == "first_dropped" and self.finished_tokens == 0 and request.transport is not None:
+            request.transport.close()
         self.finished_tokens += count
         return self._answer(body, count, reason)
 
     def _done(self, item: Request) -> int:
         if self.token_seconds == 0:
             return 0
-        return min(
-            int((time.monotonic() - item.started) / self.token_seconds), item.body["sampling_params"]["max_new_tokens"]
-        )
+        return min(int((time.monotonic() - item.started) / self.token_seconds), self._wanted(item.body))
+
+    def _wanted(self, body: dict[str, Any]) -> int:
+        """Cut without a word, as by the real one."""
+        room = min(CONTEXT, self.kv_tokens) - 2 - len(body["input_ids"])
+        return int(min(body["sampling_params"]["max_new_tokens"], room))
 
     def _answer(self, body: dict[str, Any], count: int, reason: dict[str, Any]) -> web.Response:
         prompt = body["input_ids"]
@@ -259,11 +287,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--slots", type=int, default=2048)
     parser.add_argument("--api-key", default="")  # a stub guards nothing
     parser.add_argument("--fault", choices=FAULTS, default="none")
+    parser.add_argument("--kv-tokens", type=int, default=10**8)
     parser.add_argument("--vocab", type=int, default=50000)
     args = parser.parse_args(arguments)
 
     async def run() -> None:
-        stub = Stub(args.version, args.token_seconds, args.slots, args.api_key, args.fault, args.vocab)
+        stub = Stub(args.version, args.token_seconds, args.slots, args.api_key, args.fault, args.vocab, args.kv_tokens)
         await serve(stub, args.port)
 
     asyncio.run(run())

@@ -10,25 +10,30 @@ import contextlib
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from types import FrameType
 
 from lens_megatron import workers
 from lens_megatron.errors import RunError
 
+RESUME = "go on with --resume from the last whole checkpoint"
+AGAIN = "run it again to go on"  # of commands that find by themselves what is done
+AFRESH = "start it again"  # of commands that keep nothing
 
-def on_signals() -> None:
-    """SIGTERM (a scheduler, `stop`) unwinds like an error, so that drivers and files are closed. Ctrl-C, which a terminal
-    sends to every process, is left to the command that started the workers."""
+
+def on_signals(advice: str = AGAIN) -> None:
+    """SIGTERM (a scheduler, `stop`) unwinds like an error, so that drivers and files are closed; `advice` says what to do
+    then. Ctrl-C, which a terminal sends to every process, is left to the command that started the workers."""
     if workers.is_local_worker():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, partial(_terminated, advice))
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
+def _terminated(advice: str, number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: closing must not be cut short
     if workers.is_local_worker():
         raise SystemExit(workers.TERMINATED)
-    raise RunError("ended by SIGTERM; go on with --resume from the last whole checkpoint")
+    raise RunError(f"ended by SIGTERM; {advice}")
 
 
 @contextlib.contextmanager

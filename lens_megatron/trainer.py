@@ -63,6 +63,7 @@ class Trainer:
         weights = find_weights(config.model)
         self.host = Host(config, model, weights, folder) if folder is not None else None
         runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s + _MARGIN_S)
+        self._await_the_driver()
         self.watch = Watch(Path(config.run_dir), config.timeout_s)
         self.recorder = Recorder(Path(config.run_dir) / "logs" / "recorder", dist.get_rank())
         self.step = 0
@@ -93,7 +94,7 @@ class Trainer:
             if config.memory.offload_reference:
                 self.reference.move(torch.device("cpu"))
             identity = from_rank_zero(  # rank 0's view of the files: on another node their times may differ
-                lambda: identity_of(source, dtype, config.parallel), "look at the reference", config.timeout_s
+                lambda: identity_of(source, *_rounding(config)), "look at the reference", config.timeout_s
             )
             self.reference_scores = ReferenceScores(identity)
         self._handover = (
@@ -118,6 +119,11 @@ class Trainer:
         self._checkpoints = Path(config.run_dir) / "checkpoints"
         self._saver = Saver(self.policy, self._checkpoints, config.checkpoint, companions_from=weights)
         self._hf_copies = HfCopies(self.policy, Path(config.run_dir) / "hf", config.checkpoint, weights)
+
+    def _await_the_driver(self) -> None:
+        """Before any model is built. Servers may take longer than timeout_s: only now can the other ranks be told to wait."""
+        host = self.host
+        from_rank_zero(lambda: host.driver.started() if host else None, "start the engine", self.config.timeout_s)
 
     def _weight_sync(self, weights: Path) -> WeightSync:
         """Of an engine that is servers: they get the weights from the ranks, past the rollout driver."""
@@ -360,7 +366,7 @@ class Trainer:
         found = resume(self.policy, self._checkpoints)
         if found is not None:
             self.first_step = found.step
-            if found.same_layout:  # another one rounds in other places: its floor is measured before its first scores
+            if found.same_rounding:  # else it rounds in other places: the floor is measured before its first scores
                 self.noise_floor = found.extra["noise_floor"]
             if self.reference is not None and "reference_scores" in found.extra:
                 self.reference_scores.load_state_dict(found.extra["reference_scores"])
@@ -429,6 +435,11 @@ def _check_keep_best(metric: str | None, metrics: Collection[str], sure: bool = 
     if sure or near:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"checkpoint.keep_best: there is no metric {metric!r}{hint}")
+
+
+def _rounding(config: RunConfig) -> tuple[object, ...]:
+    """What the last bits of a score depend on, besides the weights."""
+    return _DTYPES.get(config.precision) or runtime.default_dtype(), runtime.device().type, config.parallel
 
 
 def _reference_weights(config: RunConfig, model: ModelConfig, policy: Path) -> Path:

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from lens_megatron.mcore.layout import check_layout
     from lens_megatron.model_spec import find_weights, load_model_config
 
-    endings.on_signals()
+    endings.on_signals(endings.AFRESH)
     config = tiny(load_run(Path(args.run), args.overrides))
     model = load_model_config(config.model)
     if not workers.is_worker():

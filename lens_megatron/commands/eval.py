@@ -36,13 +36,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lens_megatron import strict
+    from lens_megatron import endings, strict
     from lens_megatron.evaluation.config import EvalConfig
     from lens_megatron.evaluation.evaluate import evaluate, settings
     from lens_megatron.evaluation.models import find_models
     from lens_megatron.evaluation.results import results_tree
     from lens_megatron.output import write_json
 
+    endings.on_signals()
     tree = strict.apply_overrides({}, args.overrides)
     tree["benchmarks"] = [name for name in args.benchmarks.split(",") if name.strip()]
     for key in ("data", "samples", "limit", "engine"):

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from lens_megatron.run_folder import RunFolder
     from lens_megatron.sft import train_supervised
 
-    endings.on_signals()
+    endings.on_signals(endings.AFRESH)
     config = load_sft(Path(args.run), args.overrides)
     if not workers.is_worker():
         spec = load_model_spec(config.model)

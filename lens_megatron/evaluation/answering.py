@@ -48,7 +48,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Limits:
-    """How every response is sampled. `positions`: of the model; a response ends where they do."""
+    """How every response is sampled. `positions`: of the model; a response ends where they do,
+    or the engine's."""
 
     max_tokens: int
     positions: int
@@ -87,6 +88,7 @@ class _Answering:
         on_answer: Callable[[Question, Answer], None],
     ) -> None:
         self.engine, self.judge, self.limits, self.on_answer = engine, judge, limits, on_answer
+        self.positions = min(limits.positions, engine.positions or limits.positions)
         self.waiting = deque(questions)
         self.in_flight: dict[str, Question] = {}
         self.judging: dict[Future[Judgement], tuple[Question, str, Finished]] = {}
@@ -126,7 +128,7 @@ class _Answering:
         requests = []
         for _ in range(min(self.engine.free_slots(), len(self.waiting))):
             question = self.waiting.popleft()
-            room = self.limits.positions - len(question.prompt.tokens)
+            room = self.positions - len(question.prompt.tokens)
             if room < 1:
                 self._ask_judge(
                     question, Finished("", (), (), "length")

@@ -20,13 +20,12 @@ _NEVER_NAMED = ("default", "unsynced")  # SGLang's own, and that of servers we s
 
 
 @contextmanager
-def engine_for(config: GenerationConfig, folder: Path, positions: int, logs: Path) -> Iterator[tuple[Engine, int]]:
-    """An engine, closed at the end, and how many positions a response can reach: of `positions`, the model's, and the
-    servers'. `logs`: for servers that are started here."""
+def engine_for(config: GenerationConfig, folder: Path, positions: int, logs: Path) -> Iterator[Engine]:
+    """Closed at the end. `positions`: the model's. `logs`: for servers that are started here."""
     if config.engine != "embedded":
-        servers, context = _sglang(config, folder, logs)
+        servers = _sglang(config, folder, positions, logs)
         try:
-            yield servers, min(positions, context or positions)
+            yield servers
         finally:
             servers.close()
         return
@@ -41,13 +40,13 @@ def engine_for(config: GenerationConfig, folder: Path, positions: int, logs: Pat
         folder, config.slots, "cuda" if on_gpu else "cpu", "bfloat16" if bf16 else "float32"
     )
     try:
-        yield embedded, positions
+        yield embedded
     finally:
         embedded.close()
 
 
-def _sglang(config: GenerationConfig, folder: Path, logs: Path) -> tuple[SGLangEngine, int | None]:
-    """Ready, and the least context of its servers. What they were started with counts as version 0."""
+def _sglang(config: GenerationConfig, folder: Path, positions: int, logs: Path) -> SGLangEngine:
+    """Ready. What its servers were started with counts as version 0."""
     from lens_megatron.rollout.sglang_engine import SGLangEngine
     from lens_megatron.rollout.sglang_seat import seats
 
@@ -55,7 +54,7 @@ def _sglang(config: GenerationConfig, folder: Path, logs: Path) -> tuple[SGLangE
     dtype = {"fp32": "float32", "bf16": "bfloat16", "auto": "auto"}[config.precision]
     common = {"dtype": dtype, "skip_tokenizer_init": True}
     found = seats(server, config.servers, str(folder.absolute()), logs.absolute(), 0, common, config.seed)
-    engine = SGLangEngine(found, server, resync=_name_weights)
+    engine = SGLangEngine(found, server, _name_weights, positions)
     try:
         addresses = engine.servers()
         engine.begin_update(0)
@@ -65,8 +64,7 @@ def _sglang(config: GenerationConfig, folder: Path, logs: Path) -> tuple[SGLangE
     except BaseException:
         engine.close()
         raise
-    contexts = [seat.info.context_length for seat in found if seat.info and seat.info.context_length]
-    return engine, min(contexts, default=None)
+    return engine
 
 
 def _name_weights(address: ServerAddress, version: int) -> None:

@@ -79,10 +79,7 @@ def _generate(
     try:
         with (
             model.hf_folder(file.path.parent) as folder,
-            engine_for(config, folder, model.spec.max_positions, file.path.parent.parent / "logs") as (
-                engine,
-                positions,
-            ),
+            engine_for(config, folder, model.spec.max_positions, file.path.parent.parent / "logs") as engine,
             AnswerProgress(model.title, total - len(missing), total) as progress,
         ):
 
@@ -92,7 +89,7 @@ def _generate(
 
             limits = Limits(
                 config.max_response_tokens,
-                positions,
+                model.spec.max_positions,
                 tuple({*stop_tokens(tokenizer), *ends_of_the_model(model.tokenizer)}),
                 config.temperature,
                 config.top_p,

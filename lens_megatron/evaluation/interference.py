@@ -287,10 +287,7 @@ def _generate(
     title = "first draw" if missing[0].set == "original" else "purified and resampled"
     try:
         with (
-            engine_for(config, policy.source, policy.spec.max_positions, file.path.parent / "logs") as (
-                engine,
-                positions,
-            ),
+            engine_for(config, policy.source, policy.spec.max_positions, file.path.parent / "logs") as engine,
             AnswerProgress(title, total - len(missing), total) as progress,
         ):
 
@@ -300,7 +297,7 @@ def _generate(
 
             limits = Limits(
                 config.max_response_tokens,
-                positions,
+                policy.spec.max_positions,
                 tuple({*stop_tokens(tokenizer), *ends_of_the_model(policy.tokenizer)}),
                 config.temperature,
                 config.top_p,

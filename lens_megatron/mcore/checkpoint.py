@@ -151,7 +151,7 @@ def save(
             model=asdict(policy.spec),
             layout=layout_of(policy),
             world_size=dist.get_world_size(),
-            dtype=_dtype(policy),
+            dtype=dtype_of(policy),
             optimizer=with_optimizer,
             files=sizes,
             metrics={name: float(value) for name, value in (metrics or {}).items() if abs(value) < float("inf")},
@@ -243,7 +243,7 @@ def _live_storages(policy: Trainable) -> set[int]:
 
 def _companions(model: ShardedModel, source: Path | None) -> dict[str, Callable[[], bytes]]:
     """What an HF folder has besides weights, so that one can be written from the checkpoint alone."""
-    config = json.dumps(to_hf_config(model.spec, _dtype(model)), indent=2) + "\n"
+    config = json.dumps(to_hf_config(model.spec, dtype_of(model)), indent=2) + "\n"
     files: dict[str, Callable[[], bytes]] = {f"{_HF}/config.json": config.encode}
     for name in COMPANIONS if source is not None else ():
         if name != "config.json" and (source / name).is_file():  # type: ignore[operator]
@@ -264,7 +264,7 @@ def layout_of(model: ShardedModel) -> dict[str, Any]:
     }
 
 
-def _dtype(model: ShardedModel) -> str:
+def dtype_of(model: ShardedModel) -> str:
     return str(model.config.params_dtype).removeprefix("torch.")
 
 

@@ -12,7 +12,7 @@ from lens_megatron import checkpoints
 from lens_megatron.checkpoints import Broken, CheckpointConfig, Found
 from lens_megatron.errors import RunError
 from lens_megatron.mcore.agreement import on_rank_0
-from lens_megatron.mcore.checkpoint import PendingSave, layout_of, load, save
+from lens_megatron.mcore.checkpoint import PendingSave, dtype_of, layout_of, load, save
 from lens_megatron.mcore.step import Trainable
 
 
@@ -21,7 +21,7 @@ class Resumed:
     step: int
     extra: dict[str, Any]
     folder: Path
-    same_layout: bool  # as the run that wrote it
+    same_rounding: bool  # layout and dtype are those of the run that wrote it
     passed_over: tuple[str, ...]  # newer checkpoints that are damaged, and how: tell the user
 
 
@@ -40,8 +40,8 @@ def resume(policy: Trainable, root: Path) -> Resumed | None:
             broken.append(Broken(found.folder, str(error)))
             continue
         newer = [one.reason for one in broken if one.step > found.manifest.step]
-        same_layout = found.manifest.layout == layout_of(policy)
-        return Resumed(found.manifest.step, extra, found.folder, same_layout, tuple(newer))
+        as_now = (found.manifest.layout, found.manifest.dtype) == (layout_of(policy), dtype_of(policy))
+        return Resumed(found.manifest.step, extra, found.folder, as_now, tuple(newer))
     if broken:
         raise checkpoints.no_whole_checkpoint(root, broken)
     return None

@@ -205,7 +205,7 @@ def initialize(spec: ModelSpec, layout: ParallelConfig, seed: int = 0, timeout_s
 
 
 def _meet(world_size: int) -> tuple[Any, int]:
-    """The store of all ranks, once all have come: rank 0 starts its engine first, and that has its own time."""
+    """The store of all ranks, once all have come: rank 0 reads its data first, and that has its own time."""
     store, rank, _ = next(dist.rendezvous("env://", timeout=_START))  # type: ignore[attr-defined]
     store.set(f"lens/here/{rank}", "1")
     store.wait([f"lens/here/{other}" for other in range(world_size)], _START)

@@ -45,7 +45,10 @@ CLOSE_SECONDS = 10.0
 
 
 class RolloutDriver:
-    """The caller's end. `make_sampler` runs in the driver's process: a module's function, or a partial of one."""
+    """The caller's end. `make_sampler` runs in the driver's process: a module's function, or a partial of one.
+
+    It starts while the caller goes on; `started` waits for it, and so does whatever is asked of it first.
+    """
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class RolloutDriver:
         silence_seconds: float = SILENCE_SECONDS,
         command_seconds: float = COMMAND_SECONDS,
     ) -> None:
+        self._start_seconds, self._has_started = start_seconds, False
         self._silence_seconds, self._command_seconds = silence_seconds, command_seconds
         self._buffer: SharedBuffer | None = None
         self._sampling = False
@@ -67,11 +71,19 @@ class RolloutDriver:
         self._process.start()
         theirs.close()
         atexit.register(self.close)
+
+    def started(self) -> None:
+        """Returns when it is ready for commands; what it cannot start with is raised here."""
+        if self._has_started:
+            return
+        if self._failure is not None:
+            raise self._failure
         try:
-            self._reply(start_seconds, "start")
+            self._reply(self._start_seconds, "start")
         except BaseException:
             self.close()
             raise
+        self._has_started = True
 
     @property
     def pid(self) -> int | None:
@@ -190,6 +202,7 @@ class RolloutDriver:
         return self._reply(self._command_seconds, command)
 
     def _send(self, command: str, *args: Any) -> None:
+        self.started()
         if self._failure is not None:
             raise self._failure
         if self._sampling and command not in ("stop", *ASIDE):

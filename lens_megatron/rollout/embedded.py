@@ -96,7 +96,7 @@ class EmbeddedEngine:
         self._device = self._head.weight.device
         self._weights = HFWeights(model)
         self._slots = slots
-        self._limit = int(model.config.max_position_embeddings)
+        self.positions = int(model.config.max_position_embeddings)
         self._cache = SlotCache(slots)
         self._running: list[_Row] = []
         self._waiting: list[_Row] = []
@@ -152,10 +152,10 @@ class EmbeddedEngine:
         for request in requests:
             if request.id in self._ids:
                 raise ValueError(f"request {request.id} is already in flight")
-            if len(request.prompt) + request.max_tokens > self._limit:
+            if len(request.prompt) + request.max_tokens > self.positions:
                 raise UsageError(
                     f"prompt of {len(request.prompt)} + response of {request.max_tokens} tokens exceeds the model's "
-                    f"{self._limit} positions: lower data.max_prompt_tokens or rollout.max_response_tokens"
+                    f"{self.positions} positions: lower data.max_prompt_tokens or rollout.max_response_tokens"
                 )
             self._ids.add(request.id)
             self._waiting.append(_Row(request, self._arrivals))

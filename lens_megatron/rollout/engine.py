@@ -79,6 +79,10 @@ class Engine(Protocol):
         """Whether the same calls give the same responses in the same order (the sampler then waits for rewards
         between polls, so that what it submits next does not depend on how fast they were computed)."""
 
+    @property
+    def positions(self) -> int | None:
+        """Tokens of prompt and response together that a request may ask for; None: without limit."""
+
     def submit(self, requests: Sequence[Request]) -> None: ...
 
     def poll(self, timeout: float) -> list[Finished]:

@@ -111,17 +111,18 @@ def sglang_sampler(
     """SGLang's servers, started or found, without weights of the run until the first sync. `resync` brings a server back
     that was started again while it generated (see SGLangEngine)."""
     from lens_megatron.data.tokenizer import load_tokenizer, stop_tokens
+    from lens_megatron.model_spec import load_model_spec
     from lens_megatron.rollout.sglang_engine import SGLangEngine
     from lens_megatron.rollout.sglang_seat import seats
 
     tokenizer = load_tokenizer(str(folder))
     # token ids in, token ids out; a server that shares its GPUs with the trainer must be able to let go of its memory
     common = {"dtype": dtype, "skip_tokenizer_init": True, **({"enable_memory_saver": True} if colocated else {})}
-    found = seats(server, servers, str(folder), logs, first_gpu, common, seed)
+    found = seats(server, servers, str(folder), logs, first_gpu, common, seed, take_over=True)
     where = "" if server.urls else f"; logs in {logs}"
     print(f"waiting for {len(found)} SGLang server{'s' * (len(found) > 1)}{where}", file=sys.stderr, flush=True)
     began = time.monotonic()
-    engine = SGLangEngine(found, server, resync)
+    engine = SGLangEngine(found, server, resync, load_model_spec(str(folder)).max_positions)
     print(f"SGLang is ready after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     stop = tuple(sorted({*stop_tokens(tokenizer), *ends_of_the_model(folder)}))
     return Sampler(engine, TextReward(tokenizer, rewards), rescue_rules(rescue), sampling, stop, seed)

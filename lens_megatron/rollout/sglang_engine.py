@@ -27,7 +27,7 @@ from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import Refused, SGLangClient, Unreachable
 from lens_megatron.rollout.sglang_config import ServerConfig
 from lens_megatron.rollout.sglang_pool import Resync, ServerPool
-from lens_megatron.rollout.sglang_schema import Generation
+from lens_megatron.rollout.sglang_schema import UNUSED_PLACES, Generation
 from lens_megatron.rollout.sglang_seat import Job, Seat
 from lens_megatron.rollout.sglang_server import ServerAddress
 
@@ -43,11 +43,18 @@ OBJECTS_A_COLLECTION = 200_000
 
 
 class SGLangEngine:
-    def __init__(self, seats: Sequence[Seat], config: ServerConfig, resync: Resync | None = None) -> None:
-        """Returns when every server answers. `resync` loads a version whole into a restarted server, or raises."""
+    def __init__(
+        self,
+        seats: Sequence[Seat],
+        config: ServerConfig,
+        resync: Resync | None = None,
+        positions: int | None = None,
+    ) -> None:
+        """Returns when every server answers. `resync` loads a version whole into a restarted server, or raises.
+        `positions`: the model's."""
         # a response is a list a token: at Python's 700 of them a fifth of the client's time went into collecting garbage
         gc.set_threshold(OBJECTS_A_COLLECTION, *gc.get_threshold()[1:])
-        self._config = config
+        self._config, self._positions = config, positions
         self._loop = EventLoop("sglang")
         self._pool = ServerPool(seats, config, resync, self._resend, self._fail)
         self._router = (
@@ -77,6 +84,12 @@ class SGLangEngine:
     def deterministic(self) -> bool:
         return False
 
+    @property
+    def positions(self) -> int | None:
+        infos = [seat.info for seat in self._pool.seats if seat.info is not None]
+        limits = [limit for info in infos if (limit := info.longest(self._positions)) is not None]
+        return min(limits, default=self._positions)
+
     def clock(self) -> float:
         return time.monotonic()
 
@@ -85,15 +98,15 @@ class SGLangEngine:
         self._raise_failure()
         if self.version < 0 and not self._pool.updating:
             raise RunError("no SGLang server has a whole set of weights: sync them before sampling")
-        infos = [seat.info for seat in self._pool.seats if seat.info is not None]
-        longest = min((info.context_length for info in infos if info.context_length), default=None)
+        longest = self.positions
         for request in requests:
             if request.id in self._in_flight:
                 raise ValueError(f"request {request.id} is already in flight")
             if longest is not None and len(request.prompt) + request.max_tokens > longest:
                 raise UsageError(
                     f"prompt of {len(request.prompt)} + response of {request.max_tokens} tokens exceeds the servers' "
-                    f"{longest}: lower data.max_prompt_tokens or rollout.max_response_tokens, or raise context_length"
+                    f"{longest} (the least of their contexts and caches, less {UNUSED_PLACES}): lower "
+                    "data.max_prompt_tokens or rollout.max_response_tokens, or give the servers more room"
                 )
         self._in_flight.update({request.id: request for request in requests})
         self._loop.loop.call_soon_threadsafe(self._enter, [Job(request) for request in requests])
@@ -117,7 +130,7 @@ class SGLangEngine:
         """By the servers' slots, and by the room of their caches if responses are as long as they were so far."""
         ready = self._pool.ready()
         free = sum(seat.slots for seat in ready) - len(self._in_flight)
-        caches = [seat.kv_tokens for seat in ready]
+        caches = [seat.info.kv_tokens if seat.info else None for seat in ready]
         if caches and all(caches) and self._mean_tokens:
             free = min(free, int(sum(filter(None, caches)) / self._mean_tokens) - len(self._in_flight))
         return max(0, free, int(bool(ready) and not self._in_flight))
@@ -210,7 +223,7 @@ class SGLangEngine:
             self._fail(error)
         elif self._router is not None:
             await asyncio.sleep(BUSY_SECONDS * 2**job.attempts)
-        elif not isinstance(error, Unreachable) or not await seat.still_has_its_weights():
+        elif not isinstance(error, Unreachable) or not await self._may_go_on(seat):
             reason = await seat.why_lost(error)
             if seat.starts == start and job in seat.jobs:
                 self._pool.lost(seat, reason)  # which sends this job elsewhere as well
@@ -218,6 +231,11 @@ class SGLangEngine:
         if job in seat.jobs:
             seat.leave(job)
             self._again(job, error)
+
+    async def _may_go_on(self, seat: Seat) -> bool:
+        """After a broken connection. During an update its weights bear no known name; the update's end gives it up if it
+        was not reached."""
+        return self._pool.updating or await seat.still_has_its_weights() or self._pool.updating
 
     def _judge(self, seat: Seat, job: Job, generation: Generation) -> None:
         """Given out, if it is known whose tokens these are."""

@@ -34,6 +34,7 @@ class ServerPool:
         self._restarts_left = config.restarts
         self._chores: set[asyncio.Task[None]] = set()
         self.version, self.next_version = -1, -1
+        self._met: dict[Seat, int] = {}  # servers that an update began with: their starts
         self.updating = False
         self.progress = 0  # grows while servers sample, or are being started within their limit
 
@@ -100,7 +101,9 @@ class ServerPool:
         else:
             seat.state = "gone"
             self.chore(asyncio.to_thread(seat.process.stop))
-        jobs = list(seat.jobs)
+        # what it answered during an update cannot be judged any more
+        jobs = [*seat.jobs, *(job for job, _ in seat.held)]
+        seat.held = []
         for job in jobs:
             if job.task is not None:
                 job.task.cancel()
@@ -146,6 +149,7 @@ class ServerPool:
         self.updating, self.next_version = True, version
         while not self.answering() and any(seat.state == "starting" for seat in self.seats):
             await asyncio.sleep(0.05)
+        self._met = {seat: seat.starts for seat in self.answering()}
         for seat in self.seats:
             seat.quarantine(f"weights of version {version} are on their way")
 
@@ -165,6 +169,9 @@ class ServerPool:
         for seat in took:
             seat.accept(self.next_version)
         self.version, self.updating = self.next_version, False
+        for seat, starts in self._met.items():  # those that came back meanwhile only have to wait for the next update
+            if seat not in took and seat.starts == starts:
+                self.lost(seat, f"weights of version {self.version} did not reach it")
         held = [(seat, job, generation) for seat in self.seats for job, generation in seat.held]
         for seat in self.seats:
             seat.held = []

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 FIRST_WITH_SESSIONS = (0, 5, 21)
 OLDEST_SUPPORTED = (0, 5, 15)
+UNUSED_PLACES = 2  # of its context, and of its cache, that a server gives to no rollout
 LOGPROB_ROUNDING = 1e-3  # a log-prob may exceed 0 by this much
 
 
@@ -67,6 +68,18 @@ class ServerInfo:
     def has_sessions(self) -> bool:
         """Whether weights may come only between begin_weight_update and end_weight_update."""
         return self.version >= FIRST_WITH_SESSIONS
+
+    @property
+    def kv_tokens(self) -> int | None:
+        """Tokens that its cache holds."""
+        value = self.raw.get("max_total_num_tokens")
+        return value if isinstance(value, int) and value > 0 else None
+
+    def longest(self, positions: int | None) -> int | None:
+        """Tokens of prompt and response together, with a model of so many `positions`: what is asked for beyond them is
+        cut without a word."""
+        limits = [limit for limit in (self.context_length or positions, self.kv_tokens) if limit is not None]
+        return min(limits) - UNUSED_PLACES if limits else None
 
 
 def parse_version(text: Any) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ any -> gone                               it may not
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,13 @@ from lens_megatron.rollout.engine import Request
 from lens_megatron.rollout.sglang_client import SGLangClient, Unreachable
 from lens_megatron.rollout.sglang_config import ServerConfig
 from lens_megatron.rollout.sglang_schema import OLDEST_SUPPORTED, Generation, ServerInfo
-from lens_megatron.rollout.sglang_server import ServerAddress, ServerProcess, read_api_key, server_processes
+from lens_megatron.rollout.sglang_server import (
+    UNSYNCED,
+    ServerAddress,
+    ServerProcess,
+    read_api_key,
+    server_processes,
+)
 from lens_megatron.rollout.sglang_supervised import SupervisedServer, supervised_folder
 
 State = Literal["starting", "quarantined", "ready", "gone"]
@@ -42,8 +49,17 @@ class Job:
 
 
 class Seat:
-    def __init__(self, name: str, url: str, api_key: str | None, process: ServerProcess | None, config: ServerConfig):
-        self.name, self.process, self.config = name, process, config
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        api_key: str | None,
+        process: ServerProcess | None,
+        config: ServerConfig,
+        take_over: bool = False,
+    ):
+        """`take_over`: nobody else works with a server that was found, so it may be told to go on."""
+        self.name, self.process, self.config, self._take_over = name, process, config, take_over
         self.client = SGLangClient(url, api_key, config.control_timeout_s)
         self.api_key = api_key
         self.state: State = "starting"
@@ -62,12 +78,6 @@ class Seat:
         info = self.info
         version, tp, dp, pp = (info.version, info.tp, info.dp, info.pp) if info else ((0, 0, 0), 1, 1, 1)
         return ServerAddress(self.name, self.client.url, self.api_key, self.starts, version, tp, dp, pp)
-
-    @property
-    def kv_tokens(self) -> int | None:
-        """Tokens that its cache holds."""
-        value = self.info.raw.get("max_total_num_tokens") if self.info else None
-        return value if isinstance(value, int) and value > 0 else None
 
     async def bring_up(self) -> None:
         """Starts it where it is ours, and waits until it answers; then it is quarantined."""
@@ -88,7 +98,7 @@ class Seat:
 
     async def _until_ready(self) -> None:
         deadline = time.monotonic() + self.config.start_timeout_s
-        while not await self.client.is_healthy(min(30.0, self.config.start_timeout_s)):
+        while not await self._is_healthy(min(30.0, self.config.start_timeout_s)):
             if self.process is not None and self.process.has_ended:
                 raise RunError(
                     f"{self.name} ended while starting (exit code {self.process.exit_code}): "
@@ -101,6 +111,13 @@ class Seat:
                     f"{self.config.start_timeout_s:g}{where}"
                 )
             await asyncio.sleep(HEALTH_RETRY_SECONDS)
+
+    async def _is_healthy(self, limit: float) -> bool:
+        if self._take_over:  # paused by a trainer that was killed, it would never say that it is well
+            with contextlib.suppress(RunError):
+                await self.client.set_weight_version(UNSYNCED, limit)  # first: what goes on has nobody's weights
+                await self.client.continue_generation(limit)
+        return await self.client.is_healthy(limit)
 
     def quarantine(self, reason: str) -> None:
         if self.state == "ready":
@@ -165,12 +182,19 @@ class Seat:
 
 
 def seats(
-    config: ServerConfig, count: int, model: str, logs: Path, first_gpu: int, common: Mapping[str, Any], seed: int
+    config: ServerConfig,
+    count: int,
+    model: str,
+    logs: Path,
+    first_gpu: int,
+    common: Mapping[str, Any],
+    seed: int,
+    take_over: bool = False,
 ) -> list[Seat]:
     """Of the servers at config.urls; without any, of `count` servers to be started here with the `common` arguments."""
     if config.urls:
         key = read_api_key(config)
-        return [Seat(f"sglang_{number}", url, key, None, config) for number, url in enumerate(config.urls)]
+        return [Seat(f"sglang_{number}", url, key, None, config, take_over) for number, url in enumerate(config.urls)]
     kind = SupervisedServer if supervised_folder() is not None else ServerProcess  # on nodes of their own, or here
     processes = server_processes(config, count, model, logs, first_gpu, common, seed, kind=kind)
     return [Seat(process.name, "", process.api_key, process, config) for process in processes]

@@ -97,6 +97,7 @@ class SimulatedEngine:
     """Implements `Engine` in virtual time; `clock` is that time."""
 
     deterministic = True
+    positions = None
 
     def __init__(self, simulation: Simulation) -> None:
         self.simulation, self.config = simulation, simulation.config

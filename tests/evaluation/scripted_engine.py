@@ -15,6 +15,7 @@ class ScriptedEngine:
 
     version = 0
     deterministic = True
+    positions = None
 
     def __init__(self, slots: int = 4, dies_after: int | None = None, aborts: int = 0) -> None:
         self.slots, self.dies_after, self.aborts = slots, dies_after, aborts

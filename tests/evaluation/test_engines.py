@@ -32,12 +32,23 @@ def test_running_servers_answer(tmp_path: Path, several: bool) -> None:
         config = config_of("sglang", *urls) if several else config_of(urls[0])
         wanted = questions(SETS, 0)
         found: dict[tuple, Answer] = {}
-        with engine_for(config, tmp_path, 10_000, tmp_path / "logs") as (engine, positions):
-            limits = Limits(6, positions, (), 1.0, 1.0, 20.0)
+        with engine_for(config, tmp_path, 10_000, tmp_path / "logs") as engine:
+            limits = Limits(6, 10_000, (), 1.0, 1.0, 20.0)
             judge = judged_by(lambda prompt, response: float(len(response) == 6))
             answer_all(engine, judge, wanted, limits, lambda _, answer: found.update({answer.key: answer}))
         assert set(found) == {question.key for question in wanted}
-        assert positions <= 10_000 and not (tmp_path / "logs").exists()
+        assert not (tmp_path / "logs").exists()
+
+
+def test_a_response_ends_where_the_servers_cache_does(tmp_path: Path) -> None:
+    """A server that cuts a response short of what was asked for is taken for a broken one."""
+    with stubs(["--kv-tokens", "50"]) as (server,):
+        lengths: set[int] = set()
+        with engine_for(config_of(server.url), tmp_path, 10_000, tmp_path / "logs") as engine:
+            limits = Limits(10_000, 10_000, (), 1.0, 1.0, 20.0)
+            judge = judged_by(lambda prompt, response: 0.0)
+            answer_all(engine, judge, questions(SETS, 0), limits, lambda _, answer: lengths.add(answer.tokens))
+        assert lengths == {50 - 2 - 3}
 
 
 def test_a_server_of_a_training_run_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ class DriverHere:
     def __init__(self, make_sampler: Any, threads: int = 1, **_: Any) -> None:
         self.sampler = make_sampler()
 
+    def started(self) -> None: ...
+
     def _call(self, command: str, *args: Any) -> Any:
         from lens_megatron.rollout.driver import _execute
 

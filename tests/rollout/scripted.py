@@ -26,6 +26,7 @@ def reward_of(prompt: Prompt, rollout: Rollout) -> float:
 
 class ScriptedEngine:
     deterministic = True
+    positions = None
     version = 0
 
     def __init__(self, slots: int, order_seed: int, abort_chance: float = 0.0) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +68,12 @@ def make_garbage() -> Sampler:
     raise ValueError("surprise")
 
 
+def make_when_told(file: Path) -> Sampler:
+    while not file.exists():
+        time.sleep(0.01)
+    return make_sampler()
+
+
 @pytest.fixture(scope="module")
 def driver() -> Iterator[RolloutDriver]:
     started = RolloutDriver(make_sampler)
@@ -78,7 +85,7 @@ def driver() -> Iterator[RolloutDriver]:
 def fresh() -> Iterator[Any]:
     made: list[RolloutDriver] = []
 
-    def start(make: Any = make_sampler, **limits: float) -> RolloutDriver:
+    def start(make: Any = make_sampler, **limits: Any) -> RolloutDriver:
         made.append(RolloutDriver(make, **limits))
         return made[-1]
 
@@ -144,9 +151,25 @@ def test_a_reward_that_raises_is_named(fresh: Any) -> None:
 
 def test_a_start_that_fails_keeps_its_kind(fresh: Any) -> None:
     with pytest.raises(UsageError, match="no such folder"):
-        fresh(make_nothing)
+        fresh(make_nothing).started()
     with pytest.raises(RunError, match="could not start: ValueError: surprise"):
-        fresh(make_garbage)
+        fresh(make_garbage).health()
+
+
+def test_the_caller_goes_on_while_it_starts(fresh: Any, tmp_path: Path) -> None:
+    driver = fresh(functools.partial(make_when_told, tmp_path / "go"))
+    assert not (tmp_path / "go").exists()  # the constructor did not wait for it
+    (tmp_path / "go").touch()
+    driver.started()
+    driver.started()  # once is enough
+    assert driver.health().ok
+
+
+def test_a_start_has_its_time(fresh: Any, tmp_path: Path) -> None:
+    driver = fresh(functools.partial(make_when_told, tmp_path / "never"), start_seconds=0.5)
+    with pytest.raises(RunError, match=r"did not finish 'start' within 0.5 s"):
+        driver.started()
+    assert not _alive(driver.pid)
 
 
 def test_a_killed_driver_is_one_clear_error(fresh: Any) -> None:
@@ -164,6 +187,7 @@ def test_a_killed_driver_is_one_clear_error(fresh: Any) -> None:
 
 def test_a_silent_driver_is_given_up_and_killed(fresh: Any) -> None:
     driver = fresh(silence_seconds=2.5)
+    driver.started()  # importing, it cannot beat
     os.kill(driver.pid, signal.SIGSTOP)
     with pytest.raises(RunError, match=r"no sign of life for 2.5 s during 'health'"):
         driver.health()

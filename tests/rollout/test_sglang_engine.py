@@ -268,11 +268,21 @@ def test_an_abort_comes_back_with_its_part_and_at_once() -> None:
 
 def test_a_request_beyond_the_context_is_refused() -> None:
     with stubs([]) as one, engine_of(one) as engine:
-        with pytest.raises(UsageError, match="exceeds the servers' 1000000"):
+        with pytest.raises(UsageError, match="exceeds the servers' 999998 "):
             engine.submit([Request("a", (5,) * 10, 10**6)])
         engine.submit(requests(1, 1000))
         with pytest.raises(ValueError, match="already in flight"):
             engine.submit(requests(1))
+
+
+def test_a_request_beyond_the_cache_is_refused_and_one_that_fills_it_is_whole() -> None:
+    with stubs(["--kv-tokens", "100"], []) as two, engine_of(two) as engine:
+        assert engine.positions == 98
+        with pytest.raises(UsageError, match="prompt of 2 \\+ response of 97 tokens exceeds the servers' 98 "):
+            engine.submit(requests(1, 97))
+        wanted = requests(4, 96)
+        engine.submit(wanted)
+        check(drain(engine, 4), wanted)
 
 
 def test_old_servers_are_refused() -> None:

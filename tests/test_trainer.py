@@ -1,0 +1,90 @@
+"""What a trainer does before its models, and what it keeps of a run that rounded elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lens_megatron import trainer
+from lens_megatron.config import RunConfig
+from lens_megatron.mcore import checkpoint_run, runtime
+from lens_megatron.mcore.layout import ParallelConfig
+
+
+class ModelsWouldBeBuilt(Exception):
+    pass
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_engine_is_waited_for_by_all_ranks_together(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: int
+) -> None:
+    """Rank 0 must not wait for servers while the others wait in a process group that knows timeout_s alone."""
+    done: list[str] = []
+
+    def host(*_: Any) -> Any:
+        done.append("driver spawned")
+        return SimpleNamespace(driver=SimpleNamespace(started=lambda: done.append("driver started")))
+
+    def from_rank_zero(work: Any, what: str, silence_s: float) -> Any:
+        done.append(f"all wait for rank 0 to {what}")
+        return work() if rank == 0 else None
+
+    def build(*_: Any, **__: Any) -> None:
+        raise ModelsWouldBeBuilt
+
+    replaced = {"Host": host, "from_rank_zero": from_rank_zero, "build_trainable": build}
+    for name in ("find_weights", "Watch", "Recorder"):
+        replaced[name] = lambda *_: None
+    for name, value in replaced.items():
+        monkeypatch.setattr(trainer, name, value)
+    monkeypatch.setattr(runtime, "initialize", lambda *_: done.append("joined"))
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    config: Any = SimpleNamespace(
+        checkpoint=SimpleNamespace(keep_best=None),
+        rollout=SimpleNamespace(engine="embedded"),
+        placement="disaggregated",
+        **{"model": "m", "parallel": None, "seed": 0, "timeout_s": 9.0, "run_dir": str(tmp_path), "precision": "auto"},
+        **{"optimizer": None, "steps": 1, "memory": None},
+    )
+    with pytest.raises(ModelsWouldBeBuilt):
+        trainer.Trainer(config, SimpleNamespace(spec=None), tmp_path if rank == 0 else None)  # type: ignore[arg-type]
+    together = ["joined", "all wait for rank 0 to start the engine"]
+    assert done == (["driver spawned", *together, "driver started"] if rank == 0 else together)
+
+
+def test_scores_are_of_the_dtype_and_device_that_auto_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounding(precision: str, dtype: torch.dtype, device: str) -> Any:
+        monkeypatch.setattr(runtime, "default_dtype", lambda: dtype)
+        monkeypatch.setattr(runtime, "device", lambda: torch.device(device))
+        config: Any = SimpleNamespace(precision=precision, parallel=ParallelConfig())
+        return trainer._rounding(config)
+
+    here = rounding("auto", torch.float32, "cpu")
+    assert here == rounding("fp32", torch.bfloat16, "cpu") == rounding("auto", torch.float32, "cpu")
+    assert here != rounding("auto", torch.bfloat16, "cpu") == rounding("bf16", torch.float32, "cpu")
+    assert here != rounding("fp32", torch.float32, "cuda")
+    assert RunConfig.__dataclass_fields__["precision"].default == "auto"
+
+
+@pytest.mark.parametrize(
+    "layout, dtype, same", [("A", "bfloat16", True), ("B", "bfloat16", False), ("A", "float32", False)]
+)
+def test_what_was_measured_in_another_dtype_or_layout_is_known_as_such(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, layout: str, dtype: str, same: bool
+) -> None:
+    found = SimpleNamespace(folder=tmp_path, manifest=SimpleNamespace(step=3, layout=layout, dtype=dtype))
+    for name, value in {
+        "on_rank_0": lambda action: ([found], []),
+        "load": lambda policy, folder: {},
+        "layout_of": lambda policy: "A",
+        "dtype_of": lambda policy: "bfloat16",
+    }.items():
+        monkeypatch.setattr(checkpoint_run, name, value)
+    resumed = checkpoint_run.resume(None, tmp_path)  # type: ignore[arg-type]
+    assert resumed is not None and resumed.same_rounding == same
