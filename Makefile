@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart install test test-sglang test-slurm lint format clean
+.PHONY: quickstart install test test-long test-sglang test-slurm lint format clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,10 @@ quickstart: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Whole runs, started, killed, stalled, resumed: the minutes that keep `make test` under twenty.
+test-long: install
+	$(BIN)/python -m pytest -m long
 
 # The real SGLang server, on CPU, in an environment of its own outside the checkout (LENS_SGLANG_VENV names another).
 test-sglang: install

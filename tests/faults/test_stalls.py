@@ -14,7 +14,7 @@ import pytest
 
 from tests.loop.runs import Command, complaint, metrics, run_tree, started, write_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [pytest.mark.long, pytest.mark.distributed]
 TIMEOUT_S = 10.0
 
 

@@ -13,7 +13,7 @@ from lens_megatron.errors import UsageError
 from lens_megatron.run_folder import RunFolder
 from tests.loop.runs import as_of, decided, metrics, run_tree, train
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [pytest.mark.long, pytest.mark.distributed]
 
 STEPS = 4
 
