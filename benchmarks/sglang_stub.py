@@ -30,6 +30,7 @@ FAULTS = (
     "error_500",
     "error_400",
     "first_dropped",
+    "no_success",
 )
 
 
@@ -54,6 +55,7 @@ class Stub:
         self.version, self.token_seconds, self.slots = version, token_seconds, slots
         self.api_key, self.fault, self.vocab, self.kv_tokens = api_key, fault, vocab, kv_tokens
         self.weight_version, self.paused, self.in_session, self.finished_tokens = "default", False, False, 0
+        self.update_seconds = 0.0  # that it takes over new weights
         self.released: set[str] = set()  # kinds of memory
         self.running: dict[str, Request] = {}
         self.going_on = asyncio.Event()
@@ -240,6 +242,7 @@ class Stub:
 
     async def update(self, request: web.Request) -> web.Response:
         body = await request.json()
+        await asyncio.sleep(self.update_seconds)
         if body.get("weight_version") is not None:
             self.weight_version = body["weight_version"]
         return _success(True, "Succeeded to update model weights.")
@@ -262,6 +265,8 @@ class Stub:
         return web.Response(text="null")
 
     async def rename(self, request: web.Request) -> web.Response:
+        if self.fault == "no_success":
+            return web.json_response({"success": False, "message": "made-up"})
         self.weight_version = (await request.json())["new_version"]
         return _success(True, f"Weight version updated to {self.weight_version}")
 
@@ -284,6 +289,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--version", default="0.5.21")
     parser.add_argument("--token-seconds", type=float, default=0.001)
+    parser.add_argument("--update-seconds", type=float, default=0.0)
     parser.add_argument("--slots", type=int, default=2048)
     parser.add_argument("--api-key", default="")  # a stub guards nothing
     parser.add_argument("--fault", choices=FAULTS, default="none")
@@ -293,6 +299,7 @@ def main(arguments: list[str]) -> None:
 
     async def run() -> None:
         stub = Stub(args.version, args.token_seconds, args.slots, args.api_key, args.fault, args.vocab, args.kv_tokens)
+        stub.update_seconds = args.update_seconds
         await serve(stub, args.port)
 
     asyncio.run(run())

@@ -84,6 +84,11 @@ class RunConfig:
             raise ValueError(
                 "rollout.staleness 1 generates while it trains, which placement colocated cannot: set it to 0"
             )
+        if self.rollout.staleness and self.rollout.engine != "sglang" and self.rollout.sync.in_flight != "wait":
+            raise ValueError(
+                f"rollout.sync.in_flight {self.rollout.sync.in_flight} needs rollout.engine sglang: the embedded engine gets "
+                "no weights while it generates; leave it at wait"
+            )
         if self.rollout.staleness and not corrected:
             raise ValueError(
                 "rollout.staleness 1 trains on rollouts of older weights: correct for it with "

@@ -31,7 +31,7 @@ from lens_megatron.purification.strategies import Outcome, Signals, purify
 from lens_megatron.rollout.driver import RolloutDriver
 from lens_megatron.rollout.factory import embedded_sampler, sglang_sampler
 from lens_megatron.rollout.sampling import SampleCounts, SampleResult, SamplingConfig
-from lens_megatron.rollout.weight_sync.snapshot import Snapshots, snapshot_folder
+from lens_megatron.rollout.weight_sync.snapshot import Snapshots, forget_snapshots, snapshot_folder
 from lens_megatron.rollout_table import RolloutRow
 from lens_megatron.run_folder import RunFolder
 from lens_megatron.samples import samples_of_group
@@ -349,6 +349,8 @@ def _of_the_servers(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
             f"rollout.servers: {rollout.servers} of {rollout.server.gpus} GPUs from GPU {first_gpu} on need {needed} GPUs, "
             f"this machine has {there}: lower rollout.servers or rollout.server.tp, or set placement: colocated"
         )
+    snapshots = snapshot_folder(rollout.sync, folder.path)
+    forget_snapshots(snapshots)
     return {
         "servers": rollout.servers,
         "server": rollout.server,
@@ -356,7 +358,7 @@ def _of_the_servers(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
         "first_gpu": first_gpu,
         "colocated": colocated,
         # what the disk transport has written, where it was used, brings a restarted server back
-        "resync": Snapshots(snapshot_folder(rollout.sync, folder.path), rollout.sync.timeout_s).resync,
+        "resync": Snapshots(snapshots, rollout.sync.timeout_s).resync,
     }
 
 

@@ -54,7 +54,7 @@ def _sglang(config: GenerationConfig, folder: Path, positions: int, logs: Path) 
     dtype = {"fp32": "float32", "bf16": "bfloat16", "auto": "auto"}[config.precision]
     common = {"dtype": dtype, "skip_tokenizer_init": True}
     found = seats(server, config.servers, str(folder.absolute()), logs.absolute(), 0, common, config.seed)
-    engine = SGLangEngine(found, server, _name_weights, positions)
+    engine = SGLangEngine(found, server, lambda address, version, _: _name_weights(address, version), positions)
     try:
         addresses = engine.servers()
         engine.begin_update(0)

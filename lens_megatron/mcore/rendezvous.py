@@ -66,6 +66,17 @@ def _wait(store: Any, key: str, what: str, silence_s: float) -> None:
 
 
 @contextlib.contextmanager
+def rank_zero_alive() -> Iterator[None]:
+    """Around work of all ranks that the others may be done with long before rank 0: those wait in the next
+    `from_rank_zero`, and see its sign of life."""
+    if dist.get_world_size() == 1 or dist.get_rank() != 0:
+        yield
+        return
+    with _heartbeat(dist.distributed_c10d._get_default_store()):
+        yield
+
+
+@contextlib.contextmanager
 def _heartbeat(store: Any) -> Iterator[None]:
     stop = threading.Event()
 

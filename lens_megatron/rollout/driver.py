@@ -98,9 +98,9 @@ class RolloutDriver:
     def begin_update(self, version: int) -> None:
         self._call("begin_update", version)
 
-    def end_update(self, synced: Sequence[ServerAddress]) -> None:
-        """`synced`: the servers that hold the version of begin_update whole."""
-        self._call("end_update", synced)
+    def end_update(self, synced: Sequence[ServerAddress], label: str | None = None) -> None:
+        """`synced`: the servers that hold the version of begin_update whole. `label`: what they call it."""
+        self._call("end_update", synced, label)
 
     def load_weights(self, buckets: Iterable[Mapping[str, torch.Tensor]], version: int) -> None:
         """All weights by Hugging Face name, bucket by bucket; one bucket is held at a time."""

@@ -142,10 +142,11 @@ class SGLangEngine:
     def update(self, bucket: Mapping[str, torch.Tensor]) -> None:
         raise RunError("SGLang's servers get weights by rollout.sync, not through the rollout driver")
 
-    def end_update(self, synced: Sequence[ServerAddress] = ()) -> None:
-        """`synced`: the servers, as `servers` named them, that hold the version of begin_update whole and proved."""
+    def end_update(self, synced: Sequence[ServerAddress] = (), label: str | None = None) -> None:
+        """`synced`: the servers, as `servers` named them, that hold the version of begin_update whole and proved. `label`:
+        what they call it, by default its number."""
         self._raise_failure()
-        self._loop.run(self._end_update(synced))
+        self._loop.run(self._end_update(synced, label))
 
     def servers(self) -> list[ServerAddress]:
         """Those that answer."""
@@ -246,13 +247,15 @@ class SGLangEngine:
         if not spans and job.epoch == seat.epoch:  # a server that does not tell when its weights changed
             spans = ((generation.version, 0, len(generation.tokens)),)
         accepted = seat.accepted if self._router is None else self._pool.accepted()
-        unknown = sorted({version for version, _, _ in spans} - accepted)
+        unknown = sorted({label for label, _, _ in spans} - accepted.keys())
         if unknown or not spans:
             self._again(job)
-            if unknown and self._router is None:  # behind a router nobody knows whose answer it is
+            # behind a router nobody knows whose answer it is; and what was begun before the server's weights were vouched
+            # for may have met an attempt that was not
+            if unknown and self._router is None and job.epoch == seat.epoch:
                 self._pool.lost(seat, f"it answers with weights {', '.join(unknown)}, which no sync vouches for")
             return
-        self._give(job, generation, tuple(VersionSpan(int(version), first, end) for version, first, end in spans))
+        self._give(job, generation, tuple(VersionSpan(accepted[label], first, end) for label, first, end in spans))
 
     def _give(self, job: Job, generation: Generation | None, spans: tuple[VersionSpan, ...]) -> None:
         if self._jobs.pop(job.request.id, None) is None:
@@ -304,8 +307,8 @@ class SGLangEngine:
                 seat.jobs.discard(job)
             self._give(job, None, ())
 
-    async def _end_update(self, synced: Sequence[ServerAddress]) -> None:
-        for seat, job, generation in await self._pool.end_update(synced):
+    async def _end_update(self, synced: Sequence[ServerAddress], label: str | None) -> None:
+        for seat, job, generation in await self._pool.end_update(synced, label):
             self._judge(seat, job, generation)
         self._dispatch()
 

@@ -15,7 +15,7 @@ from lens_megatron.rollout.sglang_schema import Generation
 from lens_megatron.rollout.sglang_seat import Job, Seat
 from lens_megatron.rollout.sglang_server import ServerAddress
 
-Resync = Callable[[ServerAddress, int], None]
+Resync = Callable[[ServerAddress, int, str], None]  # server, version, the label it is to carry
 WATCH_SECONDS = 2.0
 
 
@@ -33,7 +33,7 @@ class ServerPool:
         self._on_lost, self._on_failure = on_lost, on_failure
         self._restarts_left = config.restarts
         self._chores: set[asyncio.Task[None]] = set()
-        self.version, self.next_version = -1, -1
+        self.version, self.next_version, self.label = -1, -1, ""
         self._met: dict[Seat, int] = {}  # servers that an update began with: their starts
         self.updating = False
         self.progress = 0  # grows while servers sample, or are being started within their limit
@@ -55,8 +55,8 @@ class ServerPool:
         """No server has weights, and none will have any by itself."""
         return not self.updating and not any(seat.state in ("ready", "starting") for seat in self.seats)
 
-    def accepted(self) -> set[str]:
-        return set().union(*(seat.accepted for seat in self.seats))
+    def accepted(self) -> dict[str, int]:
+        return {label: version for seat in self.seats for label, version in seat.accepted.items()}
 
     def states(self) -> str:
         return "; ".join(
@@ -123,17 +123,17 @@ class ServerPool:
 
     async def _restore(self, seat: Seat) -> None:
         """Weights from a snapshot, where there is one."""
-        version, start = self.version, seat.starts
+        version, label, start = self.version, self.label, seat.starts
         if self._resync is None or self.updating or version < 0:
             return
         seat.state = "starting"
         try:
-            await asyncio.to_thread(self._resync, seat.address, version)
+            await asyncio.to_thread(self._resync, seat.address, version, label)
         except (RunError, UsageError) as error:
             seat.reason = f"{seat.reason}; {error}"
         else:
-            if seat.starts == start and version == self.version and not self.updating:
-                seat.accept(version)
+            if seat.starts == start and label == self.label and not self.updating:
+                seat.accept(version, label)
                 return
         seat.state = "quarantined"
 
@@ -153,7 +153,9 @@ class ServerPool:
         for seat in self.seats:
             seat.quarantine(f"weights of version {version} are on their way")
 
-    async def end_update(self, synced: Sequence[ServerAddress]) -> list[tuple[Seat, Job, Generation]]:
+    async def end_update(
+        self, synced: Sequence[ServerAddress], label: str | None = None
+    ) -> list[tuple[Seat, Job, Generation]]:
         """What came back meanwhile, to be judged now."""
         if not self.updating:
             raise RunError("end_update without begin_update")
@@ -166,9 +168,10 @@ class ServerPool:
                 f"weights of version {self.next_version} did not reach every server behind the router, which would "
                 f"send rollouts to the others too: {self.states()}"
             )
-        for seat in took:
-            seat.accept(self.next_version)
         self.version, self.updating = self.next_version, False
+        self.label = str(self.version) if label is None else label
+        for seat in took:
+            seat.accept(self.version, self.label)
         for seat, starts in self._met.items():  # those that came back meanwhile only have to wait for the next update
             if seat not in took and seat.starts == starts:
                 self.lost(seat, f"weights of version {self.version} did not reach it")

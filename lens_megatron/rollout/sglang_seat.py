@@ -67,7 +67,9 @@ class Seat:
         self.starts = 0
         self.info: ServerInfo | None = None
         self.slots = 0
-        self.accepted: set[str] = set()  # weight versions that a sync of this start vouches for
+        self.accepted: dict[
+            str, int
+        ] = {}  # versions that a sync of this start vouches for, by the server's name for them
         self.epoch = 0  # grows with every update
         self.jobs: set[Job] = set()
         self.used_tokens, self.quiet_since = -1, time.monotonic()
@@ -81,7 +83,7 @@ class Seat:
 
     async def bring_up(self) -> None:
         """Starts it where it is ours, and waits until it answers; then it is quarantined."""
-        self.state, self.accepted, self.info = "starting", set(), None
+        self.state, self.accepted, self.info = "starting", {}, None
         if self.process is not None:
             await asyncio.to_thread(self.process.start)
             await self.client.close()
@@ -123,9 +125,9 @@ class Seat:
         if self.state == "ready":
             self.state, self.reason = "quarantined", reason
 
-    def accept(self, version: int) -> None:
+    def accept(self, version: int, label: str) -> None:
         """A sync vouches for its weights."""
-        self.accepted.add(str(version))
+        self.accepted[label] = version
         self.state, self.reason, self.epoch = "ready", "", self.epoch + 1
         self.used_tokens, self.quiet_since = -1, time.monotonic()
 

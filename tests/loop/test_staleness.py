@@ -78,3 +78,13 @@ def test_it_must_be_corrected_for(task: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"rollout\.staleness 1 trains on rollouts of older weights"):
         load_run(path, [])
     assert load_run(path, ["update.old_logprobs=engine"]).rollout.staleness == 1
+
+
+def test_weights_during_generation_are_for_servers_only(task: Path, tmp_path: Path) -> None:
+    tree = stale_tree(task, tmp_path / "run")
+    path = tmp_path / "RUN.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    for mode in ("abort", "retract", "in_place"):
+        with pytest.raises(UsageError, match=rf"rollout\.sync\.in_flight {mode} needs rollout\.engine sglang"):
+            load_run(path, [f"rollout.sync.in_flight={mode}"])
+    assert load_run(path, ["rollout.sync.in_flight=abort", "rollout.engine=sglang"]).rollout.staleness == 1

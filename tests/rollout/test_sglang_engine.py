@@ -66,10 +66,10 @@ def engine_of(stubs: Sequence[Stub], version: int = 3, resync: Any = None, **cha
         engine.close()
 
 
-def name_weights(address: ServerAddress, version: int) -> None:
+def name_weights(address: ServerAddress, label: int | str) -> None:
     loop = EventLoop()
     client = SGLangClient(address.url, address.api_key)
-    loop.run(client.set_weight_version(str(version)))
+    loop.run(client.set_weight_version(str(label)))
     loop.run(client.close())
     loop.close()
 
@@ -213,9 +213,9 @@ def test_garbage_from_the_only_server_ends_the_run_with_one_line(fault: str, say
 def test_a_server_that_came_back_has_no_weights_until_it_is_restored() -> None:
     restored: list[tuple[str, int]] = []
 
-    def resync(address: ServerAddress, version: int) -> None:
+    def resync(address: ServerAddress, version: int, label: str) -> None:
         restored.append((address.url, version))
-        name_weights(address, version)
+        name_weights(address, label)
 
     with stubs(["--token-seconds", "0.02"]) as one, engine_of(one, resync=resync) as engine:
         wanted = requests(8, 100)
@@ -238,6 +238,26 @@ def test_a_response_across_an_update_keeps_both_versions() -> None:
         assert {span.version for finished in done.values() for span in finished.versions} == {4}
         engine.submit([Request("later", (5, 6), 3)])
         assert drain(engine, 1)["later"].oldest_version == 4
+
+
+def test_tokens_of_an_attempt_that_was_not_proved_are_sampled_again() -> None:
+    """An update whose first way fails at its probe, after generation went on, and whose second way works."""
+    with stubs(["--token-seconds", "0.01"]) as one, engine_of(one) as engine:
+        wanted = requests(3, 40)
+        engine.submit(wanted)
+        time.sleep(0.1)
+        engine.begin_update(4)
+        (address,) = engine.servers()
+        name_weights(address, "4.first")
+        deadline = time.monotonic() + 10
+        while len(engine._pool.seats[0].held) < 3:
+            assert time.monotonic() < deadline, engine.health()
+            time.sleep(0.05)
+        name_weights(address, "4.second")
+        engine.end_update([address], "4.second")
+        check(drain(engine, 3), wanted, version=4)
+        assert engine._count == 6  # each was begun anew
+        assert engine.servers()[0].start == 1  # and the server, which is well, was not given up
 
 
 def test_a_server_left_out_of_a_sync_gets_no_rollouts() -> None:

@@ -74,9 +74,9 @@ def test_each_server_has_its_own_settings_in_a_private_file(tmp_path: Path, monk
 def test_a_server_that_dies_is_started_again_and_brought_back(tmp_path: Path) -> None:
     restored: list[ServerAddress] = []
 
-    def resync(address: ServerAddress, version: int) -> None:
+    def resync(address: ServerAddress, version: int, label: str) -> None:
         restored.append(address)
-        name_weights(address, version)
+        name_weights(address, label)
 
     config = launched(restarts=1, env={"TOKEN_SECONDS": "0.02"})
     engine = SGLangEngine(seats(config, 1, "m", tmp_path, 0, {}, 0), config, resync)

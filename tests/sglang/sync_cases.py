@@ -24,6 +24,7 @@ class FakeDriver:
 
     addresses: list[Any]
     synced: list[list[str]] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
     version: int = -1
 
     def servers(self) -> list[Any]:
@@ -32,7 +33,8 @@ class FakeDriver:
     def begin_update(self, version: int) -> None:
         self.version = -1
 
-    def end_update(self, synced: Sequence[Any]) -> None:
+    def end_update(self, synced: Sequence[Any], label: str) -> None:
+        self.labels.append(label)
         self.synced.append([address.url for address in synced])
 
 
@@ -54,6 +56,7 @@ def open_trainer(
     run: Path,
     dtype: torch.dtype = torch.float32,
     lr: float = 1e-2,
+    silence_s: float = 60.0,
 ) -> None:
     """A policy in this layout, and its way to the servers."""
     global _held
@@ -67,7 +70,7 @@ def open_trainer(
     policy = build_trainable(spec, layout, folder, OptimizerConfig(lr=lr), steps=100, dtype=dtype)
     driver = FakeDriver(addresses) if dist.get_rank() == 0 else None
     transports = make_transports(config, run, folder, "cpu")
-    sync = WeightSync(config, policy, transports, PROBE, driver, run / "sync" if driver else None, silence_s=60.0)
+    sync = WeightSync(config, policy, transports, PROBE, driver, run / "sync" if driver else None, silence_s)
     _held = Held(policy, sync, driver)
 
 
@@ -107,6 +110,12 @@ def synced_servers() -> list[list[str]]:
     return _held.driver.synced if _held.driver else []
 
 
+def labels() -> list[str]:
+    """What the servers were said to call their weights."""
+    assert _held is not None
+    return _held.driver.labels if _held.driver else []
+
+
 def logprobs(sequences: Sequence[Sequence[int]]) -> list[list[float]]:
     """The trainer's, of the tokens after the first."""
     assert _held is not None
@@ -127,6 +136,26 @@ def sync_with(version: int, plant: str, checked: bool) -> Any:
             patch.setattr(sync_module.WeightSync, "_check_checksums", lambda *_: None)
         _PLANTS[plant](patch, buckets, delivery, fleet, ledger)
         return sync(version)
+
+
+def released_labels(version: int, plant: str) -> list[str]:
+    """Of a sync with something wrong planted, which succeeds all the same: what the servers' weights were called."""
+    import pytest
+
+    from lens_megatron.rollout.weight_sync import fleet
+
+    release = fleet.Fleet.release
+    released: list[str] = []
+
+    def note(self: Any, label: str) -> None:
+        released.append(label)
+        release(self, label)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fleet.Fleet, "release", note)
+        synced = sync_with(version, plant, checked=True)
+    assert not isinstance(synced, str), synced
+    return released
 
 
 _VICTIM = "model.layers.2.self_attn.o_proj.weight"
@@ -214,8 +243,20 @@ def _plant_not_acknowledged(patch: Any, buckets: Any, delivery: Any, fleet: Any,
     )
 
 
+def _plant_first_probe_differs(patch: Any, buckets: Any, delivery: Any, fleet: Any, ledger: Any) -> None:
+    probe, count = fleet.Fleet.probe, [0]
+
+    def wrong_once(self: Any, tokens: Any, label: str) -> Any:
+        count[0] += 1
+        answers = probe(self, tokens, label)
+        return {url: [1e12] * len(values) for url, values in answers.items()} if count[0] == 1 else answers
+
+    patch.setattr(fleet.Fleet, "probe", wrong_once)
+
+
 _PLANTS: dict[str, Any] = {
     "": lambda *_: None,
+    "first_probe_differs": _plant_first_probe_differs,
     "stale_buffer": _plant_stale_buffer,
     "stale_at_server": _plant_stale_at_server,
     "bucket_never_sent": _plant_never_sent,

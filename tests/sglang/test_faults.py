@@ -70,7 +70,7 @@ def net() -> Any:
 def pair(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangEngine]:
     """Two servers that a snapshot brings back; silence is short, so that hangs are noticed within a test."""
 
-    def resync(address: ServerAddress, version: int) -> None:
+    def resync(address: ServerAddress, version: int, label: str) -> None:
         load_weights(address, version, tiny_folder)
 
     config = cpu_config(silence_s=6.0, restarts=10)

@@ -43,7 +43,7 @@ def open_trainer(pool: WorkerPool, folder: Path, to: list[ServerProcess], tmp_pa
 def has_the_trainers_weights(pool: WorkerPool, server: ServerProcess, version: int) -> bool:
     ((logprobs, name),) = engine_logprobs(server, TOKENS)
     expected = pool.run(sync_cases.logprobs, TOKENS)[0][0]
-    return name == str(version) and logprobs == pytest.approx(expected, abs=1e-4)
+    return name.partition(".")[0] == str(version) and logprobs == pytest.approx(expected, abs=1e-4)
 
 
 def test_refused_bucket_falls_back_to_disk(
@@ -73,7 +73,7 @@ def test_refused_bucket_without_a_way_out(
     assert "refused (400)" in said
     assert "\n" not in said
     assert seconds < 3 * LIMIT_S
-    assert weight_version(two[0]) != "1"
+    assert weight_version(two[0]).partition(".")[0] != "1"
     assert pool.run(sync_cases.synced_servers)[0] == []
     assert not isinstance(pool.run(sync_cases.sync, 2)[0], str)
     assert has_the_trainers_weights(pool, two[0], 2)
@@ -97,7 +97,7 @@ def test_hanging_server(
     assert seconds < 5 * LIMIT_S
     assert pool.run(sync_cases.synced_servers)[0] == [[two[0].url]]
     assert has_the_trainers_weights(pool, two[0], 1)
-    assert weight_version(two[1]) != "1"
+    assert weight_version(two[1]).partition(".")[0] != "1"
     pool.run(sync_cases.train_once, 1)
     later = pool.run(sync_cases.sync, 2)[0]
     assert not isinstance(later, str), later

@@ -29,7 +29,7 @@ class SyncConfig:
     fallback: Literal["disk", "none"] = "disk"
     in_flight: Literal["wait", "abort", "retract", "in_place"] = "wait"
     bucket_mib: float = 256.0
-    folder: str | None = None  # of disk: seen by trainer and servers alike; default: RUN_DIR/weights
+    folder: str | None = None  # of disk: seen by all, gets a part for this run; default: RUN_DIR/weights
     address: str | None = None  # of the trainer's nodes as the servers see it, for distributed; default: found
     timeout_s: float = 300.0
     scramble: bool = True

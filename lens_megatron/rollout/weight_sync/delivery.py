@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,15 +24,21 @@ from lens_megatron.rollout.weight_sync.fleet import Fleet
 from lens_megatron.rollout.weight_sync.ledger import Entry, Ledger, fingerprint
 
 
+class Member(NamedTuple):
+    url: str
+    ranks: int  # processes with weights of their own
+    start: int  # of the server: after a restart at the same address it is in no group any more
+
+
 @dataclass
 class Delivery:
-    """`members`: (url, ranks) of the servers that take part, known to all ranks. Fleet and ledger are rank 0's."""
+    """`members`: the servers that take part, known to all ranks. Fleet and ledger are rank 0's."""
 
     version: int
     holdings: Holdings
     spec: ModelSpec
     config: SyncConfig
-    members: tuple[tuple[str, int], ...]
+    members: tuple[Member, ...]
     fleet: Fleet | None = None
     ledger: Ledger | None = None
     checksums: ExpectedChecksums | None = None  # where the servers' can be compared with
@@ -69,8 +75,11 @@ class Transport(Protocol):
     def transfer(self, delivery: Delivery) -> None:
         """On every rank. SyncFailed on rank 0 when no server has all of it; single servers may be lost."""
 
-    def proved(self, version: int, probe: Sequence[int], logprobs: Sequence[float], tolerance: float) -> None:
-        """On rank 0: every check of the version has passed; these are the trainer's log-probs of the probe."""
+    def proved(
+        self, version: int, label: str, probe: Sequence[int], logprobs: Sequence[float], tolerance: float
+    ) -> None:
+        """On rank 0: every check of the version has passed; these are the trainer's log-probs of the probe.
+        `label`: what the servers call the weights of this attempt."""
 
     def close(self) -> None: ...
 

@@ -63,11 +63,16 @@ class DiskTransport:
         return version_folder(self._folder, version)
 
     def _forget_old(self, newest: int) -> None:
-        for folder in sorted(self._folder.glob("version_*"))[:-KEPT]:
+        """Also what is numbered above it, of a life of the run that went further than the checkpoint it came back from."""
+        folders = sorted(self._folder.glob("version_*"))
+        last = folders.index(self.version_folder(newest))
+        for folder in (*folders[: max(0, last + 1 - KEPT)], *folders[last + 1 :]):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def proved(self, version: int, probe: Sequence[int], logprobs: Sequence[float], tolerance: float) -> None:
-        write_proof(self.version_folder(version), version, probe, logprobs, tolerance)
+    def proved(
+        self, version: int, label: str, probe: Sequence[int], logprobs: Sequence[float], tolerance: float
+    ) -> None:
+        write_proof(self.version_folder(version), label, probe, logprobs, tolerance)
 
     def close(self) -> None:
         pass

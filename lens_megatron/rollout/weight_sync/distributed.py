@@ -19,9 +19,10 @@ from collections.abc import Iterator, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
+from lens_megatron.mcore.rendezvous import from_rank_zero
 from lens_megatron.mcore.runtime import device
 from lens_megatron.rollout.weight_sync.buckets import Bucket, Buffers, plan_buckets
-from lens_megatron.rollout.weight_sync.delivery import Delivery, Noted, bucket_numbers, exhaust, fingerprints
+from lens_megatron.rollout.weight_sync.delivery import Delivery, Member, Noted, bucket_numbers, exhaust, fingerprints
 from lens_megatron.rollout.weight_sync.fleet import Fleet, SyncFailed
 from lens_megatron.rollout.weight_sync.ledger import Entry
 from lens_megatron.rollout.weight_sync.process_group import GroupWithServers, Stopped, address_towards
@@ -75,7 +76,7 @@ class DistributedTransport:
     def __init__(self, backend: str, address: str | None) -> None:
         """`address`: of this machine as the servers see it; None finds it."""
         self._backend, self._address = backend, address
-        self._members: tuple[tuple[str, int], ...] = ()
+        self._members: tuple[Member, ...] = ()
         self._group: GroupWithServers | None = None  # of this rank's stage, where it leads
         self._names: list[str] = []  # of the groups that the servers are in; rank 0's
 
@@ -96,8 +97,8 @@ class DistributedTransport:
             mine = [bucket for bucket in buckets if bucket.stage == stage]
             report = self._lead(delivery, mine, tensors, stage, board)
         exhaust(tensors)
-        if telling is not None:
-            telling.join()
+        # on the store: who has sent its part would wait in _conclude's collective for as long as the servers take
+        from_rank_zero(lambda: None if telling is None else telling.join(), "tell the servers of their weights")
         self._conclude(delivery, report, board)
 
     # a leader
@@ -123,8 +124,8 @@ class DistributedTransport:
             return
         if self._group is not None:
             self._group.abandon()
-        size = 1 + sum(ranks for _, ranks in delivery.members)
-        address = self._address or address_towards(delivery.members[0][0])
+        size = 1 + sum(member.ranks for member in delivery.members)
+        address = self._address or address_towards(delivery.members[0].url)
         # apart from the groups of other runs, and of this rank's earlier ones, at the same servers
         name = f"lens-{secrets.token_hex(4)}-{stage}"
         self._group = GroupWithServers(name, size, address, self._backend, delivery.config.timeout_s)
@@ -186,8 +187,8 @@ class DistributedTransport:
     def _invite(self, delivery: Delivery, fleet: Fleet, meeting: str) -> str:
         name, address, port = meeting.split()
         offsets, offset = {}, 1
-        for url, ranks in delivery.members:
-            offsets[url], offset = offset, offset + ranks
+        for member in delivery.members:
+            offsets[member.url], offset = offset, offset + member.ranks
         asked = fleet.start(
             lambda server: server.init_weights_update_group(
                 address,
@@ -220,7 +221,9 @@ class DistributedTransport:
         if reason:
             raise SyncFailed(reason)
 
-    def proved(self, version: int, probe: Sequence[int], logprobs: Sequence[float], tolerance: float) -> None:
+    def proved(
+        self, version: int, label: str, probe: Sequence[int], logprobs: Sequence[float], tolerance: float
+    ) -> None:
         pass
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lens_megatron.errors import RunError
 from lens_megatron.rollout.event_loop import EventLoop
-from lens_megatron.rollout.sglang_client import Refused, ServerError, SGLangClient
+from lens_megatron.rollout.sglang_client import Refused, SGLangClient
 from lens_megatron.rollout.sglang_schema import ServerInfo
 from lens_megatron.rollout.weight_sync.config import SyncConfig
 
@@ -72,7 +72,7 @@ class Fleet:
                 url = url_of[future]
                 try:
                     answers[url] = future.result()
-                except ServerError as error:
+                except RunError as error:  # also a bad answer: one server's failure, never the run's
                     self.lost[url] = str(error)
                     if all_or_none:
                         raise SyncFailed(str(error)) from None
@@ -95,8 +95,7 @@ class Fleet:
         self.each(lambda server: server.set_weight_version(label))
         if mode != "in_place":  # with requests in place there is no idle moment to flush in
             self.each(lambda server: server.flush_cache())
-        if not by_disk:
-            self.each(self._begin)
+        self.each(self._end_any if by_disk else self._begin)
         self.each(lambda server: _scramble(server, scrambled(self.infos[server.url])))
         self.need_one()
 
@@ -110,6 +109,11 @@ class Fleet:
                 raise
             await server.end_weight_update()  # of a sync that failed half-way
             await server.begin_weight_update()
+
+    async def _end_any(self, server: SGLangClient) -> None:
+        """A session that a transport before this one, or a trainer that died, left open."""
+        with contextlib.suppress(Refused):  # none is
+            await self._end(server)
 
     async def _end(self, server: SGLangClient) -> None:
         if self.infos[server.url].has_sessions:
@@ -133,7 +137,7 @@ class Fleet:
 
         asked = [self.loop.start(let_go(self.clients[url])) for url in self.lost if url in self.infos]
         for future in asked:
-            with contextlib.suppress(ServerError):
+            with contextlib.suppress(RunError):
                 future.result()
 
     def refuse(self, url: str, reason: str) -> None:

@@ -1,12 +1,15 @@
 """A server that was restarted while the trainer cannot send: brought back from the last version written to disk.
 
-Runs in the rollout driver's process, in a thread, while others generate. Only a folder whose ledger the trainer has
-proved counts, and only of the version that the other servers have.
+Runs in the rollout driver's process, in a thread, while others generate. Only weights that the trainer has proved count,
+and only those of the very sync that the other servers have theirs from: its label is drawn anew for every attempt, so
+that no folder of an earlier life of the run, or of another run, can pass for it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,16 +26,26 @@ PROOF = "proved.json"  # beside the weights: the probe and the log-probs that it
 
 
 def snapshot_folder(config: SyncConfig, run_dir: Path) -> Path:
-    return Path(config.folder) if config.folder else run_dir / "weights"
+    """The run's own; in a folder that is given it has a part of its own, for other runs may be given the same."""
+    if not config.folder:
+        return run_dir / "weights"
+    where = run_dir.resolve()
+    return Path(config.folder) / f"{where.name}-{hashlib.sha256(str(where).encode()).hexdigest()[:8]}"
+
+
+def forget_snapshots(folder: Path) -> None:
+    """Of an earlier life of the run."""
+    for old in folder.glob("version_*"):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def version_folder(folder: Path, version: int) -> Path:
     return folder / f"version_{version:06d}"
 
 
-def write_proof(folder: Path, version: int, probe: Sequence[int], logprobs: Sequence[float], tolerance: float) -> None:
+def write_proof(folder: Path, label: str, probe: Sequence[int], logprobs: Sequence[float], tolerance: float) -> None:
     """By the trainer, when every check of this version has passed."""
-    tree = {"version": version, "probe": list(probe), "logprobs": list(logprobs), "tolerance": tolerance}
+    tree = {"label": label, "probe": list(probe), "logprobs": list(logprobs), "tolerance": tolerance}
     partial = folder / f".{PROOF}.partial"
     partial.write_text(json.dumps(tree))
     partial.replace(folder / PROOF)
@@ -44,26 +57,27 @@ class Snapshots:
     def __init__(self, folder: Path, timeout_s: float) -> None:
         self._folder, self._timeout_s = folder, timeout_s
 
-    def resync(self, address: ServerAddress, version: int) -> None:
+    def resync(self, address: ServerAddress, version: int, label: str) -> None:
         folder = version_folder(self._folder, version)
-        if not (folder / PROOF).exists():
+        proof = json.loads((folder / PROOF).read_text()) if (folder / PROOF).exists() else {}
+        if proof.get("label") != label:
             raise RunError(f"there is no snapshot of version {version} to bring it back from")
-        proof = json.loads((folder / PROOF).read_text())
         loop = EventLoop("resync")
         try:
-            loop.run(_load(SGLangClient(address.url, address.api_key, self._timeout_s), folder, version, proof))
+            loop.run(_load(SGLangClient(address.url, address.api_key, self._timeout_s), folder, proof))
         finally:
             loop.close()
 
 
-async def _load(client: SGLangClient, folder: Path, version: int, proof: dict[str, Any]) -> None:
+async def _load(client: SGLangClient, folder: Path, proof: dict[str, Any]) -> None:
     try:
-        await client.update_weights_from_disk(str(folder.resolve()), f"unfinished-{version}")
+        label = proof["label"]
+        await client.update_weights_from_disk(str(folder.resolve()), f"unfinished-{label}")
         probe, expected = proof["probe"], proof["logprobs"]
-        answer, _ = await client.prompt_logprobs(f"resync/{version}/", probe)
+        answer, _ = await client.prompt_logprobs(f"resync/{label}/", probe)
         worst = max(abs(a - b) for a, b in zip(answer, expected, strict=True))
         if not worst <= proof["tolerance"]:
-            raise RunError(f"{client.url}: after reloading version {version} the probe differs by {worst:.3g}")
-        await client.set_weight_version(str(version))
+            raise RunError(f"{client.url}: after reloading {folder.name} the probe differs by {worst:.3g}")
+        await client.set_weight_version(label)
     finally:
         await client.close()

@@ -1,7 +1,7 @@
 """The whole hand-over of one version: hold, transfer, check, release, probe. Every rank calls `sync`.
 
 A version is at a server when the ledger is whole, the server's checksums are the exported weights' (where it offers some
-that can be compared), it carries the version's name, and its log-probs of a probe are the trainer's. A server that
+that can be compared), it carries the attempt's label, and its log-probs of a probe are the trainer's. A server that
 falls short anywhere keeps another name (`unfinished-N`), is not handed to the engine, and gets no rollouts until a later
 sync reaches it whole.
 """
@@ -9,6 +9,7 @@ sync reaches it whole.
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +22,13 @@ from torch import Tensor
 from lens_megatron.errors import RunError
 from lens_megatron.mcore.hf_bridge import Holdings, agree_on_holdings
 from lens_megatron.mcore.hf_names import hf_shapes
-from lens_megatron.mcore.rendezvous import from_rank_zero
+from lens_megatron.mcore.rendezvous import from_rank_zero, rank_zero_alive
 from lens_megatron.mcore.step import ShardedModel
 from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_schema import ServerInfo
 from lens_megatron.rollout.weight_sync.checksums import ExpectedChecksums, can_be_compared, reported_by_rank
 from lens_megatron.rollout.weight_sync.config import SyncConfig
-from lens_megatron.rollout.weight_sync.delivery import Delivery, Transport
+from lens_megatron.rollout.weight_sync.delivery import Delivery, Member, Transport
 from lens_megatron.rollout.weight_sync.fleet import Fleet, SyncFailed
 from lens_megatron.rollout.weight_sync.ledger import Ledger, some
 
@@ -45,7 +46,7 @@ class Servers(Protocol):
 
     def begin_update(self, version: int) -> None: ...
 
-    def end_update(self, synced: Sequence[ServerAddress]) -> None: ...
+    def end_update(self, synced: Sequence[ServerAddress], label: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class _Attempt:
     fleet: Fleet
     ledger: Ledger
     transport: Transport
+    label: str = ""  # of the weights that it brings: no other attempt, of this run's lives or another's, has the same
     checksums: ExpectedChecksums | None = None
     began: float = 0.0
     transfer_seconds: float = 0.0
@@ -155,7 +157,8 @@ class WeightSync:
             delivery.fleet, delivery.ledger, attempt.checksums = attempt.fleet, attempt.ledger, delivery.checksums
         problem: str | None = None
         try:
-            transport.transfer(delivery)
+            with rank_zero_alive():  # the others have soon sent their parts, and wait for what the servers say
+                transport.transfer(delivery)
         except SyncFailed as error:  # rank 0's
             problem = str(error)
         problem = self._on_rank_zero(lambda: problem or self._check(), "check the servers' weights")
@@ -180,7 +183,7 @@ class WeightSync:
         fleet = Fleet.meet(self._addresses.values(), self._loop, self.config)
         self._attempt = _Attempt(fleet, self._empty_ledger(version, ""), self.transports[0])
 
-    def _hold(self, transport: Transport, version: int) -> str | tuple[tuple[tuple[str, int], ...], bool]:
+    def _hold(self, transport: Transport, version: int) -> str | tuple[tuple[Member, ...], bool]:
         """Every live server paused and waiting for weights: who they are, and whether their checksums can be compared."""
         attempt = self._attempt
         assert attempt is not None
@@ -188,6 +191,7 @@ class WeightSync:
         if attempt.ledger.transport:  # a transport before this one failed: those that answer get another chance
             fleet.look_again()
         attempt.ledger, attempt.transport = self._empty_ledger(version, transport.name), transport
+        attempt.label = f"{version}.{secrets.token_hex(4)}"
         try:
             fleet.hold(f"unfinished-{version}", by_disk=transport.name == "disk", scrambled=self._may_be_scrambled)
         except SyncFailed as error:
@@ -196,7 +200,7 @@ class WeightSync:
         compared = self.config.checksums and all(
             can_be_compared(self.policy.spec, fleet.infos[url]) for url in fleet.live
         )
-        return tuple((url, fleet.ranks(url)) for url in fleet.live), compared
+        return tuple(Member(url, fleet.ranks(url), self._addresses[url].start) for url in fleet.live), compared
 
     def _may_be_scrambled(self, server: ServerInfo) -> bool:
         """Not where it pads with zeros that no update writes again."""
@@ -232,12 +236,12 @@ class WeightSync:
         attempt = self._attempt
         assert attempt is not None
         fleet, version = attempt.fleet, attempt.ledger.version
-        fleet.release(str(version))
+        fleet.release(attempt.label)
         dtypes = {entry.dtype for entry in attempt.ledger.entries.values()}
         default = 1e-4 if dtypes == {"float32"} else 0.5
         tolerance = self.config.probe_tolerance or default
         largest, means = 0.0, []
-        for url, answer in fleet.probe(self.probe, str(version)).items():
+        for url, answer in fleet.probe(self.probe, attempt.label).items():
             difference_T = (torch.tensor(answer) - logprobs_T[1:]).abs()
             worst = float(difference_T.max()) if bool(difference_T.isfinite().all()) else float("inf")
             if worst > tolerance:
@@ -253,7 +257,7 @@ class WeightSync:
         attempt.probe = (largest, sum(means) / len(means) if means else 0.0)
         if not fleet.live:
             return "; ".join(fleet.lost.values())
-        attempt.transport.proved(version, self.probe, logprobs_T[1:].tolist(), tolerance)
+        attempt.transport.proved(version, attempt.label, self.probe, logprobs_T[1:].tolist(), tolerance)
         return None
 
     def _end(self, version: int, failures: list[str], began: float) -> Synced | None:
@@ -267,7 +271,7 @@ class WeightSync:
                 f"weight sync: version {version} reached no rollout server whole, and nothing is sampled from part of it: "
                 + "; then ".join(failures)
             )
-        self._servers.end_update([self._addresses[url] for url in fleet.live])
+        self._servers.end_update([self._addresses[url] for url in fleet.live], attempt.label)
         now = {name: entry.exported for name, entry in ledger.entries.items()}
         changed = sum(self._last.get(name) != value for name, value in now.items()) / len(now)
         self._last = now

@@ -68,7 +68,9 @@ class TensorTransport:
         if (arrived := acknowledged()) is not None:
             ledger.sent(fingerprints(*arrived))
 
-    def proved(self, version: int, probe: Sequence[int], logprobs: Sequence[float], tolerance: float) -> None:
+    def proved(
+        self, version: int, label: str, probe: Sequence[int], logprobs: Sequence[float], tolerance: float
+    ) -> None:
         pass
 
     def close(self) -> None:

@@ -1,0 +1,88 @@
+"""Servers of a sync, asked together: what one of them does wrong is its own failure. Against stub servers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lens_megatron.rollout.event_loop import EventLoop
+from lens_megatron.rollout.sglang_server import ServerAddress
+from lens_megatron.rollout.weight_sync import distributed
+from lens_megatron.rollout.weight_sync.config import SyncConfig
+from lens_megatron.rollout.weight_sync.delivery import Member
+from lens_megatron.rollout.weight_sync.fleet import Fleet
+from tests.rollout.test_sglang_client import stub_server
+
+
+@pytest.fixture
+def loop() -> Iterator[EventLoop]:
+    loop = EventLoop()
+    yield loop
+    loop.close()
+
+
+def meet(loop: EventLoop, *urls: str) -> Fleet:
+    return Fleet.meet([ServerAddress("s", url, None, 1) for url in urls], loop, SyncConfig(timeout_s=10.0))
+
+
+def test_a_probe_that_is_no_number_loses_that_server_alone(loop: EventLoop) -> None:
+    with stub_server("--fault", "nan") as bad, stub_server() as good:
+        fleet = meet(loop, bad, good)
+        assert list(fleet.probe([5, 6, 7], "default")) == [good]
+        assert "no finite number" in fleet.lost[bad]
+        fleet.close()
+
+
+def test_an_answer_without_success_loses_that_server_alone(loop: EventLoop) -> None:
+    with stub_server("--fault", "no_success") as bad, stub_server() as good:
+        fleet = meet(loop, bad, good)
+        fleet.hold("unfinished-1", by_disk=False, scrambled=lambda _: False)
+        assert fleet.live == [good]
+        assert "200 without success" in fleet.lost[bad]
+        fleet.dismiss("refused-1")
+        fleet.close()
+
+
+def test_a_session_left_open_is_ended_before_the_disk_is_read(loop: EventLoop) -> None:
+    with stub_server() as url:
+        fleet = meet(loop, url)
+        fleet.hold("unfinished-1", by_disk=False, scrambled=lambda _: False)  # and then its transport fails
+        for _ in range(2):  # the second time there is none to end
+            fleet.hold("unfinished-1", by_disk=True, scrambled=lambda _: False)
+            assert fleet.live == [url], fleet.lost
+        loop.run(fleet.clients[url].begin_weight_update())  # refused while one is open
+        fleet.close()
+
+
+def test_a_server_restarted_at_its_address_gets_a_new_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    class Group:
+        port = 1
+
+        def __init__(self, *_: Any) -> None:
+            made.append(self)
+
+        def join(self, stopped: Any) -> None: ...
+
+        def abandon(self) -> None:
+            made.append("abandoned")
+
+    monkeypatch.setattr(distributed, "GroupWithServers", Group)
+    transport = distributed.DistributedTransport("gloo", "127.0.0.1")
+    board: Any = SimpleNamespace(put=lambda *_: None, stopped=lambda: False)
+
+    def meet(start: int) -> None:
+        members = (Member("http://s", 1, start),)
+        delivery: Any = SimpleNamespace(members=members, config=SyncConfig())
+        transport._meet(delivery, 0, board)
+        transport._members = members  # as _conclude does of a transfer that went well
+
+    meet(1)
+    meet(1)
+    assert len(made) == 1
+    meet(2)
+    assert made[1] == "abandoned" and len(made) == 3
