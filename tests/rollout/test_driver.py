@@ -263,7 +263,7 @@ class Servers(EmbeddedEngine):
     def begin_update(self, version: int) -> None:
         self.log = [version]
 
-    def end_update(self, synced: Any = ()) -> None:
+    def end_update(self, synced: Any = (), label: str | None = None) -> None:
         self.log.append(synced)
 
 
