@@ -31,6 +31,7 @@ class StubEngine:
     """Every response is complete when it is asked for; `per_poll` of them come out of one poll."""
 
     deterministic = True
+    positions = None
 
     def __init__(self, response_tokens: int, vocabulary: int, per_poll: int = 64) -> None:
         draw = random.Random(0)
