@@ -127,7 +127,9 @@ def top_k_overlap(before: Mapping[str, Sequence[int]], after: Mapping[str, Seque
     |both| / max(|before|, |after|) over prompts in both, or None without one. Chance level is about gamma."""
     shared = [
         len(set(before[prompt_id]) & set(after[prompt_id])) / max(len(before[prompt_id]), len(after[prompt_id]))
-        for prompt_id in before.keys() & after.keys()
+        for prompt_id in sorted(
+            before.keys() & after.keys()
+        )  # a set's order, so the sum's last digit, differs by process
         if before[prompt_id] or after[prompt_id]
     ]
     return _mean(shared)
