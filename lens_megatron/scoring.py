@@ -1,4 +1,4 @@
-"""Interference scores of prompts under two sharded models: the `score` command, and step 2 of the loop."""
+"""Interference scores of prompts under two models that need not fit beside each other: the `score` command."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ from lens_megatron.mcore.layout import ParallelConfig
 from lens_megatron.model_spec import find_weights, load_model_config
 from lens_megatron.purification.config import PurificationConfig
 from lens_megatron.purification.eligibility import eligible_tokens
-from lens_megatron.purification.noise_floor import measured_noise_floor
 from lens_megatron.purification.scores import interference_scores, to_optional
 from lens_megatron.purification.strategies import Signals, purify
 from lens_megatron.types import Prompt
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# how many prompts the noise floor is measured on: every token counts, so a few prompts give thousands
-_NOISE_PROMPTS = 16
 
 
 @dataclass(frozen=True)
@@ -70,8 +67,8 @@ def score_prompts(model: str, reference: str, prompts: Sequence[Prompt], config:
     """Every process of the layout calls this; every one gets the result. The two models are in memory one at a time."""
     from lens_megatron.data.tokenizer import TokenPieces, load_tokenizer
     from lens_megatron.mcore import runtime
-    from lens_megatron.mcore.noise import evaluations_in_other_packings
     from lens_megatron.mcore.step import build_frozen
+    from lens_megatron.prompt_signals import floor_of
 
     spec = load_model_config(model).spec
     runtime.initialize(spec, config.parallel, timeout_s=config.timeout_s)
@@ -83,9 +80,7 @@ def score_prompts(model: str, reference: str, prompts: Sequence[Prompt], config:
         sharded = build_frozen(spec, config.parallel, find_weights(name), dtype=dtype)
         logprobs[name] = sharded.score(sequences, config.tokens_per_microbatch, entropy=False).logprobs
         if name == model and config.purification.noise_floor == "measured":
-            sample = sequences[:_NOISE_PROMPTS]
-            evaluations = evaluations_in_other_packings(sharded, sample, config.tokens_per_microbatch)
-            floor = measured_noise_floor(evaluations, config.purification.noise_quantile)
+            floor = floor_of(sharded, sequences, config.purification, config.tokens_per_microbatch)
         del sharded
     tokenizer = load_tokenizer(str(find_weights(model)))
     special = frozenset(tokenizer.all_special_ids)

@@ -21,18 +21,16 @@ from lens_megatron.host import Host
 from lens_megatron.mcore import runtime
 from lens_megatron.mcore.checkpoint_run import Saver, resume
 from lens_megatron.mcore.hf_copies import HfCopies
-from lens_megatron.mcore.noise import evaluations_in_other_packings
 from lens_megatron.mcore.offload import Residence
 from lens_megatron.mcore.rendezvous import from_rank_zero
-from lens_megatron.mcore.step import ShardedModel, build_frozen, build_trainable
+from lens_megatron.mcore.step import build_frozen, build_trainable
 from lens_megatron.mcore.watch import Watch
 from lens_megatron.model_spec import ModelConfig, find_weights, load_model_config
 from lens_megatron.progress import Progress
-from lens_megatron.purification.noise_floor import measured_noise_floor
-from lens_megatron.purification.scores import interference_scores
+from lens_megatron.prompt_signals import PromptSignals, Reference
 from lens_megatron.purification.strategies import Signals
 from lens_megatron.recorder import Recorder
-from lens_megatron.reference_scores import ReferenceScores, identity_of
+from lens_megatron.reference_scores import identity_of
 from lens_megatron.rollout.sglang_server import ServerAddress
 from lens_megatron.rollout.weight_sync.handover import Handover, ServerMemory
 from lens_megatron.rollout.weight_sync.sync import WeightSync
@@ -43,7 +41,6 @@ from lens_megatron.types import Prompt, Sample
 from lens_megatron.update import Evaluated, evaluate_samples, update_policy
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_NOISE_PROMPTS = 16
 _MARGIN_S = 5.0  # a collective gives up later than the watch, which knows whom it waited for
 # What metrics.jsonl has at every step, whatever the algorithm: null where nothing was measured (no purified rollouts, no
 # KL term), 0 seconds where nothing was done. A step is saved after its line is written, so that a resumed run misses no
@@ -89,14 +86,15 @@ class Trainer:
         self.reference = None
         if config.algorithm.needs_reference:
             source = _reference_weights(config, model, weights)
-            self.reference = build_frozen(model.spec, config.parallel, source, config.memory, dtype)
-            self.guards.after_loading(self.reference, "reference", source)
-            if config.memory.offload_reference:
-                self.reference.move(torch.device("cpu"))
+            frozen = build_frozen(model.spec, config.parallel, source, config.memory, dtype)
+            self.guards.after_loading(frozen, "reference", source)
             identity = from_rank_zero(  # rank 0's view of the files: on another node their times may differ
                 lambda: identity_of(source, *_rounding(config)), "look at the reference", config.timeout_s
             )
-            self.reference_scores = ReferenceScores(identity)
+            self.reference = Reference(frozen, identity, config.memory.offload_reference)
+        self.prompt_signals = PromptSignals(
+            self.policy, self.reference, config.algorithm.rescue, config.update.tokens_per_microbatch
+        )
         self._handover = (
             Handover(
                 Residence(self.policy),
@@ -110,7 +108,6 @@ class Trainer:
         )
         self.weight_sync = self._weight_sync(weights) if config.rollout.engine == "sglang" else None
         self._sync_metrics: dict[str, float] = {}
-        self.noise_floor: float | None = None
         self.first_step = 0
         self._last_metrics: dict[str, float] = {}  # of the step that ended last; rank 0's
         self.progress = Progress(config.steps, shown=self.host is not None)
@@ -171,19 +168,6 @@ class Trainer:
             return from_rank_zero(lambda: work(host), what, self.config.timeout_s)
 
     @contextmanager
-    def reference_at_hand(self) -> Iterator[ShardedModel]:
-        """The reference where it can score: with memory.offload_reference it lives on the host between its uses."""
-        assert self.reference is not None
-        offloaded = self.config.memory.offload_reference
-        if offloaded:
-            self.reference.move(runtime.device())
-        try:
-            yield self.reference
-        finally:
-            if offloaded:
-                self.reference.move(torch.device("cpu"))
-
-    @contextmanager
     def phase(self, name: str, limit_s: float | None = None) -> Iterator[None]:
         """Seconds spent go to time/NAME of this step; who looks for a rank that hangs or died finds it here."""
         self.recorder.record(self.step + 1, name)
@@ -203,35 +187,12 @@ class Trainer:
 
     def score_prompts(self, prompts: Sequence[Prompt]) -> list[Signals]:
         """What the purification strategy goes by, of every prompt of the batch, before anything is generated."""
-        rescue = self.config.algorithm.rescue
-        if rescue.mode == "none" or rescue.strategy in ("random", "resample"):
-            return [Signals()] * len(prompts)
-        self._trainers_turn(keep_engine_weights=True)
-        sequences = [torch.tensor(prompt.tokens) for prompt in prompts]
-        budget = self.config.update.tokens_per_microbatch
-        if rescue.strategy == "gradient":
-            from lens_megatron.mcore.embedding_gradients import embedding_gradient_norms
+        if self.prompt_signals.needs_models:
+            self._trainers_turn(keep_engine_weights=True)
+        return self.prompt_signals.of(prompts, self._watch_first_scores if self._as_loaded() else None)
 
-            return [
-                Signals(gradient_norms_T=norms) for norms in embedding_gradient_norms(self.policy, sequences, budget)
-            ]
-        if self.noise_floor is None and rescue.noise_floor == "measured":
-            evaluations = evaluations_in_other_packings(self.policy, sequences[:_NOISE_PROMPTS], budget)
-            self.noise_floor = measured_noise_floor(evaluations, rescue.noise_quantile)
-        policy = self.policy.score(sequences, budget, entropy=False).logprobs
-
-        def by_reference(unseen: Sequence[Prompt]) -> list[torch.Tensor]:
-            with self.reference_at_hand() as model:
-                tokens = [torch.tensor(prompt.tokens) for prompt in unseen]
-                return model.score(tokens, budget, entropy=False).logprobs
-
-        reference = self.reference_scores.of(prompts, by_reference)
-        if self._as_loaded():
-            self.guards.first_scores(policy, reference, self.policy)
-        return [
-            Signals(scores_T=interference_scores(p, r), measured_floor=self.noise_floor)
-            for p, r in zip(policy, reference, strict=True)
-        ]
+    def _watch_first_scores(self, policy: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> None:
+        self.guards.first_scores(policy, reference, self.policy)
 
     def roll_out(self, prompts: Sequence[Prompt], signals: Sequence[Signals]) -> None:
         if self._handover is not None:
@@ -263,7 +224,8 @@ class Trainer:
             update = replace(update, reuse_logprobs=False)
         if not loss.any_kl:
             return evaluate_samples(groups, self.policy, None, loss, update, temperature, staleness)
-        with self.reference_at_hand() as reference:
+        assert self.reference is not None
+        with self.reference.at_hand() as reference:
             return evaluate_samples(groups, self.policy, reference, loss, update, temperature, staleness)
 
     def update(self, groups: Sequence[list[Evaluated]]) -> dict[str, float]:
@@ -272,7 +234,7 @@ class Trainer:
             self.step,
             groups,
             self.policy,
-            self.reference,
+            self.reference.model if self.reference is not None else None,
             same_weights=self._as_loaded(),
             engine_stands_in=update.old_logprobs == "engine",
         )
@@ -355,9 +317,9 @@ class Trainer:
             state = {} if self.host is None else self.host.state_dict()
             state["guards"] = self.guards.state(self.policy)
             # rank 0's metrics: it alone writes the manifest, and chooses what to keep by it
-            state["noise_floor"] = self.noise_floor
+            state["noise_floor"] = self.prompt_signals.noise_floor
             if self.reference is not None:
-                state["reference_scores"] = self.reference_scores.state_dict()
+                state["reference_scores"] = self.reference.scores.state_dict()
             self._saver.save(step, state, self._last_metrics)
         self._saver.poll()
 
@@ -367,9 +329,9 @@ class Trainer:
         if found is not None:
             self.first_step = found.step
             if found.same_rounding:  # else it rounds in other places: the floor is measured before its first scores
-                self.noise_floor = found.extra["noise_floor"]
+                self.prompt_signals.noise_floor = found.extra["noise_floor"]
             if self.reference is not None and "reference_scores" in found.extra:
-                self.reference_scores.load_state_dict(found.extra["reference_scores"])
+                self.reference.scores.load_state_dict(found.extra["reference_scores"])
             if (manifest := checkpoints.read_manifest(found.folder)).optimizer:  # else only the weights were loaded
                 self.guards.after_resume(self.policy, found.folder, found.extra.get("guards", {}), manifest.dtype)
         self.progress = Progress(self.config.steps, self.first_step, shown=self.host is not None)
@@ -403,9 +365,9 @@ class Trainer:
                 **self._sync_metrics,
                 **metrics,
             }
-            if self.noise_floor is not None:
-                tree["noise_floor"] = self.noise_floor
-            if self.reference is not None and (known := self.reference_scores.counted()) is not None:
+            if (floor := self.prompt_signals.noise_floor) is not None:
+                tree["noise_floor"] = floor
+            if self.reference is not None and (known := self.reference.scores.counted()) is not None:
                 tree["purification/reference_known"] = known
             self.host.folder.write_rollouts(self.step + 1, list(self.host.rollout_rows(groups)))
             tree.update(self.progress.times())

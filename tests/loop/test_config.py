@@ -132,19 +132,15 @@ class Recorded:
         self.calls.append("score")
 
 
-@pytest.mark.parametrize(("offload", "moves"), [(True, 2), (False, 0)])
-def test_the_reference_is_moved_for_each_use(
-    tmp_path: Path, offload: bool, moves: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from lens_megatron import trainer as module
+@pytest.mark.parametrize("offload", [True, False])
+def test_the_reference_is_moved_for_each_use(offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lens_megatron import prompt_signals as module
 
-    given = tmp_path / "RUN.yaml"
-    given.write_text(yaml.safe_dump({**MINIMAL, "algorithm": "lens", "memory": {"offload_reference": offload}}))
     monkeypatch.setattr(module.runtime, "device", lambda: torch.device("meta"))  # stands for the GPU
-    trainer = object.__new__(module.Trainer)
-    trainer.config, trainer.reference = load_run(given, []), Recorded()  # type: ignore[assignment]
-    with pytest.raises(ZeroDivisionError), trainer.reference_at_hand() as reference:
-        reference.score()  # type: ignore[call-arg]
+    recorded = Recorded()
+    reference = module.Reference(recorded, "some weights", offload)  # type: ignore[arg-type]
+    with pytest.raises(ZeroDivisionError), reference.at_hand() as model:
+        model.score()  # type: ignore[call-arg]
         raise ZeroDivisionError  # it goes back whatever happens
-    expected = ["move to meta", "score", "move to cpu"] if moves else ["score"]
-    assert reference.calls == expected  # type: ignore[attr-defined]
+    expected = ["move to cpu", "move to meta", "score", "move to cpu"] if offload else ["score"]
+    assert recorded.calls == expected
