@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lens_megatron.algorithms.rescue import RescueConfig
 from lens_megatron.mcore import runtime
 from lens_megatron.mcore.noise import evaluations_in_other_packings
 from lens_megatron.mcore.step import ShardedModel, Trainable
@@ -57,7 +58,7 @@ class Reference:
 class PromptSignals:
     """`budget`: tokens in a pack of the forward pass."""
 
-    def __init__(self, policy: Trainable, reference: Reference | None, rescue: PurificationConfig, budget: int) -> None:
+    def __init__(self, policy: Trainable, reference: Reference | None, rescue: RescueConfig, budget: int) -> None:
         self._policy, self._reference, self._rescue, self._budget = policy, reference, rescue, budget
         self.noise_floor: float | None = None  # measured at first use
 
@@ -90,9 +91,9 @@ class PromptSignals:
         ]
 
 
-def floor_of(model: ShardedModel, sequences: Sequence[Tensor], rescue: PurificationConfig, budget: int) -> float:
+def floor_of(model: ShardedModel, sequences: Sequence[Tensor], purification: PurificationConfig, budget: int) -> float:
     evaluations = evaluations_in_other_packings(model, sequences[:_NOISE_PROMPTS], budget)
-    return measured_noise_floor(evaluations, rescue.noise_quantile)
+    return measured_noise_floor(evaluations, purification.noise_quantile)
 
 
 def _tokens(prompts: Sequence[Prompt]) -> list[Tensor]:
