@@ -165,6 +165,8 @@ def _explain(kind: type, problem: Mapping[str, Any], where: str) -> str:
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if problem["type"] in ("dataclass_type", "model_type", "dict_type"):
         message = "expected keys and values"
+    if problem["type"] == "string_type" and isinstance(problem["input"], dict):
+        message = "YAML reads this as keys and values: put the text in quotes of its own"
     given = "" if problem["type"] in ("missing", "value_error", "assertion_error") else f" (got {_short(problem)})"
     return f"{where}: {path + ': ' if path else ''}{message}{given}"
 

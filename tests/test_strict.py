@@ -107,6 +107,20 @@ def test_wrong_types_name_the_key_and_what_was_given() -> None:
     assert len(long) < 250
 
 
+def test_text_that_is_yaml_wants_quotes() -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        template: str = ""
+
+    for words in ("template={problem}", "template=Problem: {problem}"):
+        with pytest.raises(UsageError, match=r"eval: template: YAML reads this .* quotes of its own"):
+            strict.build(Settings, strict.apply_overrides({}, [words]), "eval")
+    assert (
+        strict.build(Settings, strict.apply_overrides({}, ["template='Problem: {problem}'"]), "eval").template
+        == "Problem: {problem}"
+    )
+
+
 def test_several_mistakes_are_all_named() -> None:
     message = refused({"stepz": 1, "lrr": 2})
     assert [word in message for word in ("stepz", "lrr", "model")] == [True] * 3
