@@ -52,10 +52,15 @@ class JobStatus:
     used: str = ""  # of the time limit
     limit: str = ""
     restarts: int = 0
+    silent: bool = False  # Slurm did not answer: it may be anything
 
     @property
     def active(self) -> bool:
         return self.state in ("pending", "running")
+
+    @property
+    def over(self) -> bool:
+        return not self.active and not self.silent
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Handle:
     def wait(self, seconds: float | None = None, poll_s: float = 5.0) -> JobStatus:
         """Until the run has ended, or for so long."""
         deadline = None if seconds is None else time.monotonic() + seconds
-        while (now := self.status()).active and (deadline is None or time.monotonic() < deadline):
+        while not (now := self.status()).over and (deadline is None or time.monotonic() < deadline):
             time.sleep(poll_s)
         return now
 
@@ -100,6 +105,8 @@ def status(run_dir: Path, jobs: Sequence[str]) -> JobStatus:
                 return one
     ended = outcome(run_dir)
     last = next((one for one in reversed(found) if one.job == ended.job), found[-1])
+    if ended.state in ("unknown", "unfinished") and (silent := [one for one in found if one.silent]):
+        return silent[0]
     if ended.state in ("done", "stopped", "unfinished"):
         return JobStatus(ended.state, ended.job or last.job, last.slurm, restarts=last.restarts)
     if ended.state == "unknown" and last.state != "failed":
@@ -132,6 +139,9 @@ def _job(job: str) -> JobStatus:
         word, code, nodes, used, limit = [*line.split("|"), "", "", "", ""][:5]
         state = _STATES.get(word.split()[0], "done" if word.startswith("COMPLETED") else "failed")
         return JobStatus(state, job, word, _why_failed(word, code) if state == "failed" else "", nodes, used, limit)
+    if shown is not None and not shown.ok and "Invalid job id" not in shown.text:  # a job may be alive meanwhile
+        line = (shown.text.splitlines() or ["scontrol said nothing"])[-1]
+        return JobStatus("unknown", job, reason=f"Slurm does not answer: {line}", silent=True)
     return JobStatus("unknown", job)
 
 

@@ -69,7 +69,7 @@ def prepare(
             f"run_dir {folder.path} already holds a run: --resume goes on with it, or choose another run_dir"
         )
     earlier = Handle.of(folder.path)
-    if earlier is not None and (now := earlier.status()).active:
+    if earlier is not None and not (now := earlier.status()).over:
         raise UsageError(f"run_dir {folder.path} belongs to job {now.job}, which is {now.state}: stop it first")
     _write(jobs[0], tree)
     return jobs

@@ -79,8 +79,8 @@ class Server:
                 return
             settings.update({"nnodes": self.parts, "node-rank": self.part, "dist-init-addr": address})
         settings.update({"host": host, "port": free_port(host)})
-        own = self.folder / f"{self.name}.settings.{self.part}"
-        write_private(own, settings)  # JSON is YAML
+        own = self.folder / f"{self.name}.settings.{self.part}.yaml"  # SGLang refuses another ending
+        write_private(own, settings)  # JSON is YAML too
         command = [*(request["command"] or [sys.executable, "-m", "sglang.launch_server"]), "--config", str(own)]
         environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         log_path = request["log"] + (f".{self.part}" if self.part else "")

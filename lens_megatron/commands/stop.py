@@ -17,7 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from launchers.queue import Handle
     from lens_megatron import stopping
-    from lens_megatron.errors import UsageError
+    from lens_megatron.errors import RunError, UsageError
     from lens_megatron.run_folder import RunFolder
 
     folder = RunFolder(args.run)
@@ -29,8 +29,10 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"{args.run}: --now cancels jobs of Slurm, and this run has none")
         handle.cancel()
         print(f"cancelled {' '.join(handle.jobs)}")
-    elif handle is not None and handle.status().active:
+    elif handle is not None and not (now := handle.status()).over:
         handle.stop()
+        if now.silent:
+            raise RunError(f"{now.reason}: a running job ends after its step, one that waits may still be queued")
         print(f"{args.run} ends after its step; jobs that had not started are cancelled")
     elif folder.in_use():
         stopping.ask_to_stop(args.run)

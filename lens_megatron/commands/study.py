@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 SUMMARY = "a grid of runs: here, on Slurm or simulated; resumable; tables and one page"
@@ -34,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"{read_state(study, cell).state:<10} {cell.name}  {' '.join(cell.overrides)}")
         return 0
     if not args.collect:
-        run_study(study, lambda line: print(line, flush=True))
+        terminal = sys.stdout  # nemo-run's words are caught, on one thread, while another has something to say
+        run_study(study, lambda line: print(line, file=terminal, flush=True))
     study.folder.mkdir(parents=True, exist_ok=True)
     results = collect(study)
     write_tables(study, results)

@@ -71,7 +71,8 @@ def _colour(place: int) -> str:
 
 def _summary(study: Study, rows: Sequence[Row]) -> str:
     failed = [row for row in rows if row["state"] == "failed"]
-    counts = {state: sum(row["state"] == state for row in rows) for state in ("done", "simulated", "failed", "waiting")}
+    states = ("done", "simulated", "failed", "begun", "waiting")
+    counts = {state: sum(row["state"] == state for row in rows) for state in states}
     words = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     head = ("cell", "state", "why", "GPUs", "steps", "s a step", "tokens/s/GPU", "MFU", "success", "GPU-hours")
     body = [

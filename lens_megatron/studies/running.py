@@ -44,8 +44,10 @@ def run_study(study: Study, tell: Tell) -> None:
         count = iter(range(done + 1, len(study.cells) + 1))
 
         def one(cell: Cell) -> None:
+            if cell.where != "simulated" and not children.stopping.is_set():
+                write_state(study, cell, CellState("begun", "", None, cell.overrides))
             state = _run(study, cell, children)
-            if children.stopping:
+            if children.stopping.is_set():
                 return
             write_state(study, cell, state)
             words = state.reason or (f"{state.seconds:.0f} s" if state.seconds else "")
@@ -67,12 +69,12 @@ class Children:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._processes: set[subprocess.Popen[bytes]] = set()
-        self.stopping = False
+        self.stopping = threading.Event()
 
     def run(self, command: list[str], output: Path) -> int:
         with output.open("ab") as file:
             with self._lock:
-                if self.stopping:
+                if self.stopping.is_set():
                     return -signal.SIGTERM
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -85,7 +87,7 @@ class Children:
 
     def stop(self) -> None:
         with self._lock:
-            self.stopping = True
+            self.stopping.set()
             for process in self._processes:
                 with suppress(ProcessLookupError):
                     process.terminate()
@@ -110,7 +112,7 @@ def _run(study: Study, cell: Cell, children: Children) -> CellState:
             if not plan.fits:
                 return CellState("failed", plan.complaint, None, cell.overrides)
             return CellState("simulated", "", None, cell.overrides)
-        reason = _on_slurm(study, cell) if cell.where == "slurm" else _here(study, cell, children)
+        reason = (_on_slurm if cell.where == "slurm" else _here)(study, cell, children)
     except (UsageError, RunError) as error:
         reason = str(error)
     return CellState("failed" if reason else "done", reason, time.monotonic() - start, cell.overrides)
@@ -136,17 +138,21 @@ def last_words(output: Path, code: int) -> str:
     return f"{ended}: {lines[-1]}" if lines else ended
 
 
-def _on_slurm(study: Study, cell: Cell) -> str:
+def _on_slurm(study: Study, cell: Cell, children: Children) -> str:
+    """The job of an interrupted study is waited for, not submitted again, and taken for what it is if it has ended well."""
     from launchers import slurm
     from launchers.queue import Handle
 
     handle = Handle.of(cell.run_dir)
-    if handle is None or not handle.status().active:  # else the job of an interrupted study: only waited for
+    now = handle.status() if handle is not None else None
+    if handle is None or now is None or (now.over and now.state != "done"):
         resume = RunFolder(cell.run_dir).holds_run()
         overrides = [*cell.overrides, f"run_dir={json.dumps(str(cell.run_dir))}"]
         with _ONE_SUBMITS:
             handle = slurm.submit(study.run, overrides, study.site, cell.name, resume=resume)
-    now = handle.wait(poll_s=_POLL_S)
+        now = handle.status()
+    while not now.over and not children.stopping.wait(_POLL_S):  # jobs outlive an interrupted study
+        now = handle.status()
     if now.state == "done":
         return ""
     return f"job {now.job} {now.state}{f': {now.reason}' if now.reason else ''}"

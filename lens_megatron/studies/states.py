@@ -11,7 +11,9 @@ from typing import Literal
 from lens_megatron.errors import RunError, UsageError
 from lens_megatron.studies.config import Cell, Study
 
-State = Literal["waiting", "done", "failed", "simulated"]
+State = Literal[
+    "waiting", "begun", "done", "failed", "simulated"
+]  # begun: under way, or left so by an interrupted study
 
 
 @dataclass(frozen=True)

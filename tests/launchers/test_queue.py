@@ -10,6 +10,7 @@ import pytest
 from launchers import queue
 from launchers.nemo import submission_error
 from lens_megatron.errors import RunError, UsageError
+from lens_megatron.machine import Output
 
 
 def write_logs(folder: Path, *texts: str) -> Path:
@@ -62,6 +63,30 @@ def test_what_nobody_remembers_is_read_from_the_run_folder(tmp_path: Path, monke
         (tmp_path / "launch" / "outcome").write_text(text)
         found = queue.status(tmp_path, ["7"])
         assert (found.state, found.reason, found.active) == (state, reason, False)
+
+
+def test_a_controller_that_does_not_answer_ends_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter(
+        [
+            Output(False, "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"),
+            Output(False, "Slurm accounting storage is disabled"),
+            Output(True, "JobId=7 JobState=RUNNING NodeList=node1"),
+            Output(True, "JobId=7 JobState=COMPLETED NodeList=node1"),
+        ]
+    )
+    monkeypatch.setattr(queue, "run_command", lambda command: next(answers))
+    handle = queue.Handle(tmp_path, ("7",))
+    silent = handle.status()
+    assert (silent.state, silent.over) == ("unknown", False)
+    assert silent.reason.startswith("Slurm does not answer: slurm_load_jobs error: Unable to contact")
+    assert handle.wait(poll_s=0.0).state == "done"
+
+
+def test_a_job_that_slurm_has_forgotten_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten = Output(False, "slurm_load_jobs error: Invalid job id specified")
+    monkeypatch.setattr(queue, "run_command", lambda command: forgotten)
+    status = queue.status(tmp_path, ["7"])
+    assert (status.state, status.over) == ("unknown", True)
 
 
 def test_sbatchs_words() -> None:

@@ -23,7 +23,9 @@ from lens_megatron.rollout.sglang_supervised import FOLDER, SupervisedServer
 
 SERVER = """
 import http.server, json, sys
-settings = json.load(open(sys.argv[sys.argv.index("--config") + 1]))
+path = sys.argv[sys.argv.index("--config") + 1]
+assert path.endswith((".yaml", ".yml")), "as SGLang does"
+settings = json.load(open(path))
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         right = self.headers["Authorization"] == "Bearer " + settings["api-key"]

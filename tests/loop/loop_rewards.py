@@ -11,6 +11,18 @@ def by_hash(response: str, answer: str, source: str) -> float:
     return float(crc32(f"{answer}|{response}".encode()) % 3 == 0)
 
 
+_judged = 0
+
+
+def tires(response: str, answer: str, source: str) -> float:
+    """Breaks in the middle of a run."""
+    global _judged
+    _judged += 1
+    if _judged > 40:
+        raise ValueError("the judge is tired")
+    return by_hash(response, answer, source)
+
+
 def slowly(response: str, answer: str, source: str) -> float:
     time.sleep(0.05)
     return by_hash(response, answer, source)

@@ -69,10 +69,19 @@ class Cluster:
         self.until(lambda: (self.root / "munge" / "munge.socket").exists(), "munged")
         if self.accounting:
             self._start_accounting()
-        self._daemon("slurmctld", "-D", "-c")
+        self._controller = self._daemon("slurmctld", "-D", "-c")
         for node in NODES:
             self.start_node(node)
         self.until(self._all_up, "the nodes")
+
+    @contextlib.contextmanager
+    def without_controller(self) -> Iterator[None]:
+        """As while it is restarted, which clusters do now and then; jobs live on."""
+        self._controller.terminate()
+        self._controller.wait(_START_S)
+        yield
+        self._controller = self._daemon("slurmctld", "-D")
+        self.until(self._all_up, "the controller")
 
     def start_node(self, node: str) -> None:
         # a mount namespace of its own: a test can hide a folder from one node
@@ -113,17 +122,20 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._kill_steps()
+        for pid, name in self._processes():
+            if name.startswith("slurmstepd"):  # one that outlived its slurmd
+                os.kill(pid, signal.SIGKILL)
+        self.until(lambda: not self._processes(), "an end of all processes of the cluster, or of its jobs,", 10.0)
 
-    def _kill_steps(self) -> None:
-        """slurmstepds of this cluster that outlived their slurmd."""
+    def _processes(self) -> list[tuple[int, str]]:
+        found = []
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                ours = str(self.root).encode() in (entry / "environ").read_bytes()
-                if ours and (entry / "comm").read_text().startswith("slurmstepd"):
-                    os.kill(int(entry.name), signal.SIGKILL)
+                if str(self.root).encode() in (entry / "environ").read_bytes():
+                    found.append((int(entry.name), (entry / "comm").read_text().strip()))
+        return found
 
-    def _daemon(self, *command: str) -> None:
+    def _daemon(self, *command: str) -> subprocess.Popen[bytes]:
         with (self.root / "log" / f"{command[0]}-{len(self._started)}.out").open("wb") as log:
             self._started.append(
                 subprocess.Popen(
@@ -135,6 +147,7 @@ class Cluster:
                     start_new_session=True,
                 )
             )
+        return self._started[-1]
 
     def _all_up(self) -> bool:
         lines = self.run("sinfo", "--noheader", "--Node", "--format", "%N %T", check=False).splitlines()
@@ -145,7 +158,7 @@ class Cluster:
         deadline = time.monotonic() + seconds
         while not holds():
             logs = "\n".join(path.read_text(errors="replace")[-1000:] for path in (self.root / "log").iterdir())
-            assert time.monotonic() < deadline, f"{what} did not come up in {seconds:.0f} s:\n{logs}"
+            assert time.monotonic() < deadline, f"{what} did not come in {seconds:.0f} s:\n{logs}"
             time.sleep(0.1)
 
     def _write_settings(self) -> None:

@@ -18,6 +18,7 @@ SLOWLY = "rewards.default.function=loop_rewards:slowly"  # about a second a step
 def same_as(base: list[dict[str, Any]], launcher: Launcher) -> None:
     lines = metrics(launcher.run_dir)
     assert [line["step"] for line in lines] == [line["step"] for line in base]
+    assert not any(line.get("rewards/failed") for line in lines + base), "a judgement failed: the machine, not the run"
     for line, expected in zip(map(decided, lines), map(decided, base), strict=True):
         different = {name for name in line.keys() | expected.keys() if line.get(name) != expected.get(name)}
         assert not different, {name: (line.get(name), expected.get(name)) for name in different}

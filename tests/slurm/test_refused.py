@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from launchers.slurm import submit
 from lens_megatron import cli
 from lens_megatron.errors import UsageError
 from tests.loop.runs import complaint
-from tests.slurm.conftest import Launcher
+from tests.slurm.conftest import STEPS, Launcher
 
 pytestmark = pytest.mark.slurm
 
@@ -45,8 +44,12 @@ def test_job_that_never_starts(launcher: Launcher, capsys: pytest.CaptureFixture
     assert "Slurm says PartitionNodeLimit: it asks for more nodes, or more time, than the partition allows" in words
     with pytest.raises(UsageError, match="which is pending: stop it first"):
         submit(launcher.folder / "RUN.yaml", [], launcher.folder / "site.yaml")
+    with launcher.cluster.without_controller():
+        status = handle.status()
+        assert status.reason.startswith("Slurm does not answer: ") and not status.over
+    assert handle.status().state == "pending"
     assert cli.main(["stop", str(launcher.run_dir)]) == 0
-    launcher.until(lambda: not handle.status().active, "end")
+    launcher.until(lambda: handle.status().over, "end")
 
 
 def test_run_folder_that_a_node_does_not_share(launcher: Launcher) -> None:
@@ -73,32 +76,11 @@ def test_run_folder_that_the_first_node_does_not_share(launcher: Launcher) -> No
 
 
 def test_failing_job_is_failed_with_its_reason(launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
-    """A failure of one rank in the middle: a judge that raises after some steps would do; here, data that is gone."""
-    data = launcher.folder / "gone.jsonl"
-    data.write_text("{}\n")
-    handle = launcher.submit(f"data.train={data}")
-    status = launcher.ended(handle)
+    """In the middle of a run: rank 0 knows why, and the rank on the other node only that it was left alone."""
+    status = launcher.ended(launcher.submit("rewards.default.function=loop_rewards:tires"))
+    assert 0 < launcher.steps() < STEPS
     assert (status.state, status.slurm) == ("failed", "FAILED")
-    assert status.reason.startswith("error: ") and str(data) in status.reason
+    assert status.reason.startswith("failed: ") and "the judge is tired" in status.reason
     assert cli.main(["status", str(launcher.run_dir)]) == 0
     words = capsys.readouterr().out
     assert "state       failed" in words and f"reason      {status.reason}" in words
-
-
-def test_four_cells_one_of_which_fails(launcher: Launcher) -> None:
-    """One job a cell, as a study queues them: the failing cell is told from the others, with its reason."""
-    handles = []
-    for seed, model in enumerate(["model", "model", "not-a-model", "model"]):
-        cell = Launcher(launcher.cluster, launcher.task, launcher.folder / f"cell{seed}")
-        cell.folder.mkdir()
-        overrides = [f"seed={seed}", "site.time=00:03:00"]
-        if model != "model":
-            overrides.append("rewards.default.function=loop_rewards:not_there")
-        handles.append(cell.submit(*overrides, steps=1, parallel={"tp": 1}))
-    states = [launcher.ended(handle) for handle in handles]
-    assert [status.state for status in states] == ["done", "done", "failed", "done"]
-    assert "not_there" in states[2].reason
-    assert len({handle.jobs for handle in handles}) == 4
-    assert all(
-        (Path(h.run_dir) / "metrics.jsonl").exists() for h, s in zip(handles, states, strict=True) if s.state == "done"
-    )

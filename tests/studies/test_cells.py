@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +156,9 @@ def test_cells_on_slurm_are_jobs(
 ) -> None:
     """With the launchers' own functions replaced: a real Slurm runs in tests/slurm."""
     from launchers import queue, slurm
-    from lens_megatron.studies import config
+    from lens_megatron.studies import config, running
 
+    monkeypatch.setattr(running, "_POLL_S", 0.01)
     submitted: list[tuple[str, list[str], bool]] = []
     ends = {"seed0": ("done", ""), "seed1": ("failed", "error: no such rule"), "seed2": ("unfinished", "")}
 
@@ -162,12 +166,14 @@ def test_cells_on_slurm_are_jobs(
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def wait(self, poll_s: float) -> queue.JobStatus:
-            state, reason = ends[self.name]
-            return queue.JobStatus(state, "17", reason=reason)  # type: ignore[arg-type]
+            self.looks = 0
 
         def status(self) -> queue.JobStatus:
-            return queue.JobStatus("running", "17")
+            state, reason = ends[self.name]
+            self.looks += 1
+            if self.looks < 3:
+                return queue.JobStatus("running", "17") if self.looks == 1 else queue.JobStatus("unknown", silent=True)
+            return queue.JobStatus(state, "17", reason=reason)  # type: ignore[arg-type]
 
     def submit(run: Path, overrides: list[str], site: Path, name: str, *, resume: bool) -> Job:
         assert site == tmp_path / "site.yaml" and run == tmp_path / "RUN.yaml"
@@ -176,8 +182,8 @@ def test_cells_on_slurm_are_jobs(
 
     monkeypatch.setattr(slurm, "submit", submit)
     monkeypatch.setattr(config, "find_weights", lambda model: tmp_path)
-    running = {"seed0"}  # the job of an earlier, interrupted study
-    monkeypatch.setattr(queue.Handle, "of", lambda folder: Job(folder.name) if folder.name in running else None)
+    queued = {"seed0"}  # the job of an earlier, interrupted study
+    monkeypatch.setattr(queue.Handle, "of", lambda folder: Job(folder.name) if folder.name in queued else None)
     path = study(tmp_path, where="slurm", site="site.yaml", at_once=3, grid={"seed": [0, 1, 2]})
     assert main(["study", str(path)]) == 1
     out = capsys.readouterr().out
@@ -187,6 +193,50 @@ def test_cells_on_slurm_are_jobs(
     assert sorted(name for name, _, _ in submitted) == ["seed1", "seed2"]  # what is queued is not submitted twice
     run_dir = tmp_path / "study" / "cells" / "seed1"
     assert {name: overrides for name, overrides, _ in submitted}["seed1"] == ["seed=1", f'run_dir="{run_dir}"']
+
+
+def test_an_interrupted_study_leaves_its_jobs_and_takes_what_became_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from launchers import queue, slurm
+    from lens_megatron.studies import config
+
+    jobs: dict[str, str] = {}
+    interrupted = False
+
+    class Job:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def status(self) -> queue.JobStatus:
+            nonlocal interrupted
+            if len(jobs) == 2 and not interrupted:
+                interrupted = True
+                os.kill(os.getpid(), signal.SIGINT)
+            return queue.JobStatus(jobs[self.name], self.name)  # type: ignore[arg-type]
+
+    def submit(run: Path, overrides: list[str], site: Path, name: str, *, resume: bool) -> Job:
+        assert name not in jobs
+        jobs[name] = "running"
+        return Job(name)
+
+    monkeypatch.setattr(slurm, "submit", submit)
+    monkeypatch.setattr(config, "find_weights", lambda model: tmp_path)
+    monkeypatch.setattr(queue.Handle, "of", lambda folder: Job(folder.name) if folder.name in jobs else None)
+    arms = [{"name": "a", "set": {"steps": 3}}, {"name": "b"}]
+    common = {"where": "slurm", "site": "site.yaml", "at_once": 2}
+    path = study(tmp_path, **common, arms=arms)
+    start = time.monotonic()
+    assert main(["study", str(path)]) == 130
+    assert time.monotonic() - start < 4, "a study waits for its jobs after Ctrl-C"
+    assert main(["study", str(path), "--list"]) == 0
+    assert capsys.readouterr().out.count("begun") == 2
+    # the jobs under way are of these values and no others
+    changed = study(tmp_path, **common, arms=[{"name": "a", "set": {"steps": 4}}, {"name": "b"}])
+    assert main(["study", str(changed)]) == 2
+    assert "cell a was run with other values (steps=3)" in capsys.readouterr().err
+    jobs.update(a="done", b="done")
+    assert main(["study", str(study(tmp_path, **common, arms=arms))]) == 0
 
 
 def test_it_does_not_start_inside_a_job_of_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
