@@ -23,6 +23,7 @@ class Prompt:
     answer: str
     source: str = ""
     text: str = ""  # the user's question, for people
+    planted: tuple[int, ...] = ()  # positions of noise that was put there on purpose, ascending; for studies
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from lens_megatron.rollout.sampling import SampleCounts
 from lens_megatron.trainer import _EVERY_STEP
 from lens_megatron.types import Prompt
 from tests.algorithms.minibatches import as_parameters, random_minibatch, whole
-from tests.algorithms.rescue_groups import binary, group
+from tests.algorithms.rescue_groups import X, binary, group
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -123,6 +123,11 @@ def written_metrics() -> set[str]:
     ]
     names = set(_EVERY_STEP) | {"truncated_ratio", "noise_floor", "grad_norm", "lr", "skipped"}
     names |= set(group_metrics(groups, [Outcome("0", "purified", eligible=20, above_floor=5)]))
+    noisy = dataclasses.replace(
+        group(binary(0), binary(3), "noisy"), prompt=Prompt("noisy", X, (1, 5), "", planted=(2,))
+    )
+    deleted = Outcome("noisy", "purified", noisy.purified_prompt, eligible=4)
+    names |= set(group_metrics([rebuild_group(noisy, lens, seed=0, step=0)], [deleted]))
     names |= {f"sampling/{field.name}" for field in dataclasses.fields(SampleCounts)} - {"sampling/reward_seconds"}
     for mode in ("none", "greso"):
         names |= set(PromptFilter(FilterConfig(mode=mode), 4, 0).metrics())  # type: ignore[arg-type]

@@ -48,7 +48,12 @@ def group_metrics(groups: Sequence[RebuiltGroup], outcomes: Iterable[Outcome] = 
     after = [bucket(_trained_successes(group), len(group.members)) for group in groups]
     metrics |= {f"success_distribution/original/{name}": _mean(b == name for b in before) for name in BUCKETS}
     metrics |= {f"success_distribution/trained/{name}": _mean(b == name for b in after) for name in BUCKETS}
-    return _known(metrics | _rescue_metrics(groups) | _outcome_metrics(list(by_prompt.values())))
+    return _known(
+        metrics
+        | _rescue_metrics(groups)
+        | _outcome_metrics(list(by_prompt.values()))
+        | _planted_metrics(groups, by_prompt)
+    )
 
 
 def _rescue_metrics(groups: Sequence[RebuiltGroup]) -> dict[str, float | None]:
@@ -91,6 +96,27 @@ def _outcome_metrics(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
         "purification/scores_above_floor": _mean(
             outcome.above_floor / outcome.eligible for outcome in outcomes if outcome.above_floor is not None
         ),
+    }
+
+
+def _planted_metrics(groups: Sequence[RebuiltGroup], outcomes: Mapping[str, Outcome]) -> dict[str, float | None]:
+    """Does the deletion find noise that was planted on purpose? Of purified prompts with some; shares of tokens, not
+    means of prompts' shares. Chance: the precision of deleting eligible tokens at random."""
+    deleted = planted = hits = eligible = 0
+    for group in groups:
+        noise = set(group.group.prompt.planted)
+        outcome = outcomes.get(group.group.prompt.id)
+        if noise and outcome is not None and outcome.purified_prompt is not None:
+            deleted += len(outcome.purified_prompt.deleted)
+            planted += len(noise)
+            hits += len(noise.intersection(outcome.purified_prompt.deleted))
+            eligible += outcome.eligible
+    if not deleted:
+        return {}
+    return {
+        "purification/planted_precision": hits / deleted,
+        "purification/planted_recall": hits / planted,
+        "purification/planted_chance": planted / eligible,
     }
 
 

@@ -13,6 +13,9 @@ EXAMPLE = "lens-megatron study examples/scaling/STUDY.yaml at_once=2"
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", metavar="STUDY.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of STUDY.yaml")
+    parser.add_argument(
+        "--only", metavar="PATTERN", action="append", help="run only cells of such names ('grpo-*'); may be repeated"
+    )
     parser.add_argument("--list", action="store_true", help="show the cells and what is done; run nothing")
     parser.add_argument("--collect", action="store_true", help="tables and page of what there is; run nothing")
     parser.add_argument("--json", type=Path, metavar="F", help="write a row per cell to F as well")
@@ -36,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.collect:
         terminal = sys.stdout  # nemo-run's words are caught, on one thread, while another has something to say
-        run_study(study, lambda line: print(line, file=terminal, flush=True))
+        run_study(study, lambda line: print(line, file=terminal, flush=True), args.only or ["*"])
     study.folder.mkdir(parents=True, exist_ok=True)
     results = collect(study)
     write_tables(study, results)

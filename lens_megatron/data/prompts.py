@@ -45,7 +45,8 @@ def encode_prompts(rows: Sequence[Row], template: Template) -> list[Prompt]:
     for start in range(0, len(rows), _TOKENISE_AT_ONCE):
         some = rows[start : start + _TOKENISE_AT_ONCE]
         for row, encoded in zip(some, template.encode(some), strict=True):
-            prompts.append(Prompt(row.id, encoded.tokens, encoded.question, row.answer, row.source, encoded.text))
+            question = (encoded.question, row.answer, row.source, encoded.text)
+            prompts.append(Prompt(row.id, encoded.tokens, *question, planted=encoded.planted))
     return prompts
 
 

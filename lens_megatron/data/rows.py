@@ -1,6 +1,6 @@
 """Rows of the two schemas, ours and verl's, checked and brought to one form.
 
-Ours: {"prompt": text or chat messages, "answer": text or number, "source"?, "id"?}.
+Ours: {"prompt": text or chat messages, "answer": text or number, "source"?, "id"?, "planted"?}.
 verl's: {"prompt": chat messages, "reward_model": {"ground_truth"}, "data_source"}.
 """
 
@@ -30,6 +30,9 @@ class Row:
     answer: str
     source: str
     where: str  # file and line, for errors
+    planted: tuple[
+        tuple[int, int], ...
+    ] = ()  # half-open spans of noise in the question, in characters, where it is known
 
     @property
     def question(self) -> str:
@@ -57,12 +60,14 @@ def parse_rows(raw: Iterator[RawRow], prompt_key: str, answer_key: str) -> Itera
 def parse_row(where: str, columns: dict[str, Any], prompt_key: str = "prompt", answer_key: str = "answer") -> Row:
     source = columns.get("source") or columns.get("data_source") or ""
     row_id = columns.get("id")
+    messages = _messages(where, columns, prompt_key)
     return Row(
         id=_default_id(where) if row_id is None else str(row_id),
-        messages=_messages(where, columns, prompt_key),
+        messages=messages,
         answer=_answer(where, columns, answer_key),
         source=str(source),
         where=where,
+        planted=_planted(where, columns.get("planted"), messages[-1].content),
     )
 
 
@@ -90,6 +95,21 @@ def _messages(where: str, columns: dict[str, Any], key: str) -> tuple[Message, .
     if messages[-1].role != "user" or not messages[-1].content.strip():
         raise UsageError(f"{where}: {key!r} should end with a question of the user")
     return tuple(messages)
+
+
+def _planted(where: str, spans: Any, question: str) -> tuple[tuple[int, int], ...]:
+    """Noise that was put into a prompt on purpose, as studies do: what a deletion should find."""
+    if spans is None:
+        return ()
+    found = []
+    for span in spans if isinstance(spans, list) else [spans]:
+        whole = isinstance(span, list) and len(span) == 2 and all(type(number) is int for number in span)
+        if not whole or not 0 <= span[0] < span[1] <= len(question):
+            raise UsageError(
+                f"{where}: 'planted' should list [start, end] of characters in the question (got {span!r})"
+            )
+        found.append((span[0], span[1]))
+    return tuple(found)
 
 
 def _answer(where: str, columns: dict[str, Any], key: str) -> str:

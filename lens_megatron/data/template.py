@@ -27,6 +27,7 @@ class Encoded:
     tokens: tuple[int, ...]
     question: tuple[int, int]  # half-open, in tokens
     text: str  # the question
+    planted: tuple[int, ...] = ()  # positions of tokens that hold planted noise
 
 
 class Template:
@@ -63,7 +64,7 @@ class Template:
             span = question_span(r, offsets)
             if span[0] == span[1]:
                 raise UsageError(f"{row.where}: no token of the question stands on its own ({row.question[:40]!r})")
-            result.append(Encoded(tuple(ids), span, row.question))
+            result.append(Encoded(tuple(ids), span, row.question, planted_tokens(row, r, offsets)))
         return result
 
     def _in_chat(self, row: Row) -> Rendered:
@@ -78,6 +79,17 @@ class Template:
         messages = [{"role": m.role, "content": m.content} for m in row.messages[:-1]]
         messages.append({"role": "user", "content": question})
         return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def planted_tokens(row: Row, rendered: Rendered, offsets: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """Tokens that share a character with a span of planted noise."""
+    if not row.planted:
+        return ()
+    trimmed = row.question.find(rendered.text[rendered.start : rendered.end])  # chat templates strip spaces
+    if trimmed < 0:
+        raise UsageError(f"{row.where}: 'planted' cannot be placed: the template rewrites the question")
+    spans = [(rendered.start - trimmed + start, rendered.start - trimmed + end) for start, end in row.planted]
+    return tuple(i for i, (a, b) in enumerate(offsets) if any(a < end and start < b for start, end in spans))
 
 
 def question_span(rendered: Rendered, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:

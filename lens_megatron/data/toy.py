@@ -5,13 +5,16 @@ harmless; a few, such as "nearly", mislead: in the supervised data the step of a
 the wrong sign, as often as that word says. So a model trained on it solves plain stories, mostly fails on misleading
 ones, and knows everything that a solution needs: the wrong step differs from the right one in one choice, all later
 steps follow from it. The gold answer never heeds the adverbs.
+
+The study (examples/study) tells longer stories with more kinds of noise: adjectives that mislead about the amount, tags at
+the end of a sentence after which the step is left out, and asides about the weather.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,15 @@ MISLEADING = {
     "oddly": 0.75,
     "allegedly": 0.75,
 }
+MISLEADING_AMOUNT = {"double": 0.85, "extra": 0.85, "fake": 0.8, "phantom": 0.8, "doubtful": 0.75, "spurious": 0.75}
+MISLEADING_TAG = {
+    "perhaps": 0.85,
+    "maybe": 0.85,
+    "possibly": 0.8,
+    "presumably": 0.8,
+    "apparently": 0.75,
+    "conceivably": 0.75,
+}
 LARGEST = 30
 OPERANDS = (1, 2, 3, 4, 5)
 STEPS = (4, 5)  # of a story, shortest and longest
@@ -46,10 +58,36 @@ class Step:
     verb: str
     amount: int
     adverb: str = ""
+    adjective: str = ""
+    tag: str = ""
+    aside: str = ""  # a sentence after it, about something else
 
     @property
     def gain(self) -> bool:
         return self.verb in GAINS
+
+    @property
+    def misleads(self) -> float:
+        """How often the supervised data is misled here. At most one of a step's words misleads."""
+        return max(
+            MISLEADING.get(self.adverb, 0.0),
+            MISLEADING_AMOUNT.get(self.adjective, 0.0),
+            MISLEADING_TAG.get(self.tag, 0.0),
+        )
+
+    def change(self, misled: bool) -> int:
+        """What the count changes by: by the right amount, or as the misleading word has it."""
+        amount, sign = self.amount, 1 if self.gain else -1
+        if misled and self.adjective in MISLEADING_AMOUNT:
+            return sign * (amount + 1)
+        if misled and self.tag in MISLEADING_TAG:
+            return 0
+        return -sign * amount if misled else sign * amount
+
+    def sentence(self, pronoun: str, thing: str) -> str:
+        words = [f"On {self.day} {pronoun}", self.adverb, self.verb, str(self.amount), self.adjective, thing, self.tag]
+        said = " ".join(word for word in words if word) + "."
+        return f"{said} {self.aside}" if self.aside else said
 
 
 @dataclass(frozen=True)
@@ -61,22 +99,20 @@ class Story:
 
     def question(self) -> str:
         said = [f"{self.name} has {self.start} {self.thing}."]
-        for step in self.steps:
-            adverb = f"{step.adverb} " if step.adverb else ""
-            said.append(f"On {step.day} {NAMES[self.name]} {adverb}{step.verb} {step.amount} {self.thing}.")
+        said += [step.sentence(NAMES[self.name], self.thing) for step in self.steps]
         return " ".join([*said, f"How many {self.thing} does {self.name} have?"])
 
     def states(self, misled: frozenset[int] = frozenset()) -> list[int]:
-        """What is there at the start and after each step, when the steps in `misled` are taken with the wrong sign."""
+        """What is there at the start and after each step, when the steps in `misled` are taken wrongly."""
         counts = [self.start]
         for i, step in enumerate(self.steps):
-            counts.append(counts[-1] + (step.amount if step.gain != (i in misled) else -step.amount))
+            counts.append(counts[-1] + step.change(i in misled))
         return counts
 
     def solution(self, misled: frozenset[int] = frozenset()) -> str:
         counts = self.states(misled)
         lines = [
-            f"{step.day} {before} {'+' if after > before else '-'} {step.amount} = {after}."
+            f"{step.day} {before} {'+' if after > before else '-'} {abs(after - before)} = {after}."
             for step, before, after in zip(self.steps, counts, counts[1:], strict=False)
         ]
         return " ".join([*lines, f"Answer \\boxed{{{counts[-1]}}}"])
@@ -101,8 +137,13 @@ def make_story(rng: random.Random, misleading: int, steps: int) -> Story:
                 adverb = rng.choice(tuple(MISLEADING))
             told.append(Step(DAYS[first + i], rng.choice(GAINS + LOSSES), rng.choice(OPERANDS), adverb))
         story = Story(rng.choice(tuple(NAMES)), rng.choice(THINGS), rng.randint(5, LARGEST - 5), tuple(told))
-        if all(min(s) >= 0 and max(s) <= LARGEST for s in (story.states(misled) for misled in _subsets(sorted(at)))):
+        if stays_in_range(story, at):
             return story
+
+
+def stays_in_range(story: Story, at: frozenset[int]) -> bool:
+    """Whether counts stay within 0..LARGEST, whichever of the steps `at` are taken wrongly."""
+    return all(min(s) >= 0 and max(s) <= LARGEST for s in (story.states(misled) for misled in _subsets(sorted(at))))
 
 
 def _subsets(items: list[int]) -> Iterator[frozenset[int]]:
@@ -111,7 +152,7 @@ def _subsets(items: list[int]) -> Iterator[frozenset[int]]:
 
 
 def misled_steps(rng: random.Random, story: Story) -> frozenset[int]:
-    return frozenset(i for i, step in enumerate(story.steps) if rng.random() < MISLEADING.get(step.adverb, 0.0))
+    return frozenset(i for i, step in enumerate(story.steps) if rng.random() < step.misleads)
 
 
 def supervised_rows(count: int, seed: int, steps: tuple[int, int] = STEPS) -> Iterator[dict[str, str]]:
@@ -143,7 +184,7 @@ def prompt_rows(
         }
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, more_words: Sequence[str] = ()) -> None:
     """A word-level Hugging Face tokenizer of the toy's explicit vocabulary, with a chat template."""
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import WordLevel
@@ -153,6 +194,7 @@ def write_tokenizer(folder: Path) -> None:
     words += ["has", "On", "How", "many", "does", "have", *sorted(set(NAMES.values()))]
     words += [*NAMES, *THINGS, *DAYS, *GAINS, *LOSSES, *HARMLESS, *MISLEADING]
     words += [str(number) for number in range(LARGEST + 1)]
+    words += more_words
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     pieces = pre_tokenizers.Split(Regex(r"\\boxed\{|\w+|[^\w\s]"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pieces])
@@ -185,12 +227,13 @@ def write_toy(folder: Path, seed: int = 0, sizes: ToySizes | None = None) -> Non
     write_jsonl(folder / "test.jsonl", prompt_rows(sizes.test, seed, STEPS, "test"))
 
 
-def model_config() -> dict[str, Any]:
-    """The shape of the base model: the smallest found to learn the task in a minute or two."""
+def model_config(vocabulary: int = 112) -> dict[str, Any]:
+    """The shape of the base model: the smallest found to learn the task in a minute or two. The toy's vocabulary is the
+    tokenizer's 97, padded so that tensor parallelism divides it."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
-        "vocab_size": 112,  # the tokenizer's 97, padded so that tensor parallelism divides it
+        "vocab_size": vocabulary,
         "hidden_size": 96,
         "intermediate_size": 256,
         "num_hidden_layers": 2,
@@ -209,7 +252,7 @@ def model_config() -> dict[str, Any]:
     }
 
 
-def write_jsonl(path: Path, rows: Iterator[dict[str, str]]) -> None:
+def write_jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as out:
         for row in rows:

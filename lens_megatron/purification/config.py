@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-Strategy = Literal["interference", "random", "gradient", "resample"]
+Strategy = Literal["interference", "random", "gradient", "resample", "planted"]
 Scope = Literal["question", "prompt"]
 Ties = Literal["skip", "position"]
 
@@ -16,6 +16,7 @@ class PurificationConfig:
 
     strategy     interference: highest |log pi_theta - log pi_ref| (Eq. 1).  random: uniform over the same tokens.
                  gradient: smallest gradient norm of the token's embedding.  resample: delete nothing, roll out again.
+                 planted: an oracle, for data whose rows say where noise was planted: all of it, whatever gamma says.
     gamma        deletion ratio: k = ceil(gamma x number of eligible tokens). The paper sweeps 1% to 5%.
     scope        question: tokens of the user's question.  prompt: every non-special token but the first.
     ties         what happens to tokens whose score is not above the noise floor. skip: never chosen, and a prompt

@@ -1,7 +1,7 @@
-"""One question, four answers: under which tokens is a failing prompt rolled out again?
+"""One question, five answers: under which tokens is a failing prompt rolled out again?
 
 Interference is the paper's; random, gradient and resample are the rivals of its Table 6. All take the same prompt,
-the same eligible tokens and the same k.
+the same eligible tokens and the same k. Planted is the bound that none can pass, where noise was planted on purpose.
 
 Shapes: T tokens of one prompt.
 """
@@ -21,7 +21,7 @@ from lens_megatron.purification.seeds import choose, seed_for
 from lens_megatron.purification.select import Selection, delete, deletion_count, select_top
 from lens_megatron.types import Prompt, PurifiedPrompt
 
-OutcomeKind = Literal["purified", "resample", "tied", "nothing_eligible", "unscored"]
+OutcomeKind = Literal["purified", "resample", "tied", "nothing_eligible", "nothing_planted", "unscored"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ def purify(
     )
     selection = _STRATEGIES[config.strategy](request)
     above_floor = selection.above_floor if config.strategy == "interference" else None
+    if not selection.positions and not selection.tied:
+        return Outcome(prompt.id, "nothing_planted", eligible=eligible)
     if not selection.positions:
         return Outcome(prompt.id, "tied", eligible=eligible, above_floor=above_floor, tied=True)
     purified = delete(prompt, selection.positions)
@@ -119,6 +121,12 @@ def _random(request: _Request) -> Selection:
     return Selection(choose(positions, request.count, request.seed), tied=False, above_floor=0)
 
 
+def _planted(request: _Request) -> Selection:
+    """Eligible ones only: a template is nobody's noise."""
+    may_go = request.eligible_T.tolist()
+    return Selection(tuple(t for t in request.prompt.planted if may_go[t]), tied=False, above_floor=0)
+
+
 def _measured(request: _Request, values_T: Float[Tensor, " T"] | None, what: str) -> Float[Tensor, " T"]:
     if values_T is None:
         raise ValueError(f"prompt {request.prompt.id!r}: strategy {request.config.strategy!r} needs its {what}")
@@ -133,4 +141,5 @@ _STRATEGIES: dict[Strategy, Callable[[_Request], Selection]] = {
     "interference": _interference,
     "gradient": _gradient,
     "random": _random,
+    "planted": _planted,
 }

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lens_megatron.errors import RunError, UsageError
@@ -25,9 +26,12 @@ _POLL_S = 5.0
 _ONE_SUBMITS = threading.Lock()  # nemo-run keeps what it submits in globals
 
 
-def run_study(study: Study, tell: Tell) -> None:
-    """A cell that fails does not stop the others."""
+def run_study(study: Study, tell: Tell, only: Sequence[str] = ("*",)) -> None:
+    """A cell that fails does not stop the others. `only`: patterns of names, for a study that is run in pieces."""
     check_same_cells(study)
+    wanted = {cell.name for cell in study.cells for pattern in only if fnmatchcase(cell.name, pattern)}
+    if not wanted:
+        raise UsageError(f"--only {' '.join(only)}: no cell has such a name; --list shows them")
     try:
         study.folder.mkdir(parents=True, exist_ok=True)
         (study.folder / "logs").mkdir(exist_ok=True)
@@ -36,12 +40,12 @@ def run_study(study: Study, tell: Tell) -> None:
         raise UsageError(f"study_dir {study.folder} cannot be written: {error.strerror}") from None
     with lock:
         _take(lock.fileno(), study.folder)
-        cells = to_do(study)
-        done = len(study.cells) - len(cells)
+        cells = [cell for cell in to_do(study) if cell.name in wanted]
+        done = len(wanted) - len(cells)
         if done:
-            tell(f"{done} of {len(study.cells)} cells are done already")
+            tell(f"{done} of {len(wanted)} cells are done already")
         children = Children()
-        count = iter(range(done + 1, len(study.cells) + 1))
+        count = iter(range(done + 1, len(wanted) + 1))
 
         def one(cell: Cell) -> None:
             if cell.where != "simulated" and not children.stopping.is_set():
@@ -51,7 +55,7 @@ def run_study(study: Study, tell: Tell) -> None:
                 return
             write_state(study, cell, state)
             words = state.reason or (f"{state.seconds:.0f} s" if state.seconds else "")
-            tell(f"[{next(count)}/{len(study.cells)}] {cell.name}: {state.state}{f' ({words})' if words else ''}")
+            tell(f"[{next(count)}/{len(wanted)}] {cell.name}: {state.state}{f' ({words})' if words else ''}")
 
         with ThreadPoolExecutor(study.config.at_once) as pool:
             try:

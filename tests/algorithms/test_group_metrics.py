@@ -17,6 +17,7 @@ from lens_megatron.algorithms.group_metrics import (
 )
 from lens_megatron.algorithms.rescue import RebuiltGroup, RescueConfig, rebuild_group
 from lens_megatron.purification.strategies import Outcome
+from lens_megatron.types import PurifiedPrompt
 
 from .rescue_groups import binary, group
 
@@ -164,3 +165,19 @@ def test_overlap_of_deletions() -> None:
     after = {"a": [2, 3, 5, 6], "b": [4], "e": [9], "d": []}
     assert top_k_overlap(before, after) == (2 / 4 + 1) / 2
     assert top_k_overlap({"a": [1]}, {"b": [1]}) is None
+
+
+def test_deletions_against_planted_noise_by_hand() -> None:
+    def one(name: str, noise: tuple[int, ...], deleted: tuple[int, ...] | None) -> tuple[RebuiltGroup, Outcome]:
+        whole = group(binary(0), binary(3), name)
+        prompt = replace(whole.prompt, planted=noise)
+        purified = None if deleted is None else PurifiedPrompt(name, (1,), deleted)
+        made = rebuild_group(replace(whole, prompt=prompt), LENS, seed=0, step=0)
+        return made, Outcome(name, "purified" if deleted else "tied", purified, eligible=20)
+
+    pairs = [one("a", (2, 5), (2, 9, 11)), one("b", (7,), (7, 8)), one("clean", (), (3,)), one("tied", (4, 5), None)]
+    metrics = group_metrics([made for made, _ in pairs], [outcome for _, outcome in pairs])
+    assert metrics["purification/planted_precision"] == pytest.approx(2 / 5)
+    assert metrics["purification/planted_recall"] == pytest.approx(2 / 3)
+    assert metrics["purification/planted_chance"] == pytest.approx(3 / 40)
+    assert "purification/planted_precision" not in group_metrics([pairs[2][0]], [pairs[2][1]])  # no noise: not 0

@@ -41,6 +41,16 @@ def pieces(tokenizer: Any, tokens: tuple[int, ...], span: tuple[int, int]) -> tu
     return decode(tokens[: span[0]]), decode(tokens[slice(*span)]), decode(tokens[span[1] :])
 
 
+@pytest.mark.parametrize("template", [BOXED, CHAT, BARE])
+def test_planted_noise_is_found_among_the_tokens(tokenizer: Any, template: str) -> None:
+    text = "  Anna nearly sells 7 pears, supposedly.  "  # chat templates strip it
+    spans = tuple((text.index(word), text.index(word) + len(word)) for word in ("nearly", "supposedly"))
+    (encoded,) = Template(tokenizer, template).encode([replace(row(text), planted=spans)])
+    assert tokenizer.decode([encoded.tokens[t] for t in encoded.planted]).split() == ["nearly", "supposedly"]
+    (plain,) = Template(tokenizer, template).encode([row(text)])
+    assert plain.planted == () and plain.tokens == encoded.tokens
+
+
 @pytest.mark.parametrize("template", [BOXED, CHAT, "Question: {problem}\nAnswer:", BARE])
 @pytest.mark.parametrize(
     "question",

@@ -156,3 +156,15 @@ def test_a_hub_id_is_read_from_its_snapshot(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(UsageError, match="owner/name: no such file, and the hub did not give it"):
         read_rows("owner/name")
+
+
+@pytest.mark.parametrize("planted", [[[3, 3]], [[0, 99]], [[-1, 2]], [[1]], [[0.0, 2]], "2", 7])
+def test_planted_noise_outside_the_question_is_refused(planted: Any, tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", [{"prompt": "What is 2+2?", "answer": "4", "planted": planted}])
+    with pytest.raises(UsageError, match=r"a\.jsonl:1: 'planted'"):
+        read_rows(source)
+
+
+def test_planted_noise_is_read(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", [{"prompt": "What is 2+2?", "answer": "4", "planted": [[0, 4], [5, 7]]}])
+    assert read_rows(source)[0].planted == ((0, 4), (5, 7))

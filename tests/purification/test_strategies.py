@@ -81,6 +81,14 @@ def test_resample_rolls_out_the_original_again() -> None:
     assert purified.rescue_prompt is purified.purified_prompt and tied.rescue_prompt is None
 
 
+def test_planted_deletes_all_noise_of_the_question_and_nothing_else() -> None:
+    noisy = replace(PROMPT, planted=(1, 3, 5, 6, 10))  # 1: the template's, 6: a special token
+    outcome = run(replace(CONFIG, strategy="planted", gamma=0.01), Signals(), prompt=noisy)
+    assert outcome.purified_prompt is not None and outcome.purified_prompt.deleted == (3, 5, 10)
+    none = run(replace(CONFIG, strategy="planted"), Signals())
+    assert (none.kind, none.can_be_rescued, none.tied) == ("nothing_planted", False, False)
+
+
 def test_a_question_without_plain_tokens_cannot_be_purified() -> None:
     empty = replace(PROMPT, question=(6, 7))
     for strategy in ("interference", "random", "gradient"):

@@ -49,6 +49,13 @@ def test_cells_run_fail_and_are_taken_up_again(tmp_path: Path) -> None:
     task = write_task(tmp_path / "task")
     path = study_tree(task, tmp_path / "here")
     folder = tmp_path / "here" / "study"
+    code, words = finished(tmp_path, "study", str(path), "--only", "grpo-*")  # a piece of it
+    assert code == 0, words
+    assert {name: row["state"] for name, row in rows(folder / "cells.csv").items() if row["state"] != "waiting"} == {
+        "grpo-seed0": "done"
+    }
+    code, words = finished(tmp_path, "study", str(path), "--only", "nothing*")
+    assert code == 2 and "no cell has such a name" in words
     code, words = finished(tmp_path, "study", str(path))
     assert code == 1, words
     assert "failed cell broken-seed0: " in words and "no_such_rule" in words

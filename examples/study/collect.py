@@ -1,0 +1,98 @@
+"""What the study's runs left behind, as the small tidy tables that are committed: a row per run and step, and a row per run.
+
+python -m examples.study.collect       (from the repository's root, on the machine that ran the study)
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).parent / "data"
+BASE = Path("runs/study/base.json")  # the base model's success rates, by make.py
+STUDIES = {"main": Path(__file__).parent / "STUDY.yaml", "pilot": Path(__file__).parent / "PILOT.yaml"}
+METRICS = (
+    *("eval/noisy", "eval/clean", "eval/unseen"),
+    *("success", "reward", "zero_reward_ratio", "zero_reward_ratio_trained", "zero_signal_ratio", "success_trained"),
+    *("groups_destroyed", "groups_revived", "purified_ratio", "improved_ratio", "deleted_tokens_per_prompt"),
+    *("rescue/signal_window", "rescue/improvement", "rescue/replaced", "rescue/not_purified"),
+    *(f"success_distribution/original/{bucket}" for bucket in ("failure", "low", "mid", "high", "solved")),
+    *("purification/tied", "purification/scores_above_floor", "purification/overlap_with_last_time"),
+    *(f"purification/planted_{name}" for name in ("precision", "recall", "chance")),
+    *("ratio_purified", "ratio_original", "rho_purified_below_0.3", "rho_purified_above_1.2"),
+    *("effective_size_rho_purified_tokens", "effective_size_rho_purified_sequences"),
+    *("kl", "entropy", "entropy_purified", "grad_norm", "clip_fraction", "positive_mass", "negative_mass"),
+    *("transfer/rescued_prompts", "transfer/other_prompts", "transfer/rescued_gain", "transfer/matched_difference"),
+    *("response_tokens", "tokens", "time/step", "time/eval"),
+    *(f"sampling/{name}" for name in ("original_rollouts", "purified_rollouts", "original_tokens", "purified_tokens")),
+)
+
+
+def collect_tables(studies: Mapping[str, Path], data: Path) -> int:
+    """Finished runs only. How many there are."""
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    from lens_megatron.studies.config import load_study
+    from lens_megatron.studies.table import collect
+
+    lines: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
+    for name, path in studies.items():
+        for result in collect(load_study(path)):
+            if result.state.state != "done" or result.run is None:
+                continue
+            labels = result.cell.labels
+            key = {"study": name, "arm": str(labels.get("arm", result.cell.name)), "seed": int(labels["seed"])}
+            lines += [{**key, "step": int(line["step"]), **_known(line)} for line in result.run.metrics]
+            versions = result.run.versions
+            software = " ".join(
+                f"{k} {versions[k]}" for k in ("lens-megatron", "torch") if isinstance(versions.get(k), str)
+            )
+            runs.append(
+                {
+                    **key,
+                    "seconds": round(result.state.seconds or 0),
+                    "software": software,
+                    "set": " ".join(result.state.overrides),
+                }
+            )
+    data.mkdir(parents=True, exist_ok=True)
+    _write_csv(data / "runs.csv", runs)
+    kinds = {"study": pyarrow.string(), "arm": pyarrow.string(), "seed": pyarrow.int32(), "step": pyarrow.int32()}
+    columns = {k: pyarrow.array([line[k] for line in lines], kind) for k, kind in kinds.items()}
+    columns |= {k: pyarrow.array([line.get(k) for line in lines], pyarrow.float32()) for k in METRICS}
+    pq.write_table(pyarrow.table(columns), data / "steps.parquet", compression="zstd")
+    return len(runs)
+
+
+def _known(line: Mapping[str, Any]) -> dict[str, float]:
+    return {k: float(line[k]) for k in METRICS if isinstance(line.get(k), (int, float)) and line[k] == line[k]}
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else ["study"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", action="append", metavar="NAME=STUDY.yaml", help="instead of main and pilot")
+    parser.add_argument("--data", type=Path, default=DATA)
+    given = parser.parse_args()
+    studies = dict(pair.split("=", 1) for pair in given.study or [])
+    given.data.mkdir(parents=True, exist_ok=True)
+    if BASE.exists():
+        shutil.copyfile(BASE, given.data / "base.json")
+    chosen = {name: Path(path) for name, path in studies.items()} or STUDIES
+    print(f"{collect_tables(chosen, given.data)} finished runs in {given.data}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Makes what the study starts from: the task, a base model by `lens-megatron sft examples/study/SFT.yaml`, and its success
+rates by `lens-megatron eval` (base.json).
+
+python -m examples.study.make          (from the repository's root; into runs/study)
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from examples.study.task import write_task
+
+FOLDER = Path("runs/study")
+SFT = Path(__file__).parent / "SFT.yaml"
+
+
+def make(folder: Path, overrides: list[str], samples: int = 8) -> None:
+    from lens_megatron.mcore.hf_files import random_weights, write_hf_folder
+    from lens_megatron.mcore.hf_names import hf_shapes
+    from lens_megatron.model_spec import load_model_spec
+
+    task, base = folder / "task", folder / "base"
+    if not (task / "purified.jsonl").exists():
+        write_task(task)
+    if not (task / "random").exists():
+        weights = random_weights(hf_shapes(load_model_spec(task / "model")), seed=0)
+        write_hf_folder(task / "random", weights, companions_from=task / "model")
+    if not (base / "hf").exists():
+        values = [f"model={task / 'random'}", f"run_dir={base}", f"data.train={task / 'sft.jsonl'}", *overrides]
+        _run("sft", str(SFT), *values)
+    if not (folder / "base.json").exists():
+        sets = ",".join(str(task / f"{name}.jsonl") for name in ("noisy", "purified", "clean", "unseen"))
+        limits = ("--samples", str(samples), "max_response_tokens=64", "rewards.default.kind=numeric")
+        results = ("--out", str(base / "evaluations"), "--json", str(folder / "base.json"))
+        _run("eval", str(base / "hf"), "--benchmarks", sets, *limits, *results)
+
+
+def _run(command: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "lens_megatron.cli", command, *arguments], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of SFT.yaml")
+    given = parser.parse_args()
+    make(given.out, given.overrides)
+    print(f"task and base model: {given.out / 'task'}, {given.out / 'base' / 'hf'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Figures and tables of docs/study.md, from the committed tables in examples/study/data.
+
+python -m examples.study.report        (from the repository's root)
+
+Text between `<!-- study:NAME -->` and `<!-- /study -->` in the page is replaced by the table of that name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from examples.study import tables
+from examples.study.analysis import PRIMARY, Runs, band, load_runs
+from examples.study.collect import DATA
+from examples.study.drawing import Line, figure
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "study.md"
+IMAGES = ROOT / "docs" / "img" / "study"
+MARKED = re.compile(r"(<!-- study:([\w-]+) -->\n).*?(<!-- /study -->)", re.DOTALL)
+DELETING = ("lens", "lens_plus", "random", "gradient")
+
+
+def figures(runs: Runs) -> dict[str, str]:
+    """By file name. Bands: 95% intervals of the mean over seeds."""
+    main = [arm for arm in tables.MAIN if arm in runs]
+
+    def over_steps(metric: str, title: str, arms: list[str], window: int = 1, from_zero: bool = True) -> str:
+        lines = [Line(f"{arm} ({len(runs[arm])})", band(runs[arm], metric, window)) for arm in arms]
+        return figure(lines, title, "gradient step (seeds in brackets)", from_zero)
+
+    deleting = [arm for arm in DELETING if arm in runs]
+    chance = [Line("chance", band(runs["lens"], "purification/planted_chance", 9))] if "lens" in runs else []
+    precision = [Line(arm, band(runs[arm], "purification/planted_precision", 9)) for arm in deleting]
+    ratios = [arm for arm in (*tables.MAIN, "oracle", "no_importance") if arm in runs]
+    rescuing = [arm for arm in ratios if any(run.values("rho_purified_below_0.3") for run in runs[arm].values())]
+    drawn = {
+        "noisy": over_steps(PRIMARY, "Held out, two words of noise: success", main),
+        "unseen": over_steps("eval/unseen", "Held out, a kind of noise that training never saw: success", main),
+        "clean": over_steps("eval/clean", "Held out, without noise: success", main, from_zero=False),
+        "zero_reward": over_steps("zero_reward_ratio", "Prompts whose rollouts Y all fail (mean of 9 steps)", main, 9),
+        "success": over_steps("success", "Success of Y in training (mean of 9 steps)", main, 9),
+        "precision": figure(
+            [*precision, *chance], "Deleted tokens that are planted noise (mean of 9 steps)", "gradient step"
+        ),
+        "ratio": over_steps(
+            "rho_purified_below_0.3", "Tokens of P with ratio below 0.3 (mean of 9 steps)", rescuing, 9
+        ),
+        "others": over_steps(
+            PRIMARY, "Held-out noisy success, other arms", [a for a in tables.OTHERS if a in runs][:12], 3
+        ),
+        "tokens": figure(
+            [Line(f"{arm} ({len(runs[arm])})", tables.against_tokens(runs[arm])) for arm in main],
+            "Held-out noisy success against sampled tokens",
+            "thousand tokens, prompts' rescues included (mean over seeds)",
+        ),
+    }
+    return {f"{name}.svg": text for name, text in drawn.items()}
+
+
+def fill(page: str, blocks: Mapping[str, Callable[[], str]]) -> str:
+    """The page with its marked blocks made anew; a mark that nothing fills is a mistake."""
+
+    def made(found: re.Match[str]) -> str:
+        return f"{found.group(1)}\n{blocks[found.group(2)]().strip()}\n\n{found.group(3)}"
+
+    return MARKED.sub(made, page)
+
+
+def report(data: Path, page: Path, images: Path) -> None:
+    runs, pilot = load_runs(data), load_runs(data, "pilot")
+    images.mkdir(parents=True, exist_ok=True)
+    for name, text in figures(runs).items():
+        (images / name).write_text(text, encoding="utf-8")
+    filled = fill(page.read_text(encoding="utf-8"), tables.blocks(runs, pilot, data))
+    page.write_text(filled, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--page", type=Path, default=PAGE, help="filled in place")
+    parser.add_argument("--images", type=Path, default=IMAGES)
+    given = parser.parse_args()
+    report(given.data, given.page, given.images)
+    print(f"{given.page}, {given.images}")
+
+
+if __name__ == "__main__":
+    main()
