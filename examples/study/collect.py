@@ -47,7 +47,11 @@ def collect_tables(studies: Mapping[str, Path], data: Path) -> int:
             if result.state.state != "done" or result.run is None:
                 continue
             labels = result.cell.labels
-            key = {"study": name, "arm": str(labels.get("arm", result.cell.name)), "seed": int(labels["seed"])}
+            key = {
+                "study": name,
+                "arm": str(labels.get("arm", f"lr {labels.get('optimizer.lr')}")),
+                "seed": int(labels["seed"]),
+            }
             lines += [{**key, "step": int(line["step"]), **_known(line)} for line in result.run.metrics]
             versions = result.run.versions
             software = " ".join(

@@ -95,12 +95,18 @@ def base(data: Path) -> str:
 
 def pilot_table(pilot: Runs) -> str:
     rows = []
-    for name in sorted(pilot, key=lambda name: float(name.partition("lr")[2].partition("-seed")[0])):
+    for name in sorted(pilot, key=lambda name: float(name.removeprefix("lr "))):
         for seed, run in sorted(pilot[name].items()):
             at, level = contrasts.peak(contrasts.smoothed(run.curve(PRIMARY)))
-            rate = name.partition("lr")[2].partition("-seed")[0]
             rows.append(
-                (rate, str(seed), share(analysis.area(run)), f"{at:.0f}", share(level), share(analysis.end(run)))
+                (
+                    name.removeprefix("lr "),
+                    str(seed),
+                    share(analysis.area(run)),
+                    f"{at:.0f}",
+                    share(level),
+                    share(analysis.end(run)),
+                )
             )
     return markdown(
         ("learning rate", "seed", "area", "step of the peak", "height of the peak", "mean of the last three"), rows
