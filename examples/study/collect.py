@@ -54,17 +54,9 @@ def collect_tables(studies: Mapping[str, Path], data: Path) -> int:
             }
             lines += [{**key, "step": int(line["step"]), **_known(line)} for line in result.run.metrics]
             versions = result.run.versions
-            software = " ".join(
-                f"{k} {versions[k]}" for k in ("lens-megatron", "torch") if isinstance(versions.get(k), str)
-            )
-            runs.append(
-                {
-                    **key,
-                    "seconds": round(result.state.seconds or 0),
-                    "software": software,
-                    "set": " ".join(result.state.overrides),
-                }
-            )
+            made = {name: versions.get(name) for name in ("started", "lens_megatron", "torch")}
+            seconds = round(result.state.seconds or 0)
+            runs.append({**key, **made, "seconds": seconds, "set": " ".join(result.state.overrides)})
     data.mkdir(parents=True, exist_ok=True)
     _write_csv(data / "runs.csv", runs)
     kinds = {"study": pyarrow.string(), "arm": pyarrow.string(), "seed": pyarrow.int32(), "step": pyarrow.int32()}
