@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lens_megatron.errors import RunError, UsageError
 from lens_megatron.rollout.shared_buffer import SharedBuffer, bytes_needed
+from lens_megatron.workers import rank
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +63,7 @@ class RolloutDriver:
         self._silence_seconds, self._command_seconds = silence_seconds, command_seconds
         self._buffer: SharedBuffer | None = None
         self._sampling = False
+        self._last_sign = time.monotonic()
         self._early: list[tuple[str, Any]] = []  # the sampling's answer, come while another was waited for
         self._failure: RunError | None = None
         context = multiprocessing.get_context("spawn")
@@ -121,7 +123,7 @@ class RolloutDriver:
         config: SamplingConfig | None = None,
     ) -> None:
         self._send("sample", list(prompts), list(purified), step, config)
-        self._sampling = True
+        self._sampling, self._last_sign = True, time.monotonic()
 
     def sampled(self, timeout: float) -> SampleResult | None:
         """What `start_sampling` asked for, or None when it takes longer than `timeout` seconds."""
@@ -216,16 +218,20 @@ class RolloutDriver:
 
     def _reply(self, limit: float | None, command: str, patience: float | None = None) -> Any:
         """The next answer. `limit` seconds end in an error, `patience` seconds in _NOT_YET."""
-        start = last_sign = time.monotonic()
+        start = time.monotonic()
+        if patience is None:  # else one of many looks at the same sampling
+            self._last_sign = start
         silence = float("inf") if command == "start" else self._silence_seconds  # importing, it cannot beat yet
         while True:
             now = time.monotonic()
             if patience is not None and now - start >= patience and not self._pipe.poll():
                 return _NOT_YET
             if limit is not None and now - start > limit:
-                self._give_up(f"did not finish {command!r} within {limit:g} s")
-            if now - last_sign > silence:
-                self._give_up(f"gave no sign of life for {silence:g} s during {command!r}")
+                self._give_up(f"did not finish {command!r} within {limit:g} s, which rank {rank()} waits for")
+            if now - self._last_sign > silence and not self._pipe.poll():  # its beats of a long while may wait there
+                self._give_up(
+                    f"gave no sign of life for {silence:g} s during {command!r}, which rank {rank()} waits for"
+                )
             if command == "sample" and self._early:
                 return _answered(*self._early.pop())
             left = BEAT_SECONDS if patience is None else max(0.0, min(BEAT_SECONDS, start + patience - now))
@@ -237,7 +243,7 @@ class RolloutDriver:
                 kind, value, aside = self._pipe.recv()
             except (EOFError, ConnectionResetError):
                 self._died()
-            last_sign = time.monotonic()
+            self._last_sign = time.monotonic()
             if kind == "beat":
                 continue
             if self._sampling and command != "sample" and not aside:

@@ -194,6 +194,25 @@ def test_a_silent_driver_is_given_up_and_killed(fresh: Any) -> None:
     assert not _alive(driver.pid)
 
 
+def test_a_driver_that_falls_silent_while_it_samples_is_given_up(fresh: Any) -> None:
+    driver = fresh(functools.partial(make_sampler, reward=slow), silence_seconds=2.5)
+    driver.start_sampling(PROMPTS, PURIFIED, 1)
+    os.kill(driver.pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    with pytest.raises(RunError, match=r"no sign of life for 2.5 s during 'sample'"):
+        while driver.sampled(0.5) is None:  # each look is shorter than the silence
+            assert time.monotonic() - begin < 20
+    assert not _alive(driver.pid)
+
+
+def test_beats_of_a_long_while_are_signs_of_life(fresh: Any) -> None:
+    driver = fresh(functools.partial(make_sampler, reward=slow), silence_seconds=1.5)
+    driver.start_sampling(PROMPTS, PURIFIED, 1)
+    time.sleep(3.0)  # the trainer trains
+    while driver.sampled(0.5) is None:
+        pass
+
+
 def test_a_command_has_its_time(fresh: Any) -> None:
     driver = fresh(functools.partial(make_sampler, reward=slow), command_seconds=1.5)
     driver._send("sample", PROMPTS, PURIFIED, 1, None)
