@@ -75,7 +75,7 @@ def made_by(model: EvalModel, config: EvalConfig) -> dict[str, Any]:
 def _generate(
     model: EvalModel, config: EvalConfig, missing: list[Question], tokenizer: Any, file: AnswerFile, total: int
 ) -> None:
-    judge = TextReward(tokenizer, with_benchmark_rules(config.rewards))
+    judge = TextReward(tokenizer, with_benchmark_rules(config.rewards), config.stall_seconds)
     try:
         with (
             model.hf_folder(file.path.parent) as folder,

@@ -283,7 +283,7 @@ def _deleted_scores(prompts: Sequence[Prompt], purified: Purified, scores: Score
 def _generate(
     policy: EvalModel, tokenizer: Any, missing: list[Question], total: int, file: AnswerFile, config: InterferenceConfig
 ) -> None:
-    judge = TextReward(tokenizer, config.rewards)
+    judge = TextReward(tokenizer, config.rewards, config.stall_seconds)
     title = "first draw" if missing[0].set == "original" else "purified and resampled"
     try:
         with (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import selectors
 import socket
@@ -88,10 +89,19 @@ def _environment(custom: bool) -> dict[str, str]:
 
 
 class RewardPool:
-    """submit(...) -> future of a Judgement; grade_all(...) -> all of them, in order; health(); close()."""
+    """submit(...) -> future of a Judgement; grade_all(...) -> all of them, in order; health(); close().
 
-    def __init__(self, config: RewardConfig | None = None) -> None:
+    stall_seconds  without a judgement that a worker came to, while some are awaited: then nothing more is judged. One that
+                   times out counts as 0 and says nothing; when all do, training on zeros must not go on for hours.
+    """
+
+    def __init__(self, config: RewardConfig | None = None, stall_seconds: float = math.inf) -> None:
         self.config = config or RewardConfig()
+        self._stall_seconds = stall_seconds
+        self._moved, self._timeouts_then = (
+            time.monotonic(),
+            0,
+        )  # since a worker last got something done, or nothing waited
         self._queues: dict[bool, deque[_Job]] = {False: deque(), True: deque()}
         self._workers: list[_Worker] = []
         self._cache: OrderedDict[bytes, Judgement] = OrderedDict()
@@ -284,6 +294,8 @@ class RewardPool:
         if note == "timeout":
             with self._lock:
                 self._counts["timeouts"] += 1
+        else:
+            self._has_moved()
         self._settle(job, Judgement(reward, verdict, note, extracted), remember=note != "timeout")
 
     def _settle(self, job: _Job, judgement: Judgement, remember: bool) -> None:
@@ -296,11 +308,13 @@ class RewardPool:
         job.future.set_result(judgement)
 
     def _seconds_to_next_look(self) -> float:
+        now = time.monotonic()
         looks = [worker.look_at for worker in self._workers if worker.job is not None or not worker.ready]
-        return max(0.0, min(looks, default=time.monotonic() + 5) - time.monotonic())
+        return max(0.0, min([*looks, now + 5]) - now)
 
     def _read_clocks(self) -> None:
         now = time.monotonic()
+        self._watch_for_a_stall(now)
         for worker in list(self._workers):
             if (worker.job is None and worker.ready) or now < worker.look_at:
                 continue
@@ -315,6 +329,21 @@ class RewardPool:
                 self._kill(worker, "timeout")
             else:
                 worker.look_at = now + max(0.05, min(left, self.config.wall_seconds - wall))
+
+    def _has_moved(self) -> None:
+        self._moved, self._timeouts_then = time.monotonic(), self._counts["timeouts"]
+
+    def _watch_for_a_stall(self, now: float) -> None:
+        with self._lock:
+            waiting = sum(len(jobs) for jobs in self._queues.values())
+            waiting += sum(worker.job is not None for worker in self._workers)
+        if waiting == 0:
+            self._has_moved()
+        elif now - self._moved > self._stall_seconds:
+            self._break(
+                f"the rollout process waited for the reward workers: no judgement for {self._stall_seconds:g} s, "
+                f"{self._counts['timeouts'] - self._timeouts_then} timed out and {waiting} wait; does the reward function hang?"
+            )
 
     def _kill(self, worker: _Worker, note: Note) -> None:
         worker.process.kill()

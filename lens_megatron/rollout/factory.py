@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 class TextReward:
     """Decodes a response and has it judged by the pool."""
 
-    def __init__(self, tokenizer: Any, config: RewardConfig) -> None:
+    def __init__(self, tokenizer: Any, config: RewardConfig, stall_seconds: float) -> None:
         from lens_megatron.rewards.pool import RewardPool
 
         self._tokenizer = tokenizer
-        self._pool = RewardPool(config)
+        self._pool = RewardPool(config, stall_seconds)
 
     def judge(self, prompt: Prompt, response: tuple[int, ...]) -> tuple[str, Future[Judgement]]:
         text = self._tokenizer.decode(response, skip_special_tokens=True)
@@ -88,7 +88,8 @@ def embedded_sampler(
 
     tokenizer = load_tokenizer(str(folder))
     engine = EmbeddedEngine.from_config(AutoConfig.from_pretrained(str(folder)), slots, device, dtype)
-    return Sampler(engine, TextReward(tokenizer, rewards), rescue_rules(rescue), sampling, stop_tokens(tokenizer), seed)
+    reward = TextReward(tokenizer, rewards, sampling.stall_seconds)
+    return Sampler(engine, reward, rescue_rules(rescue), sampling, stop_tokens(tokenizer), seed)
 
 
 def sglang_sampler(
@@ -125,7 +126,8 @@ def sglang_sampler(
     engine = SGLangEngine(found, server, resync, load_model_spec(str(folder)).max_positions)
     print(f"SGLang is ready after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     stop = tuple(sorted({*stop_tokens(tokenizer), *ends_of_the_model(folder)}))
-    return Sampler(engine, TextReward(tokenizer, rewards), rescue_rules(rescue), sampling, stop, seed)
+    reward = TextReward(tokenizer, rewards, sampling.stall_seconds)
+    return Sampler(engine, reward, rescue_rules(rescue), sampling, stop, seed)
 
 
 def ends_of_the_model(folder: Path) -> set[int]:

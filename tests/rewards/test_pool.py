@@ -84,6 +84,21 @@ def test_a_worker_that_never_answers_is_killed_at_the_wall_limit() -> None:
         assert pool.health()["killed"] == 1
 
 
+def test_when_all_judgements_time_out_it_says_so(rewards_module: str) -> None:
+    sources = {"hangs": _function("hangs"), "well": _function("length")}
+    config = RewardConfig(workers=1, seconds=0.5, wall_seconds=0.8, sources=sources)
+    with RewardPool(config, stall_seconds=2.0) as pool:
+        judged = [pool.submit(f"{n}", "hangs", "a", "b" * n) for n in range(40)]
+        with pytest.raises(RunError, match=r"no judgement for 2 s, \d timed out and \d+ wait"):
+            judged[-1].result(PATIENCE)
+        assert 1 <= sum(future.exception() is None for future in judged) <= 4  # those that timed out before
+    with RewardPool(
+        config, stall_seconds=2.0
+    ) as pool:  # every other one says something: no stall, however long it takes
+        judged = [pool.submit(f"{n}", "well" if n % 2 else "hangs", "a", "b" * (n + 1)) for n in range(8)]
+        assert [future.result(PATIENCE).note for future in judged[::2]] == ["timeout"] * 4
+
+
 def test_300_hostile_responses(tmp_path: Path) -> None:
     marker = tmp_path / "executed"
     responses = hostile_responses(str(marker))
