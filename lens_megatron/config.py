@@ -13,7 +13,7 @@ from lens_megatron.checkpoints import CheckpointConfig
 from lens_megatron.data.config import DataConfig, SupervisedDataConfig
 from lens_megatron.errors import UsageError
 from lens_megatron.evaluation.config import EvaluationConfig
-from lens_megatron.guards.config import GuardConfig
+from lens_megatron.guards.config import GuardConfig, ModelGuardConfig
 from lens_megatron.mcore.layout import ParallelConfig
 from lens_megatron.mcore.settings import MemoryConfig, OptimizerConfig
 from lens_megatron.rewards.config import RewardConfig
@@ -116,6 +116,7 @@ class SftConfig:
     tokens_per_microbatch: int = 16384
     prompt_loss_weight: float = 0.0  # of prompt tokens beside the response's 1
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    guards: ModelGuardConfig = field(default_factory=ModelGuardConfig)
     timeout_s: float = 600.0
 
 

@@ -284,11 +284,14 @@ class Host:
     # held-out problems
 
     def benchmark(self, step: int) -> dict[str, float]:
-        """Answered by the run's engine with the weights it has; every answer is kept in the run folder."""
+        """Answered by the run's engine with the weights it has."""
         wanted = questions(self.benchmarks, self.config.seed, step)
-        answers = self.driver.evaluate(wanted, self._answer_limits)
-        self.folder.write_evaluation(step, [asdict(answer) for answer in answers])
-        return step_metrics(self.benchmarks, answers)
+        self._answers = self.driver.evaluate(wanted, self._answer_limits)
+        return step_metrics(self.benchmarks, self._answers)
+
+    def keep_answers(self, step: int) -> None:
+        """Every answer of the last benchmark, in the run folder."""
+        self.folder.write_evaluation(step, [asdict(answer) for answer in self._answers])
 
     # the run
 

@@ -1,16 +1,17 @@
 """A flight recorder: what this process did last, in a small file that survives being killed.
 
-run_dir/logs/recorder/rank_00000.txt is a ring of lines of one length, written through memory: no system call, and nothing
-to wait for when the file system does not answer. `read` puts the lines in order; so does `sort`.
+run_dir/logs/recorder/rank_00000.txt is a ring of lines of one length, each written over the oldest by one system call.
+Not through memory: a page that cannot be written holds the memory of the whole process, and with it the thread that would
+tell of a file system that does not answer. `read` puts the lines in order; so does `sort`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
+import os
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 _LINE = 64
 _LINES = 128  # some 10 steps
@@ -26,7 +27,7 @@ class Event(NamedTuple):
 
 class Recorder:
     def __init__(self, folder: Path, rank: int) -> None:
-        self._memory: mmap.mmap | None = None
+        self._file: IO[bytes] | None = None
         with contextlib.suppress(OSError):  # no room for it: the run's own files will say so
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"rank_{rank:05}.txt"
@@ -34,17 +35,16 @@ class Recorder:
             self._number = events[-1].number + 1 if events else 0
             if not path.exists() or path.stat().st_size != _LINE * _LINES:
                 empty = b"".join(_line("") for _ in range(_LINES))
-                path.write_bytes(empty)  # whole now: a hole in it would kill us on a full disk
-            with path.open("r+b") as file:
-                self._memory = mmap.mmap(file.fileno(), _LINE * _LINES)
+                path.write_bytes(empty)  # whole now: the disk may be full later
+            self._file = path.open("r+b", buffering=0)
 
     def record(self, step: int, what: str, seconds: float | None = None) -> None:
-        if self._memory is None:
+        if self._file is None:
             return
         took = "begins" if seconds is None else f"{seconds:.6f}"
         text = f"{self._number:012} {time.time():.3f} {step} {took} {what}"
-        start = self._number % _LINES * _LINE
-        self._memory[start : start + _LINE] = _line(text)
+        with contextlib.suppress(OSError):
+            os.pwrite(self._file.fileno(), _line(text), self._number % _LINES * _LINE)
         self._number += 1
 
 

@@ -14,10 +14,12 @@ from lens_megatron.data.order import PromptOrder
 from lens_megatron.data.supervised import SupervisedExample, load_supervised
 from lens_megatron.data.tokenizer import check_tokenizer, load_tokenizer
 from lens_megatron.errors import UsageError
+from lens_megatron.guards.run_guards import ModelGuards
 from lens_megatron.mcore import runtime
 from lens_megatron.mcore.batch import PackedBatch
 from lens_megatron.mcore.hf_files import write_hf_folder
-from lens_megatron.mcore.step import LossFunction, build_trainable, train_step
+from lens_megatron.mcore.step import LossFunction, Trainable, build_trainable, train_step
+from lens_megatron.mcore.watch import MARGIN_S, Watch
 from lens_megatron.model_spec import find_weights, load_model_config
 from lens_megatron.progress import Progress
 from lens_megatron.run_folder import RunFolder
@@ -33,7 +35,7 @@ def train_supervised(config: SftConfig, folder: RunFolder | None) -> Path:
     check_tokenizer(tokenizer, model.spec.vocab_size)
     examples, too_long = load_supervised(config.data, tokenizer, model.template)
     order = PromptOrder([example.id for example in examples], config.seed, config.data.shuffle)
-    runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s)
+    runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s + MARGIN_S)
     policy = build_trainable(
         model.spec,
         config.parallel,
@@ -46,34 +48,46 @@ def train_supervised(config: SftConfig, folder: RunFolder | None) -> Path:
     if folder is not None:  # only now: a start that failed for bad input leaves no run behind
         folder.write_config(strict.to_tree(SftConfig, config))
         folder.write_versions()
-    with Progress(config.steps, shown=folder is not None) as progress:
-        progress.note(f"{len(examples)} examples; left out as longer than data.max_prompt_tokens: {too_long}")
-        for step in range(config.steps):
-            batch = [examples[index] for index in order.take(config.data.prompts_per_step)]
-            sequences = [torch.tensor((*example.prompt, *example.response)) for example in batch]
-            with progress.phase("train"):
-                result = train_step(
-                    policy,
-                    sequences,
-                    supervised_loss(batch, config.prompt_loss_weight),
-                    tokens_per_microbatch=config.tokens_per_microbatch,
-                )
-            tokens = sum(len(sequence) for sequence in sequences)
-            metrics = {
-                "step": step + 1,
-                **result.metrics,
-                "grad_norm": result.grad_norm,
-                "lr": result.learning_rate,
-                "tokens": tokens,
-                **progress.times(),
-            }
-            if folder is not None:
-                folder.append_metrics(metrics)
-            progress.finish_step(metrics)
+    watch = Watch(Path(config.run_dir), config.timeout_s)
+    try:
+        with watch.reporting():
+            guards = ModelGuards(config.guards, config.tokens_per_microbatch, config.timeout_s)
+            guards.after_loading(policy, "policy", weights)
+            with Progress(config.steps, shown=folder is not None) as progress:
+                progress.note(f"{len(examples)} examples; left out as longer than data.max_prompt_tokens: {too_long}")
+                for step in range(config.steps):
+                    batch = [examples[index] for index in order.take(config.data.prompts_per_step)]
+                    guards.compare_replicas(step, {"policy": policy})
+                    with watch.doing("train"), progress.phase("train"):
+                        metrics = _step(policy, batch, config)
+                    guards.count_skipped(metrics["skipped"] > 0, metrics["loss"], metrics["grad_norm"])
+                    metrics = {"step": step + 1, **metrics, **progress.times(), **guards.times()}
+                    if folder is not None:
+                        with watch.doing("write the step's metrics", config.timeout_s):
+                            folder.append_metrics(metrics)
+                    progress.finish_step(metrics)
+            return _exported(policy, Path(config.run_dir) / "hf", weights, folder)
+    finally:
+        watch.close()
+
+
+def _step(policy: Trainable, batch: Sequence[SupervisedExample], config: SftConfig) -> dict[str, float]:
+    sequences = [torch.tensor((*example.prompt, *example.response)) for example in batch]
+    loss = supervised_loss(batch, config.prompt_loss_weight)
+    result = train_step(policy, sequences, loss, tokens_per_microbatch=config.tokens_per_microbatch)
+    return {
+        **result.metrics,
+        "grad_norm": result.grad_norm,
+        "lr": result.learning_rate,
+        "skipped": float(not result.updated),
+        "tokens": sum(len(sequence) for sequence in sequences),
+    }
+
+
+def _exported(policy: Trainable, target: Path, companions_from: Path, folder: RunFolder | None) -> Path:
     tensors = policy.export_hf()
-    target = Path(config.run_dir) / "hf"
     if folder is not None:
-        write_hf_folder(target, tensors, companions_from=weights)
+        write_hf_folder(target, tensors, companions_from=companions_from)
     for _ in tensors:  # the other ranks send their parts by iterating
         pass
     return target

@@ -24,7 +24,7 @@ from lens_megatron.mcore.hf_copies import HfCopies
 from lens_megatron.mcore.offload import Residence
 from lens_megatron.mcore.rendezvous import from_rank_zero
 from lens_megatron.mcore.step import build_frozen, build_trainable
-from lens_megatron.mcore.watch import Watch
+from lens_megatron.mcore.watch import MARGIN_S, Watch
 from lens_megatron.model_spec import ModelConfig, find_weights, load_model_config
 from lens_megatron.progress import Progress
 from lens_megatron.prompt_signals import PromptSignals, Reference
@@ -41,7 +41,6 @@ from lens_megatron.types import Prompt, Sample
 from lens_megatron.update import Evaluated, evaluate_samples, update_policy
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_MARGIN_S = 5.0  # a collective gives up later than the watch, which knows whom it waited for
 # What metrics.jsonl has at every step, whatever the algorithm: null where nothing was measured (no purified rollouts, no
 # KL term), 0 seconds where nothing was done. A step is saved after its line is written, so that a resumed run misses no
 # line: its time/save stands in the next step's.
@@ -59,7 +58,7 @@ class Trainer:
         _check_keep_best(config.checkpoint.keep_best, _EVERY_STEP, sure=False)
         weights = find_weights(config.model)
         self.host = Host(config, model, weights, folder) if folder is not None else None
-        runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s + _MARGIN_S)
+        runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s + MARGIN_S)
         self._await_the_driver()
         self.watch = Watch(Path(config.run_dir), config.timeout_s)
         self.recorder = Recorder(Path(config.run_dir) / "logs" / "recorder", dist.get_rank())
@@ -161,19 +160,28 @@ class Trainer:
         if self._handover is not None:
             self._handover.to_trainer(keep_engine_weights)
 
-    def on_rank_zero(self, work: Any, what: str) -> Any:
-        """`work(host)` on rank 0; its result on every rank."""
-        host = self.host
+    def on_rank_zero(self, work: Any, what: str, limit_s: float | None = None) -> Any:
+        """`work(host)` on rank 0; its result on every rank. `limit_s`: of work that reads or writes files, which may hang
+        while rank 0 still shows its sign of life."""
+
+        def limited() -> Any:
+            with self.watch.doing(what, limit_s):  # not the ranks' meeting afterwards, which has a limit of its own
+                return work(self.host)
+
         with self.watch.doing(what):
-            return from_rank_zero(lambda: work(host), what, self.config.timeout_s)
+            return from_rank_zero(limited, what, self.config.timeout_s)
 
     @contextmanager
     def phase(self, name: str, limit_s: float | None = None) -> Iterator[None]:
         """Seconds spent go to time/NAME of this step; who looks for a rank that hangs or died finds it here."""
-        self.recorder.record(self.step + 1, name)
+        self._note(name)
         with self.watch.doing(name, limit_s), self.progress.phase(name) as timer:
             yield
-        self.recorder.record(self.step + 1, name, timer.seconds)
+        self._note(name, timer.seconds)
+
+    def _note(self, phase: str, seconds: float | None = None) -> None:
+        with self.watch.doing(f"note {phase} in the flight recorder", self.config.timeout_s):
+            self.recorder.record(self.step + 1, phase, seconds)
 
     # the verbs
 
@@ -283,7 +291,10 @@ class Trainer:
             if self._handover is not None:
                 self._handover.to_engine()
             self.on_rank_zero(lambda host: host.await_ahead(), "generate")  # the engine does one thing at a time
-            return self.on_rank_zero(lambda host: host.benchmark(step), "evaluate")
+            metrics = self.on_rank_zero(lambda host: host.benchmark(step), "evaluate")
+            limit_s = self.config.timeout_s
+            self.on_rank_zero(lambda host: host.keep_answers(step), "write the evaluation's answers", limit_s)
+            return metrics
 
     def benchmark_first_policy(self) -> None:
         """What training started from: a line for step 0, which has no other measurements."""
@@ -292,19 +303,21 @@ class Trainer:
         metrics = self.benchmark(0)
         if self.host is not None and metrics:
             line = {**_EVERY_STEP, "step": 0, **metrics, **self.progress.times()}
-            self.host.folder.append_metrics(line)
-            self.host.trackers.log(line)
+            with self.watch.doing("write the first evaluation's metrics", self.config.timeout_s):
+                self.host.folder.append_metrics(line)
+                self.host.trackers.log(line)
         self.progress.begin_step()
 
     def told_to_end(self) -> Order | None:
         """By signal or file; rank 0 looks, all ranks leave after the same step. The last step is an end anyway."""
         if self.step + 1 == self.config.steps:
             return None
-        return self.on_rank_zero(lambda host: stopping.order(host.folder.path), "look for an order to end")
+        limit_s = self.config.timeout_s
+        return self.on_rank_zero(lambda host: stopping.order(host.folder.path), "look for an order to end", limit_s)
 
     def save(self, step: int, last: bool = False) -> None:
         """When one is due; written in the background. The engine's weights are not in it: they are synced at resume."""
-        with self.watch.doing("save", self.config.checkpoint.timeout_s):
+        with self.watch.doing("save", self.config.checkpoint.timeout_s + MARGIN_S):
             self._save(step, last)
 
     def _save(self, step: int, last: bool) -> None:
@@ -320,7 +333,10 @@ class Trainer:
             state["noise_floor"] = self.prompt_signals.noise_floor
             if self.reference is not None:
                 state["reference_scores"] = self.reference.scores.state_dict()
-            self._saver.save(step, state, self._last_metrics)
+            self._saver.finish()  # the one before, which has a limit of its own
+            later, writing_s = self.config.checkpoint.asynchronous, self.config.checkpoint.timeout_s
+            with self.watch.doing("begin the checkpoint", self.config.timeout_s if later else writing_s):
+                self._saver.save(step, state, self._last_metrics)
         self._saver.poll()
 
     def resume(self) -> None:
@@ -347,11 +363,11 @@ class Trainer:
                 self.progress.note(f"{host.folder.path}: no checkpoint to resume from: starting with step 1")
 
         # a state that does not fit (other data, another filter) is an error of all ranks, not of rank 0 alone
-        self.on_rank_zero(take_up, "take up the run")
+        self.on_rank_zero(take_up, "take up the run", self.config.timeout_s)
 
     def finish(self) -> None:
         """The last checkpoint is whole before the run ends."""
-        with self.watch.doing("finish the last checkpoint", self.config.checkpoint.timeout_s):
+        with self.watch.doing("finish the last checkpoint", self.config.checkpoint.timeout_s + MARGIN_S):
             self._saver.finish()
 
     def finish_step(self, groups: Sequence[list[Sample]], metrics: dict[str, float]) -> None:

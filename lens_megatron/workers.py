@@ -106,10 +106,12 @@ def run_workers(processes: int, command: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="lens-megatron-") as folder:
         errors = [Path(folder) / f"rank{number}.err" for number in range(processes)]
         workers = [_start(number, processes, store.port, command, errors[number]) for number in range(processes)]
+        held = _Held(workers)
         try:
-            return _wait(workers, errors)
-        finally:
-            _end(workers)
+            return _wait(workers, errors, held)
+        except BaseException:
+            _end(workers, held)
+            raise
 
 
 def end_with_starter() -> None:
@@ -146,41 +148,78 @@ def _start(number: int, processes: int, port: int, command: Sequence[str], error
         )
 
 
-def _wait(workers: Sequence[subprocess.Popen[bytes]], errors: Sequence[Path]) -> int:
+class _Held:
+    """Workers that have ended, or are to be killed, while a system call of theirs does not return: a file system does not
+    answer. Everyone who ends looks like that for a moment, and a process with much memory for longer."""
+
+    def __init__(self, workers: Sequence[subprocess.Popen[bytes]]) -> None:
+        self._workers = workers
+        self._since = [float("inf")] * len(workers)
+
+    def look(self) -> set[int]:
+        now = time.monotonic()
+        for number, worker in enumerate(self._workers):
+            held = worker.poll() is None and _is_dying(worker.pid)
+            self._since[number] = min(self._since[number], now) if held else float("inf")
+        return {number for number, since in enumerate(self._since) if now - since > _BLOCKED_S}
+
+
+def _is_dying(pid: int) -> bool:
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # gone; or not Linux
+        return False
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    pending = int(fields["SigPnd"], 16) | int(fields["ShdPnd"], 16)
+    return fields["State"].split()[0] == "Z" or bool(pending >> (signal.SIGKILL - 1) & 1)
+
+
+def _wait(workers: Sequence[subprocess.Popen[bytes]], errors: Sequence[Path], held: _Held) -> int:
     while True:
         stopping.pass_on(workers[0].pid)
         codes = [worker.poll() for worker in workers]
         if all(code in _WELL for code in codes):
             return workers[0].returncode
-        if any(code not in (None, *_WELL) for code in codes):
-            return _report(workers, errors)
+        if any(code not in (None, *_WELL) for code in codes) or held.look():
+            return _report(workers, errors, held)
         time.sleep(0.05)
 
 
-def _report(workers: Sequence[subprocess.Popen[bytes]], errors: Sequence[Path]) -> int:
+def _report(workers: Sequence[subprocess.Popen[bytes]], errors: Sequence[Path], held: _Held) -> int:
     """The words and the exit code of the worker that knows why."""
     # rank 0 may be about to report the same error in its own words; or only others' ends were met so far
     deadline = time.monotonic() + _SETTLE_S
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and _running(workers, held):
         if workers[0].poll() is not None and _first_to_know(workers) is not None:
             break
         time.sleep(0.02)
     number = _first_to_know(workers)
-    _end(workers)  # before anything is said: rank 0 may be closing, and say it at the end of that
+    stuck = _end(workers, held)  # before anything is said: rank 0 may be closing, and say it at the end of that
     code = workers[0].returncode
-    if code is None:  # it cannot be ended
-        return 1
-    if number == 0 or (code > 0 and code not in _SILENT):  # below 0 it was ended just now
+    if number == 0 or (code is not None and code > 0 and code not in _SILENT):  # below 0 it was ended just now
         return _exit_code(0, workers[0])
+    if number is None:  # one that the kernel holds has no exit code, and may have left its words
+        number = next((n for n, worker in enumerate(workers) if worker.poll() is None and _spoke(errors[n])), None)
+    if number is None and code is None:
+        if 0 not in stuck:  # else it has said why
+            print(
+                "failed: rank 0 is in a system call that does not return: a file system does not answer",
+                file=sys.stderr,
+            )
+        return 1
     if number is None:
         print("failed: the workers lost each other; the network or the machine may be at fault", file=sys.stderr)
         return 1
     words = errors[number].read_text(errors="replace").strip().splitlines()
     if words:
         print("\n".join(words[-20:]), file=sys.stderr)
-    elif workers[number].returncode > 0:
+    elif (workers[number].returncode or 0) > 0:
         print(f"failed: rank {number} ended without a word", file=sys.stderr)
     return _exit_code(number, workers[number])
+
+
+def _spoke(errors: Path) -> bool:
+    return any(line.startswith(("error:", "failed:")) for line in errors.read_text(errors="replace").splitlines())
 
 
 def _first_to_know(workers: Sequence[subprocess.Popen[bytes]]) -> int | None:
@@ -189,29 +228,38 @@ def _first_to_know(workers: Sequence[subprocess.Popen[bytes]]) -> int | None:
 
 def _exit_code(number: int, worker: subprocess.Popen[bytes]) -> int:
     code = worker.returncode
+    if code is None:
+        return 1
     if code < 0:
         print(f"failed: rank {number} ended without a word, by {signal.Signals(-code).name}", file=sys.stderr)
         return 1
     return code
 
 
-def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
-    for worker in workers:
-        if worker.poll() is None:
-            worker.terminate()
+def _running(workers: Sequence[subprocess.Popen[bytes]], held: _Held) -> list[subprocess.Popen[bytes]]:
+    stuck = held.look()
+    return [worker for number, worker in enumerate(workers) if number not in stuck and worker.poll() is None]
+
+
+def _end(workers: Sequence[subprocess.Popen[bytes]], held: _Held) -> set[int]:
+    """By force where it must be. Those that the kernel holds, of which one says why."""
+    for worker in _running(workers, held):
+        worker.terminate()
     deadline = time.monotonic() + _GRACE_S
     # a stopped process hears nothing but SIGKILL
-    while time.monotonic() < deadline and any(w.poll() is None and not _is_stopped(w.pid) for w in workers):
+    while time.monotonic() < deadline and any(not _is_stopped(worker.pid) for worker in _running(workers, held)):
         time.sleep(0.05)
-    for number, worker in enumerate(workers):
+    stuck = held.look()
+    for worker in workers:
         if worker.poll() is None:
             worker.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.wait(timeout=_BLOCKED_S)
-                continue
-            print(
-                f"rank {number} (process {worker.pid}) cannot be ended: a file system does not answer", file=sys.stderr
-            )
+    deadline = time.monotonic() + _BLOCKED_S
+    for number, worker in enumerate(workers):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.wait(timeout=0.0 if number in stuck else max(0.0, deadline - time.monotonic()))
+            continue
+        print(f"rank {number} (process {worker.pid}) ends when its file system answers again", file=sys.stderr)
+    return stuck
 
 
 def _is_stopped(pid: int) -> bool:

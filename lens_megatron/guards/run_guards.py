@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lens_megatron.guards import checks
-from lens_megatron.guards.config import GuardConfig
+from lens_megatron.guards.config import GuardConfig, ModelGuardConfig
 from lens_megatron.guards.mismatch import watch_mismatch
 from lens_megatron.guards.streamed import different_exports, streamed_logprobs
 from lens_megatron.mcore.agreement import on_rank_0
@@ -23,12 +23,11 @@ from lens_megatron.mcore.step import ShardedModel, Trainable
 from lens_megatron.update import Evaluated
 
 
-class RunGuards:
-    def __init__(
-        self, config: GuardConfig, temperature: float, budget: int, timeout_s: float, staleness: int = 0
-    ) -> None:
-        self.config, self._staleness = config, staleness
-        self._temperature, self._budget, self._timeout_s = temperature, budget, timeout_s
+class ModelGuards:
+    """Of whatever trains a model. `budget`: tokens at once."""
+
+    def __init__(self, config: ModelGuardConfig, budget: int, timeout_s: float) -> None:
+        self._model_config, self._budget, self._timeout_s = config, budget, timeout_s
         self._skipped_in_row = 0
         self._seconds: dict[str, float] = {}
 
@@ -52,10 +51,10 @@ class RunGuards:
     # after loading
 
     def after_loading(self, model: ShardedModel, who: str, folder: Path) -> None:
-        if self.config.hf_parity:
+        if self._model_config.hf_parity:
             with self._timed("hf_parity"):
                 self._hf_parity(model, who, folder)
-        if self.config.export_parity and isinstance(model, Trainable):
+        if self._model_config.export_parity and isinstance(model, Trainable):
             with self._timed("export_parity"):
                 exported = model.export_hf()
                 if dist.get_rank() != 0:
@@ -64,7 +63,7 @@ class RunGuards:
                 checks.export_parity(str(folder), *on_rank_0(lambda: different_exports(folder, exported)))
 
     def _hf_parity(self, model: ShardedModel, who: str, folder: Path) -> None:
-        length = min(self.config.probe_tokens, model.spec.max_positions)
+        length = min(self._model_config.probe_tokens, model.spec.max_positions)
         probe = checks.probe_text(model.spec.vocab_size, length)
         # rank 0 computes alone while the others wait on the store: the collectives of the sharded model come after
         expected_T = from_rank_zero(
@@ -72,17 +71,43 @@ class RunGuards:
         )
         # twice: a second sequence in the pack must not see the first
         scores = model.score([torch.tensor(probe), torch.tensor(probe)], self._budget)
-        bound = self.config.within_trainer(precision(model))
+        bound = self._model_config.within_trainer(precision(model))
         for logprobs_T in scores.logprobs:
             checks.hf_parity(who, str(folder), logprobs_T[1:], expected_T, bound)
+
+    # around an update
+
+    def compare_replicas(self, step: int, models: Mapping[str, ShardedModel | None]) -> None:
+        """Before the update of `step`, from 0: an update writes what it gathers over what was damaged."""
+        every = self._model_config.replicas_every
+        if every == 0 or step % every:
+            return
+        with self._timed("replicas"):
+            for who, model in models.items():
+                if model is not None:
+                    names = differing_replicas(model)
+                    where = "data parallel, or copies under tensor or context parallelism"
+                    checks.replicas(who, names, where, step + 1)
+
+    def count_skipped(self, skipped: bool, loss: float, norm: float) -> None:
+        self._skipped_in_row = self._skipped_in_row + 1 if skipped or loss != loss else 0
+        checks.skipped(self._skipped_in_row, self._model_config.skipped_in_row, loss, norm)
+
+
+class RunGuards(ModelGuards):
+    """Of a run with an engine and perhaps a reference besides."""
+
+    def __init__(
+        self, config: GuardConfig, temperature: float, budget: int, timeout_s: float, staleness: int = 0
+    ) -> None:
+        super().__init__(config, budget, timeout_s)
+        self.config, self._temperature, self._staleness = config, temperature, staleness
 
     def first_scores(self, policy: Sequence[Tensor], reference: Sequence[Tensor], model: ShardedModel) -> None:
         """Of prompts, before the first update of the reference's own weights: interference scores are all 0."""
         if self.config.first_step:
             bound = self.config.within_trainer(precision(model))
             checks.first_step([p[1:] for p in policy], [r[1:] for r in reference], bound)
-
-    # around the update
 
     def before_update(
         self,
@@ -96,15 +121,7 @@ class RunGuards:
     ) -> tuple[list[list[Evaluated]], dict[str, float]]:
         """The groups to train on, and metrics. `same_weights`: this is the first update, of the reference's own weights;
         `engine_stands_in`: pi_old is the engine's own, so that there is nothing to compare it with."""
-        every = self.config.replicas_every
-        if every and step % every == 0:
-            with self._timed("replicas"):
-                for who, model in (("policy", policy), ("reference", reference)):
-                    if model is not None:
-                        names = differing_replicas(model)
-                        checks.replicas(
-                            who, names, "data parallel, or copies under tensor or context parallelism", step + 1
-                        )
+        self.compare_replicas(step, {"policy": policy, "reference": reference})
         if same_weights and self.config.first_step and not engine_stands_in:
             with self._timed("first_step"):
                 # a purified rollout's pi_old is under another prompt than the reference
@@ -133,10 +150,8 @@ class RunGuards:
             checks.engine_difference(metrics["logprob_diff"], None, self._to_engine(policy), self._temperature)
         if before_any and self.config.first_step and "kl_original" in metrics:
             checks.first_kl(metrics["kl_original"], self.config.within_trainer(precision(policy)))
-        loss, norm = metrics.get("loss", 0.0), metrics.get("grad_norm", 0.0)
-        bad = metrics.get("skipped", 0.0) >= 1.0 or loss != loss
-        self._skipped_in_row = self._skipped_in_row + 1 if bad else 0
-        checks.skipped(self._skipped_in_row, self.config.skipped_in_row, loss, norm)
+        skipped = metrics.get("skipped", 0.0) >= 1.0
+        self.count_skipped(skipped, metrics.get("loss", 0.0), metrics.get("grad_norm", 0.0))
         if self.config.entropy_masks and "entropy_high" in metrics and "entropy_low" in metrics:
             checks.entropy_masks(metrics["entropy_high"], metrics["entropy_low"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from lens_megatron.errors import RunError, UsageError
 
 _T = TypeVar("_T")
+# Around what rank 0 does while the others wait in a collective. A watch sets it, to speak before that gives up.
+limited: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
 def on_rank_0(action: Callable[[], _T]) -> _T:
@@ -17,7 +20,8 @@ def on_rank_0(action: Callable[[], _T]) -> _T:
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            answer = [("done", action())]
+            with limited():
+                answer = [("done", action())]
         except (UsageError, RunError) as error:
             answer = [("UsageError" if isinstance(error, UsageError) else "RunError", str(error))]
         except Exception as error:

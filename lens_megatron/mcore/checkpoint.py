@@ -51,6 +51,7 @@ class PendingSave:
         self._error: str | None = None  # of this rank's writer
         self._finished = False
         self._failure: RunError | None = None  # raised again by every later call
+        self.still_writing = -1  # when a wait ran out of time: the first rank that had not written
         # daemon: a run that dies does not wait for a checkpoint that nobody will complete
         self._thread = threading.Thread(target=self._write, name=f"save {folder.name}", daemon=True)
         self._thread.start()
@@ -64,9 +65,11 @@ class PendingSave:
         while not self._finished:
             # in short rounds: ranks that have written wait for the others in a collective, which has a time limit
             self._thread.join(max(0.0, min(_ROUND_S, deadline - time.monotonic())))
-            state = torch.tensor([not self._thread.is_alive(), time.monotonic() < deadline], dtype=torch.int32)
+            writing = self._thread.is_alive()
+            first = dist.get_rank() if writing else dist.get_world_size()
+            state = torch.tensor([not writing, time.monotonic() < deadline, first], dtype=torch.int32)
             dist.all_reduce(state, dist.ReduceOp.MIN)
-            all_written, go_on = state.tolist()
+            all_written, go_on, self.still_writing = state.tolist()
             if all_written:
                 self._finish()
             elif not go_on:

@@ -86,7 +86,12 @@ class Saver:
     def finish(self) -> None:
         """Before the run ends, and before the next save."""
         if self._pending is not None:
-            self._pending.wait()
+            if not self._pending.wait(self._config.timeout_s):
+                raise RunError(
+                    f"{self._pending.folder}: the other ranks waited for rank {self._pending.still_writing} to write its "
+                    f"part, for checkpoint.timeout_s = {self._config.timeout_s:g} s: its file system does not answer; "
+                    "earlier checkpoints are untouched"
+                )
             self._ended()
 
     def _ended(self) -> None:

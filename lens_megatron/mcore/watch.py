@@ -26,9 +26,11 @@ import torch.distributed as dist
 
 from lens_megatron import workers
 from lens_megatron.errors import UsageError
+from lens_megatron.mcore import agreement
 
+MARGIN_S = 5.0  # who knows whom it waited for gives up first: the watch before a collective, a save before the watch
 _watches = 0  # of this process: every rank has had as many, so that their keys agree
-_DUMP_S = 3.0  # a run folder that does not answer must not keep the run from ending
+_DUMP_S = 2.0  # a run folder that does not answer must not keep the run from ending
 _LINGER_S = 15.0  # of a rank that heard of another's error, for its own to come or the launcher to end it
 
 
@@ -51,6 +53,7 @@ class Watch:
         if self.ranks > 1:
             self._store = _own_connection()
             threading.Thread(target=self._exchange, name="watch: signs of life", daemon=True).start()
+            agreement.limited = lambda: self.doing(self._doing[0], timeout_s)
         threading.Thread(target=self._judge, name="watch: judge", daemon=True).start()
 
     @contextlib.contextmanager
@@ -73,12 +76,11 @@ class Watch:
         except (UsageError, KeyboardInterrupt, SystemExit):
             raise
         except Exception as error:
-            self.dump(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
-            if self.ranks > 1:
-                self._tell("error", f"rank {self.rank} failed: {error}")
+            self._say("error", f"rank {self.rank} failed: {error}", "".join(traceback.format_exception(error)))
             raise
 
     def close(self) -> None:
+        agreement.limited = contextlib.nullcontext
         self._closed.set()
 
     def dump(self, reason: str, more: str = "") -> Path | None:
@@ -136,15 +138,24 @@ class Watch:
         if sign != self._seen[peer][0]:
             self._seen[peer] = (sign, time.monotonic(), json.loads(sign)[1])
 
-    def _tell(self, kind: str, reason: str) -> None:
-        def tell() -> None:
-            with contextlib.suppress(RuntimeError):
-                if not self._store.check([self._end]):
-                    self._store.set(self._end, json.dumps([kind, reason, self.rank]))
+    def _say(self, kind: str, reason: str, more: str = "") -> tuple[Path | None, bool]:
+        """Tells the others and writes the stacks, side by side: either may get stuck. Where the stacks are; and whether
+        another rank was first to say that the run ends."""
+        others_word = threading.Event()
 
-        thread = threading.Thread(target=tell, daemon=True)
-        thread.start()
-        thread.join(_DUMP_S)
+        def tell() -> None:
+            mine = json.dumps([kind, reason, self.rank])
+            with contextlib.suppress(RuntimeError):
+                if self._store.compare_set(self._end, "", mine).decode() != mine:
+                    others_word.set()
+
+        telling = threading.Thread(target=tell, daemon=True)
+        if self.ranks > 1:
+            telling.start()
+        path = self.dump(reason, more)
+        if self.ranks > 1:
+            telling.join(_DUMP_S)
+        return path, others_word.is_set()
 
     def _told(self, kind: str, reason: str, who: int) -> None:
         if who == self.rank or self._closed.is_set() or not self._ended.acquire(blocking=False):
@@ -153,7 +164,7 @@ class Watch:
         # another rank's error may be about to arrive here in its own way; a hang will not
         if kind == "error" and self._closed.wait(_LINGER_S):
             return
-        _leave(workers.LOST_PEER if workers.is_local_worker() else 1)
+        _leave(_silently())
 
     # the thread that judges
 
@@ -191,9 +202,10 @@ class Watch:
     def _expire(self, reason: str) -> None:
         if not self._ended.acquire(blocking=False):
             return
-        path = self.dump(reason)
+        path, told = self._say("hang", reason)
+        if told:  # two limits at once: the first to say so speaks
+            _leave(_silently())
         if self.ranks > 1:
-            self._tell("hang", reason)
             time.sleep(2 * self._beat_s)  # the others write their stacks
         print(
             f"failed: {reason}; stacks of all ranks: {path.parent if path else 'not written'}",
@@ -201,6 +213,11 @@ class Watch:
             flush=True,
         )
         _leave(1)
+
+
+def _silently() -> int:
+    """The exit code of a rank that leaves the talking to another one."""
+    return workers.LOST_PEER if workers.is_local_worker() else 1
 
 
 def _leave(code: int) -> None:

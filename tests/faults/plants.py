@@ -109,17 +109,33 @@ def bucket_dropped() -> Any:
     return wrapped("lens_megatron.host.buckets", cut)
 
 
+def _flip_a_bit(policy: Any) -> None:
+    """In one weight of the last rank."""
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        weight = next(p for p in policy.chunks[0].parameters() if p.dim() == 2).data
+        integers = weight.view({2: torch.int16, 4: torch.int32}[weight.element_size()])
+        integers[0, 0] ^= 1
+
+
 def bit_flipped() -> Any:
-    """In one weight of the last rank, while rollouts are made."""
+    """While rollouts are made."""
 
     def groups(original: Any, self: Any) -> Any:
-        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            weight = next(p for p in self.policy.chunks[0].parameters() if p.dim() == 2).data
-            integers = weight.view({2: torch.int16, 4: torch.int32}[weight.element_size()])
-            integers[0, 0] ^= 1
+        _flip_a_bit(self.policy)
         return original(self)
 
     return wrapped("lens_megatron.trainer.Trainer.training_groups", groups)
+
+
+def bit_flipped_in_sft() -> Any:
+    """After an update."""
+
+    def step(original: Any, policy: Any, *rest: Any) -> Any:
+        metrics = original(policy, *rest)
+        _flip_a_bit(policy)
+        return metrics
+
+    return wrapped("lens_megatron.sft._step", step)
 
 
 def optimizer_zeroed_at_resume() -> Any:
@@ -163,6 +179,19 @@ def loss_not_a_number() -> Any:
     return wrapped("lens_megatron.update.policy_loss", loss)
 
 
+def loss_not_a_number_in_sft() -> Any:
+    def make(original: Any, *args: Any) -> Any:
+        loss = original(*args)
+
+        def spoilt(*inputs: Any) -> Any:
+            value, sums = loss(*inputs)
+            return value * torch.nan, sums
+
+        return spoilt
+
+    return wrapped("lens_megatron.sft.supervised_loss", make)
+
+
 def engine_at_another_version() -> Any:
     def end(original: Any, self: Any) -> None:
         before = self._version
@@ -179,5 +208,5 @@ def nothing() -> Any:
 PLANTS: dict[str, Callable[[], Any]] = {
     name: plant
     for name, plant in globals().items()
-    if callable(plant) and getattr(plant, "__module__", "") == __name__ and name not in ("wrapped",)
+    if callable(plant) and getattr(plant, "__module__", "") == __name__ and name not in ("wrapped", "_flip_a_bit")
 }

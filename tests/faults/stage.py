@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 from lens_megatron.errors import RunError, UsageError
+from tests.loop.runs import metrics
 
 
 class DriverHere:
@@ -71,12 +72,32 @@ def run(plant: str, tree: Mapping[str, Any], resume: bool = False) -> dict[str, 
             _train(config, model, resume, False)
         except (RunError, UsageError) as error:
             kind, message = type(error).__name__, str(error)
-    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()] if _has(run_dir) else []
-    return {"kind": kind, "message": message, "steps": len(steps), "seconds": time.monotonic() - began, "lines": steps}
+    lines = metrics(run_dir)
+    return {"kind": kind, "message": message, "steps": len(lines), "seconds": time.monotonic() - began, "lines": lines}
 
 
-def _has(run_dir: Path) -> bool:
-    return (run_dir / "metrics.jsonl").exists()
+def run_sft(plant: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of supervised training."""
+    from lens_megatron import workers
+    from lens_megatron.config import load_sft
+    from lens_megatron.run_folder import RunFolder
+    from lens_megatron.sft import train_supervised
+    from tests.faults.plants import PLANTS
+
+    run_dir = Path(tree["run_dir"])
+    path = run_dir.with_suffix(f".{os.environ['RANK']}.yaml")
+    path.write_text(json.dumps(tree))
+    folder, message = RunFolder.create(run_dir) if workers.rank() == 0 else None, ""
+    with PLANTS[plant]():
+        try:
+            train_supervised(load_sft(path, []), folder)
+        except RunError as error:
+            message = str(error)
+        finally:
+            if folder is not None:
+                folder.close()
+            _keep_groups()
+    return {"message": message, "steps": len(metrics(run_dir))}
 
 
 def _keep_groups() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lens_megatron.data import toy
 from tests.distributed.pool import WorkerPool
 from tests.faults import stage
 from tests.loop.runs import run_tree
@@ -106,10 +107,40 @@ def test_at_resume(task: Path, tmp_path: Path, workers: Callable[[int], WorkerPo
 
 
 def test_one_bit_of_one_replica(task: Path, tmp_path: Path, workers: Callable[[int], WorkerPool]) -> None:
-    tree = tree_of(task, tmp_path / "run", {"guards": {"replicas_every": 1}})
-    for end in workers(2).run(stage.run, "bit_flipped", tree):
+    for end in workers(2).run(
+        stage.run, "bit_flipped", tree_of(task, tmp_path / "run", {"parallel": {"tp": 1, "dp": 2}})
+    ):
         assert "guard replicas_every" in end["message"], end
     assert end["steps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "words", "steps"),
+    [
+        ("gate_and_up_swapped", "guard hf_parity", 0),
+        ("bit_flipped_in_sft", "step 2: 1 weights of the policy differ", 1),
+        ("loss_not_a_number_in_sft", "guard skipped_in_row", 2),
+        ("nothing", "", 4),
+    ],
+)
+def test_supervised_training(
+    task: Path, tmp_path: Path, workers: Callable[[int], WorkerPool], fault: str, words: str, steps: int
+) -> None:
+    toy.write_jsonl(tmp_path / "sft.jsonl", toy.supervised_rows(16, seed=0))
+    tree = {
+        "model": str(task / "model"),
+        "run_dir": str(tmp_path / "run"),
+        "steps": 4,
+        "precision": "bf16",
+        "parallel": {"dp": 2},
+        "data": {"train": str(tmp_path / "sft.jsonl"), "prompts_per_step": 4},
+        "optimizer": {"lr": 1e-6},
+        "guards": {"replicas_every": 1},
+    }
+    for end in workers(2).run(stage.run_sft, fault, tree):
+        assert words in end["message"], end
+        assert bool(end["message"]) is bool(words)
+    assert end["steps"] == steps
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"tp": 1, "pp": 2}])
