@@ -22,8 +22,8 @@ from benchmarks._machine import machine
 STEPS = 12
 
 
-def measured(folder: Path) -> list[dict[str, float]]:
-    """A run's metrics: toy prompts, a model of 8 layers and 256 hidden with random weights."""
+def measured(folder: Path, ranks: int) -> list[dict[str, float]]:
+    """A run's metrics: toy prompts, a model of 2 layers, 256 wide, with random weights, tensor parallel over `ranks`."""
     from lens_megatron.data import toy
     from lens_megatron.mcore.hf_files import random_weights, write_hf_folder
     from lens_megatron.mcore.hf_names import hf_shapes
@@ -39,7 +39,7 @@ def measured(folder: Path) -> list[dict[str, float]]:
         "run_dir": str(folder / "run"),
         "steps": STEPS,
         "algorithm": "lens",
-        "parallel": {"tp": 1},
+        "parallel": {"tp": ranks},
         "data": {"train": str(folder / "train.jsonl"), "prompts_per_step": 16},
         "rollout": {"n": 8, "max_response_tokens": 32},
         "checkpoint": {"every": 5},
@@ -79,9 +79,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        text = table(measured(Path(folder)))
-    text = f"# What the guards cost\n\n`python -m benchmarks.guards`, {described()}\n\n{text}"
+    text = ""
+    for ranks in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            text += f"## {ranks} rank{'s' * (ranks > 1)}\n\n{table(measured(Path(folder), ranks))}\n"
+    text = f"# What the guards cost\n\n`python -m benchmarks.guards`, {described()}\n\n{text.strip()}\n"
     print(text)
     if args.out:
         args.out.write_text(text)

@@ -60,7 +60,8 @@ class ModelGuards:
                 if dist.get_rank() != 0:
                     for _ in exported:  # the other ranks' part is done by iterating
                         pass
-                checks.export_parity(str(folder), *on_rank_0(lambda: different_exports(folder, exported)))
+                found = on_rank_0(lambda: different_exports(folder, exported), others_wait=False)
+                checks.export_parity(str(folder), *found)
 
     def _hf_parity(self, model: ShardedModel, who: str, folder: Path) -> None:
         length = min(self._model_config.probe_tokens, model.spec.max_positions)
