@@ -225,3 +225,25 @@ def test_a_single_slurm_task_starts_its_own_workers(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "1")
     assert not workers.is_worker()
+
+
+def test_who_is_held_by_the_kernel_is_told_from_who_is_just_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A zombie that nobody reaps looks like a process whose threads sit in a file system."""
+    monkeypatch.setattr(workers, "_BLOCKED_S", 0.2)
+    ended, lives = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "600"])
+    wait_for(lambda: not alive(ended.pid))
+
+    class Unreaped:
+        pid = ended.pid
+
+        def poll(self) -> None:
+            return None
+
+    held = workers._Held([Unreaped(), lives])  # type: ignore[list-item]
+    assert held.look() == set()
+    time.sleep(0.3)
+    assert held.look() == {0}
+    lives.kill()
+    ended.wait()
+    lives.wait()
+    assert held.look() == set(), "gone"

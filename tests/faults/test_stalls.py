@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -171,9 +172,9 @@ def freezing(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-FROZEN = {  # what stops answering, by its place in the run folder: what the line says
-    ".": "did not finish to ",
-    "checkpoints": "rank 0 did not finish to begin the checkpoint within 10 s",
+FROZEN = {  # what stops answering, by its place in the run folder: what the line says, by where it meets the run
+    ".": r"rank \d did not finish to .* within 10 s: a file system",
+    "checkpoints": r"rank 0 did not finish to (begin the checkpoint|save) within 10 s|waited for rank \d to write its part",
 }
 
 
@@ -196,9 +197,11 @@ def test_a_file_system_that_stops_answering(
         lambda command, run_dir: subprocess.run(["fsfreeze", "-f", frozen], check=True).check_returncode(),
         after=lambda: subprocess.run(["fsfreeze", "-u", frozen], check=True).check_returncode(),
     )
-    print(f"{place} frozen: {end.took:.1f} s; {complaint(end.words)}")
+    # a rank that the kernel holds has no exit code: another one's words may be read out after its own, which are the same
+    [line] = {line for line in end.words.splitlines() if line.startswith(("error:", "failed:"))}
+    print(f"{place} frozen: {end.took:.1f} s; {line}")
     assert end.code == 1, end
-    assert FROZEN[place] in complaint(end.words), end
+    assert re.search(FROZEN[place], line), end
     assert end.took < TIMEOUT_S + 10, end
     stacks = end.stacks or sorted(path.name for path in tmp_path.glob("lens-megatron-stacks-*/rank_*.txt"))
     assert stacks == ["rank_00000.txt", "rank_00001.txt"], end
