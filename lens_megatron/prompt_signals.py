@@ -64,7 +64,7 @@ class PromptSignals:
 
     @property
     def needs_models(self) -> bool:
-        return self._rescue.mode != "none" and self._rescue.strategy not in ("random", "resample")
+        return self._rescue.mode != "none" and self._rescue.strategy in ("interference", "gradient")
 
     def of(
         self, prompts: Sequence[Prompt], watch: Callable[[Sequence[Tensor], Sequence[Tensor]], None] | None = None
