@@ -67,7 +67,7 @@ def with_gradient_buffers(
 ) -> list[torch.nn.Module]:
     """The chunks wrapped for data parallelism; `config` learns how gradients are summed and finished."""
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-    overlap = overlap_grad_reduce and torch.cuda.is_available() and ranks > 1
+    overlap = overlap_grad_reduce and ranks > 1 and can_overlap()
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
@@ -87,6 +87,11 @@ def with_gradient_buffers(
         )
     config.finalize_model_grads_func = _finish_gradients
     return wrapped
+
+
+def can_overlap() -> bool:
+    """On CPU a reduction would only take the cores that backward needs."""
+    return torch.cuda.is_available()
 
 
 def _finish_gradients(chunks: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **options: Any) -> None:

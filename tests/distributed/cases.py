@@ -134,6 +134,17 @@ def two_updates(
     return norms, dict(policy.export_hf())
 
 
+def two_overlapped_updates(*arguments: Any) -> tuple[list[float], dict[str, Tensor]]:
+    """As on a GPU: each bucket's gradients are summed while backward still runs, all but the first step's."""
+    from lens_megatron.mcore import optimizer
+
+    usual, optimizer.can_overlap = optimizer.can_overlap, lambda: True
+    try:
+        return two_updates(*arguments)
+    finally:
+        optimizer.can_overlap = usual
+
+
 def export(folder: Path, layout: ParallelConfig, target: Path) -> None:
     from lens_megatron.mcore.hf_files import write_hf_folder
     from lens_megatron.mcore.step import build_frozen

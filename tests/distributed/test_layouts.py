@@ -117,6 +117,30 @@ def test_two_updates_equal_hf(kind: str, layout: str, workers: Any, hf_folder: A
     assert error < 1e-4, worst
 
 
+OVERLAPPED = {
+    "dp2": (2, ParallelConfig()),
+    "cp2": (2, ParallelConfig(cp=2)),
+    "ep2": (2, ParallelConfig(ep=2)),
+    "tp2 dp2": (4, ParallelConfig(tp=2)),
+    "pp2 dp2": (4, ParallelConfig(pp=2)),
+    "pp2 vpp2 dp2": (4, ParallelConfig(pp=2, vpp=2)),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"), [(k, n) for n in OVERLAPPED for k in ("qwen3_tied", "qwen3_moe") if "ep" not in n or "moe" in k]
+)
+def test_overlapped_gradient_sums_change_nothing(kind: str, layout: str, workers: Any, hf_folder: Any) -> None:
+    world, parallel = OVERLAPPED[layout]
+    folder = hf_folder(kind)
+    hf_norms, hf_weights = expected_weights(folder)
+    answers = workers(world).run(cases.two_overlapped_updates, folder, parallel, SEQUENCES, DATA, BUDGET)
+    for norms, _ in answers:
+        assert norms == pytest.approx(hf_norms, rel=1e-4)
+    error, worst = largest_relative_error(answers[0][1], hf_weights)
+    assert error < 1e-4, worst
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputed_activations_change_nothing(kind: str, recompute: str, workers: Any, hf_folder: Any) -> None:
