@@ -37,6 +37,7 @@ from lens_megatron.mcore.step import ShardedModel, Trainable
 from lens_megatron.model_spec import to_hf_config
 
 _EXTRA, _HF = "extra.json", "hf"
+_EXTRA_STATE = "_extra_state"
 _ROUND_S = 5.0
 
 
@@ -174,13 +175,13 @@ def load(policy: Trainable, folder: Path) -> dict[str, Any]:
     """
     manifest, extra = on_rank_0(lambda: _opened(policy, folder))
     with cuda_literals(), torch.no_grad(), _one_line_errors(folder):
-        found = dist_checkpointing.load(_model_state(policy), str(folder))
+        found = dist_checkpointing.load(_wanted(policy), str(folder))
         _take_weights(policy, found)
         trainer = found["trainer"]
         if not manifest.optimizer:
             policy.optimizer.inner.reload_model_params()
             return extra
-        places = _model_state(policy)  # again: loading empties the first
+        places = _wanted(policy)  # again: loading empties the first
         checkpoint_optimizer.load_optimizer(policy.optimizer, places, folder, trainer["adam_step"])
         checkpoint_optimizer.set_schedule(policy.optimizer, trainer["schedule_step"])
         states = checkpoint_optimizer.random_states()
@@ -194,7 +195,7 @@ def load_weights(model: ShardedModel, folder: Path) -> None:
     """The weights alone, into a policy or into a model that only scores."""
     on_rank_0(lambda: _opened(model, folder))
     with cuda_literals(), torch.no_grad(), _one_line_errors(folder):
-        _take_weights(model, dist_checkpointing.load(_model_state(model), str(folder)))
+        _take_weights(model, dist_checkpointing.load(_wanted(model), str(folder)))
     if isinstance(model, Trainable):
         model.optimizer.inner.reload_model_params()
 
@@ -233,9 +234,20 @@ def _model_state(model: ShardedModel) -> dict[str, Any]:
     }
 
 
+def _wanted(model: ShardedModel) -> dict[str, Any]:
+    """Without the modules' `_extra_state`: FP8's, which is not used. Transformer Engine's norms have one, the plain ones
+    none, so that a checkpoint made without it (converted on a CPU, say) could not be loaded with it."""
+    return {
+        chunk: {name: place for name, place in state.items() if _EXTRA_STATE not in name}
+        for chunk, state in _model_state(model).items()
+    }
+
+
 def _take_weights(model: ShardedModel, found: Mapping[str, Any]) -> None:
     for number, chunk in enumerate(model.chunks):
-        innermost(chunk).load_state_dict(found[f"model{number}"])
+        missing, unknown = innermost(chunk).load_state_dict(found[f"model{number}"], strict=False)
+        if wrong := [name for name in (*missing, *unknown) if _EXTRA_STATE not in name]:
+            raise AssertionError(f"weights that were not loaded: {wrong}")
 
 
 def _live_storages(policy: Trainable) -> set[int]:

@@ -93,6 +93,18 @@ def resumed(folder: Path, layout: ParallelConfig, source: Path, spoil: str = "")
     return Answer(exported(trainable), extra, state, rates)
 
 
+def resumed_with_states_of_the_engine(folder: Path, layout: ParallelConfig, source: Path) -> Answer:
+    """As with Transformer Engine, whose norms ask a checkpoint for a state, empty without FP8, that plain ones never wrote."""
+    from lens_megatron.mcore.layer_spec import PlainRMSNorm
+
+    PlainRMSNorm.get_extra_state = lambda self: torch.Tensor()  # type: ignore[method-assign,misc,assignment]
+    PlainRMSNorm.set_extra_state = lambda self, state: None  # type: ignore[method-assign,misc,assignment]
+    try:
+        return resumed(folder, layout, source)
+    finally:
+        del PlainRMSNorm.get_extra_state, PlainRMSNorm.set_extra_state
+
+
 @torch.no_grad()
 def _spoil(optimizer: Any, what: str) -> None:
     for part in checkpoint_optimizer_parts(optimizer):

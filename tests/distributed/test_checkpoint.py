@@ -104,6 +104,15 @@ def test_resumed_equals_uninterrupted(
             assert all(torch.equal(answer.random[name], state) for name, state in expected.random.items())
 
 
+def test_a_checkpoint_of_plain_layers_is_resumed_with_those_of_transformer_engine(
+    saved: Any, workers: Any, hf_folder: Any
+) -> None:
+    source, straight = saved("qwen3_moe", "ep2")
+    world, parallel = LAYOUTS["ep2"]
+    answers = workers(world).run(cases.resumed_with_states_of_the_engine, hf_folder("qwen3_moe"), parallel, source)
+    assert difference(answers[0].weights, straight[0].weights) == 0.0
+
+
 def test_saving_changes_nothing(saved: Any, workers: Any, hf_folder: Any) -> None:
     _, straight = saved("qwen3_moe", "ep2")
     unsaved = workers(2).run(cases.uninterrupted, hf_folder("qwen3_moe"), LAYOUTS["ep2"][1], None)
