@@ -1,11 +1,13 @@
 """Packed causal attention in plain torch, for the local layer spec, with context parallelism.
 
 Megatron-Core's own DotProductAttention refuses packed sequences and context parallelism. Here a pack is a row of sequences
-laid end to end. On CUDA the whole pack goes through torch's variable-length flash attention; on CPU, and with context
-parallelism, each sequence goes through scaled_dot_product_attention by itself, so that no [pack, pack] mask is built.
+laid end to end. On CUDA the whole pack goes through torch's variable-length flash attention; on CPU, and in fp32, each
+sequence goes through scaled_dot_product_attention by itself, so that no [pack, pack] mask is built.
 
 Context parallelism: each rank holds chunk r and chunk 2n-1-r of every sequence (so that causal work is even). Keys and
-values are all-gathered over the context-parallel ranks; their gradients are summed back to the owner.
+values are all-gathered over the context-parallel ranks; their gradients are summed back to the owner. A chunk sees the
+keys from its sequence's start to its own end, so that a causal mask aligned to the last query and the last key is right:
+flash attention's own. With a mask of its own SDPA would fall back, for grouped heads on CUDA, to holding all scores.
 
 Shapes: T tokens of this rank, K tokens of the whole pack, N query heads, G key/value heads, D head size.
 """
@@ -14,6 +16,8 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -77,54 +81,81 @@ class PackedAttention(MegatronModule):
         if packed_seq_params is None:
             raise ValueError("every sequence goes through packing: packed_seq_params is missing")
         query_TND, key_TGD, value_TGD = (x.squeeze(1) if x.dim() == 4 else x for x in (query, key, value))
+        on_flash = query_TND.is_cuda and query_TND.dtype != torch.float32  # flash attention is for half precision
         if self.cp_group.size() > 1:
-            output_TND = self._over_context_ranks(query_TND, key_TGD, value_TGD, packed_seq_params)
-        elif query_TND.is_cuda and query_TND.dtype != torch.float32:  # flash attention is for half precision
-            output_TND = self._flash(query_TND, key_TGD, value_TGD, packed_seq_params)
+            output_TND = self._over_context_ranks(query_TND, key_TGD, value_TGD, packed_seq_params, on_flash)
+        elif on_flash:
+            cu, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
+            output_TND = _flash(query_TND, key_TGD, value_TGD, cu, cu, longest, longest, self.scale)
         else:
-            output_TND = self._one_by_one(query_TND, key_TGD, value_TGD, packed_seq_params)
+            lengths = _lengths(packed_seq_params)
+            output_TND = _one_by_one(query_TND, key_TGD, value_TGD, lengths, lengths, self.scale)
         return output_TND.reshape(output_TND.size(0), -1)
 
-    def _one_by_one(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, packed: PackedSeqParams) -> Tensor:
-        lengths = _lengths(packed)
-        outputs = [
-            _attend(q, k, v, self.scale, None)
-            for q, k, v in zip(q_TND.split(lengths), k_TGD.split(lengths), v_TGD.split(lengths), strict=True)
-        ]
-        return torch.cat(outputs)
-
-    def _flash(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, packed: PackedSeqParams) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        known = inspect.signature(varlen_attn).parameters  # torch 2.10 to 2.13 differ in these keywords
-        options: dict[str, Any] = {"scale": self.scale} if "scale" in known else {}
-        options.update({"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True})
-        if not options.get("scale") and not math.isclose(self.scale, q_TND.size(-1) ** -0.5):
-            raise RuntimeError("this torch's varlen_attn takes no scale: torch >= 2.11 is needed")
-        repeats = q_TND.size(1) // k_TGD.size(1)
-        if repeats > 1 and "enable_gqa" in known:
-            options["enable_gqa"] = True
-        elif repeats > 1:
-            k_TGD, v_TGD = (x.repeat_interleave(repeats, dim=1) for x in (k_TGD, v_TGD))
-        cu, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-        return varlen_attn(q_TND, k_TGD, v_TGD, cu, cu, longest, longest, **options)  # type: ignore[return-value]
-
-    def _over_context_ranks(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, packed: PackedSeqParams) -> Tensor:
+    def _over_context_ranks(
+        self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, packed: PackedSeqParams, on_flash: bool
+    ) -> Tensor:
         ranks, rank = self.cp_group.size(), self.cp_group.rank()
         lengths = _lengths(packed)
-        held = torch.cat([local_positions(lengths, ranks, r) for r in range(ranks)]).to(q_TND.device)
-        in_order = torch.argsort(held)
-        k_KGD, v_KGD = (_GatherOverRanks.apply(x, self.cp_group)[in_order] for x in (k_TGD, v_TGD))
-        mine = local_positions(lengths, ranks, rank).to(q_TND.device)
-        outputs, start_T, start_K = [], 0, 0
-        for length in lengths:
-            q = q_TND[start_T : start_T + length // ranks]
-            k, v = k_KGD[start_K : start_K + length], v_KGD[start_K : start_K + length]
-            q_position = mine[start_T : start_T + length // ranks] - start_K
-            visible = q_position[:, None] >= torch.arange(length, device=q.device)[None, :]
-            outputs.append(_attend(q, k, v, self.scale, visible))
-            start_T, start_K = start_T + length // ranks, start_K + length
-        return torch.cat(outputs)
+        gathered_K = torch.cat([local_positions(lengths, ranks, r) for r in range(ranks)])
+        seen, q_lengths = seen_by_chunks(lengths, ranks, rank)
+        seen_K = torch.argsort(gathered_K)[torch.cat(seen)].to(q_TND.device)
+        k_KGD, v_KGD = (_GatherOverRanks.apply(x, self.cp_group)[seen_K] for x in (k_TGD, v_TGD))
+        k_lengths = [len(positions) for positions in seen]
+        if not on_flash:
+            return _one_by_one(q_TND, k_KGD, v_KGD, q_lengths, k_lengths, self.scale)
+        cu_q, cu_k = (
+            torch.tensor([0, *accumulate(chunks)], dtype=torch.int32, device=q_TND.device)
+            for chunks in (q_lengths, k_lengths)
+        )
+        return _flash(q_TND, k_KGD, v_KGD, cu_q, cu_k, max(q_lengths), max(k_lengths), self.scale)
+
+
+def seen_by_chunks(lengths: Sequence[int], ranks: int, rank: int) -> tuple[list[Tensor], list[int]]:
+    """For each chunk that a rank holds, in its order: the places in the pack of the keys it sees, and its queries."""
+    seen: list[Tensor] = []
+    queries: list[int] = []
+    start = 0
+    for length in lengths:
+        chunk = length // (2 * ranks)
+        for number in (rank, 2 * ranks - 1 - rank):
+            seen.append(torch.arange(start, start + (number + 1) * chunk))
+            queries.append(chunk)
+        start += length
+    return seen, queries
+
+
+def _one_by_one(
+    q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, q_lengths: list[int], k_lengths: list[int], scale: float
+) -> Tensor:
+    parts = zip(q_TND.split(q_lengths), k_KGD.split(k_lengths), v_KGD.split(k_lengths), strict=True)
+    return torch.cat([_attend(q, k, v, scale) for q, k, v in parts])
+
+
+def _flash(
+    q_TND: Tensor,
+    k_KGD: Tensor,
+    v_KGD: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    scale: float,
+) -> Tensor:
+    """Causal, aligned to each piece's last query and last key."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters  # torch 2.10 to 2.13 differ in these keywords
+    options: dict[str, Any] = {"scale": scale} if "scale" in known else {}
+    options.update({"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True})
+    if not options.get("scale") and not math.isclose(scale, q_TND.size(-1) ** -0.5):
+        raise RuntimeError("this torch's varlen_attn takes no scale: torch >= 2.11 is needed")
+    repeats = q_TND.size(1) // k_KGD.size(1)
+    if repeats > 1 and "enable_gqa" in known:
+        options["enable_gqa"] = True
+    elif repeats > 1:
+        k_KGD, v_KGD = (x.repeat_interleave(repeats, dim=1) for x in (k_KGD, v_KGD))
+    return varlen_attn(q_TND, k_KGD, v_KGD, cu_q, cu_k, longest_q, longest_k, **options)  # type: ignore[return-value]
 
 
 def _lengths(packed: PackedSeqParams) -> list[int]:
@@ -132,8 +163,14 @@ def _lengths(packed: PackedSeqParams) -> list[int]:
     return (cu[1:] - cu[:-1]).tolist()
 
 
-def _attend(q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, scale: float, visible_TK: Tensor | None) -> Tensor:
-    """One sequence; causal when no mask is given."""
+def _attend(q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, scale: float) -> Tensor:
+    """One piece; causal, aligned to its last query and last key."""
+    queries, keys = len(q_TND), len(k_KGD)
+    visible_TK = None
+    if queries != keys:
+        visible_TK = torch.ones(queries, keys, dtype=torch.bool, device=q_TND.device).tril(keys - queries)
+    if q_TND.is_cuda:  # in fp32: only flash attention would take grouped heads there, all else holds all scores
+        k_KGD, v_KGD = (x.repeat_interleave(q_TND.size(1) // k_KGD.size(1), dim=1) for x in (k_KGD, v_KGD))
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_TND, k_KGD, v_KGD))
     output = F.scaled_dot_product_attention(
         q,

@@ -107,10 +107,15 @@ def _attention(spec: ModelSpec, layout: ParallelConfig, t: int, one: Pass, eleme
     if not kernels.fused_rope:
         kept += 4 * t * spec.head_dim * element  # cosines and sines, for queries and for keys
     kept += t * q * element + t * heads * 4  # rotated queries, log-sums
-    if gathers:  # whole packs of both, their order, and a mask of each sequence
+    if gathers and kernels.attention == "sdpa":
+        # keys and values from each sequence's start to the end of each of its two chunks here, their order, and masks
+        seen = one.tokens * (2 * layout.cp + 1) // (2 * layout.cp)
+        kept += 2 * seen * k * element + 8 * seen + one.squares() * (2 * layout.cp + 1) // (4 * layout.cp**2) * element
+    elif gathers:  # too much, by a mask of each sequence and one output: the published plans are computed so
         kept += 2 * one.tokens * k * element + 8 * one.tokens + one.squares() // layout.cp * element
         return kept + 2 * t * q * element
-    kept += t * k * element  # rotated keys
+    else:
+        kept += t * k * element  # rotated keys
     # the output, and again as linear_proj's input where sequences are concatenated
     return kept + (2 if kernels.attention == "sdpa" else 1) * t * q * element
 
