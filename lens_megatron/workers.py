@@ -61,6 +61,19 @@ def _adopt_slurm() -> None:
         WORLD_SIZE=str(tasks),
         LOCAL_RANK=os.environ.get("SLURM_LOCALID", "0"),
     )
+    if (tasks_of_nodes := os.environ.get("SLURM_STEP_TASKS_PER_NODE")) is not None:
+        # servers that the run starts itself come after the trainer's GPUs: it must be known how many those are
+        node = int(os.environ.get("SLURM_NODEID", "0"))
+        os.environ["LOCAL_WORLD_SIZE"] = str(_tasks_of_each(tasks_of_nodes)[node])
+
+
+def _tasks_of_each(nodes: str) -> list[int]:
+    """Slurm's "8(x2),4" -> [8, 8, 4]."""
+    counts = []
+    for part in nodes.split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(times or 1)
+    return counts
 
 
 def _meet(place: Path, address: str, rank: int) -> int:

@@ -208,15 +208,16 @@ def test_ranks_are_slurms_inside_srun(monkeypatch: pytest.MonkeyPatch, tmp_path:
     scontrol.write_text("#!/bin/sh\necho node7\necho node8\n")
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
         monkeypatch.setenv(name, "")  # restored after the test, whatever is set in it
         monkeypatch.delenv(name)
     slurm = {"PROCID": "3", "NTASKS": "4", "LOCALID": "1", "STEP_NODELIST": "node[7-8]", "JOB_ID": "41"}
+    slurm |= {"STEP_TASKS_PER_NODE": "1(x1),3", "NODEID": "1"}
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert workers.is_worker()
-    found = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
-    assert found == ["3", "4", "1", "node7", "20041"]
+    assert [os.environ[name] for name in names] == ["3", "4", "1", "3", "node7", "20041"]
 
 
 def test_a_single_slurm_task_starts_its_own_workers(monkeypatch: pytest.MonkeyPatch) -> None:
