@@ -19,6 +19,7 @@ from lens_megatron.errors import UsageError
 from lens_megatron.guards.run_guards import RunGuards
 from lens_megatron.host import Host
 from lens_megatron.mcore import runtime
+from lens_megatron.mcore.agreement import everywhere
 from lens_megatron.mcore.checkpoint_run import Saver, resume
 from lens_megatron.mcore.hf_copies import HfCopies
 from lens_megatron.mcore.offload import Residence
@@ -98,6 +99,7 @@ class Trainer:
             Handover(
                 Residence(self.policy),
                 lambda work, what: from_rank_zero(work, what, config.timeout_s),
+                everywhere,
                 self._servers,
                 self._memory,
                 config.memory.residual_gib,

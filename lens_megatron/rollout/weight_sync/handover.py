@@ -1,7 +1,7 @@
 """Trainer and servers on the same GPUs, by turns (`placement: colocated`). Every rank calls.
 
     engine's turn    trainer's weights, gradients and optimizer leave the GPU, what stays is held against the budget,
-                     then the servers take their KV cache
+                     then, when all ranks have left, the servers take their KV cache
     trainer's turn   the servers give up the KV cache, then the trainer comes back
     before a sync    the servers take memory for weights; in them nothing is kept, so that they stay until the rollouts
                      of the step are done
@@ -55,23 +55,31 @@ class ServerMemory:
 
 
 class Handover:
-    """`memory` and `servers` are rank 0's. `on_rank_zero` runs there, and gives its error to every rank."""
+    """`memory` and `servers` are rank 0's. `on_rank_zero` runs there, and gives its error to every rank; `on_every_rank`
+    returns when all are done, or raises everywhere."""
 
     def __init__(
         self,
         residence: Residence,
         on_rank_zero: Callable[[Callable[[], Any], str], Any],
+        on_every_rank: Callable[[Callable[[], None]], None],
         servers: Callable[[], Sequence[ServerAddress]],
         memory: ServerMemory | None,
         budget_gib: float,
     ) -> None:
         self._residence, self._on_rank_zero, self._servers = residence, on_rank_zero, servers
+        self._on_every_rank = on_every_rank
         self._memory, self._budget_gib = memory, budget_gib
         self.residual_gib = 0.0  # of this rank, when it let go last
 
     def to_engine(self) -> None:
         if not self._residence.on_device:
             return
+        # copies to the host take ranks different times: the servers have all GPUs' memory only when the last is gone
+        self._on_every_rank(self._leave)
+        self._ask(lambda memory, servers: memory.resume(servers, "kv_cache"), "give the servers their cache")
+
+    def _leave(self) -> None:
         self._residence.release()
         self.residual_gib = residual_bytes() / GIB
         if self.residual_gib > self._budget_gib:
@@ -79,7 +87,6 @@ class Handover:
                 f"placement colocated: the trainer keeps {self.residual_gib:.1f} GiB of its GPU while the engine generates, "
                 f"over memory.residual_gib {self._budget_gib:g}: raise it and lower rollout.server.args.mem_fraction_static"
             )
-        self._ask(lambda memory, servers: memory.resume(servers, "kv_cache"), "give the servers their cache")
 
     def to_trainer(self, keep_engine_weights: bool) -> None:
         """`keep_engine_weights`: more is to be generated before the next sync."""

@@ -55,7 +55,12 @@ class Residence:
 
 
 def made(log: list[str], servers: list[ServerAddress], budget: float = 1.0) -> Handover:
-    return Handover(Residence(log), lambda work, what: work(), lambda: servers, Asked(log), budget)  # type: ignore[arg-type]
+    def on_every_rank(leave: Callable[[], None]) -> None:
+        leave()
+        log.append("the last rank has left")
+
+    residence: Any = Residence(log)
+    return Handover(residence, lambda work, what: work(), on_every_rank, lambda: servers, Asked(log), budget)
 
 
 def test_a_step_in_order() -> None:
@@ -73,10 +78,12 @@ def test_a_step_in_order() -> None:
         "s releases kv_cache weights",
         "s resumes weights",
         "trainer leaves",
+        "the last rank has left",
         "s resumes kv_cache",
         "s releases kv_cache",
         "trainer returns",
         "trainer leaves",
+        "the last rank has left",
         "s resumes kv_cache",
         "s releases kv_cache weights",
         "trainer returns",
@@ -93,7 +100,7 @@ def test_a_restarted_server_holds_everything_again() -> None:
     log.clear()
     turns.before_sync()  # nothing to resume: that would kill it
     turns.to_engine()
-    assert log == ["trainer leaves"]
+    assert log == ["trainer leaves", "the last rank has left"]
 
 
 def test_over_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
