@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import resource
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from lens_megatron.model_spec import ModelSpec
 
 _CPU = torch.device("cpu")
 _START = datetime.timedelta(seconds=1800)  # for all ranks to have started, whatever timeout_s
+_SOCKETS = 65536
 _prepared = False
 _layout: ParallelConfig | None = None
 
@@ -186,6 +188,7 @@ def initialize(spec: ModelSpec, layout: ParallelConfig, seed: int = 0, timeout_s
     world_size = world_size_from_environment() or 1
     check_layout(spec, layout, world_size)
     timeout = datetime.timedelta(seconds=timeout_s)
+    _allow_many_sockets()
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
@@ -202,6 +205,12 @@ def initialize(spec: ModelSpec, layout: ParallelConfig, seed: int = 0, timeout_s
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     without_cuda()
     set_layout(layout, seed, timeout_s)
+
+
+def _allow_many_sockets() -> None:
+    """Every group connects each of its ranks with each over gloo too, beside NCCL: of hundreds more than the usual 1024."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, min(most, _SOCKETS)), most))
 
 
 def _meet(world_size: int) -> tuple[Any, int]:
