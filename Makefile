@@ -35,7 +35,7 @@ test-sglang: install
 # A real Slurm of two nodes on this machine, started by the tests. It needs root; otherwise they are skipped and say why.
 test-slurm: $(VENV)/.slurm
 	$(BIN)/python -m tests.slurm.packages
-	$(BIN)/python -m pytest -rs -m "slurm or not slurm" tests/launchers tests/slurm
+	$(BIN)/python -m pytest -rs --durations=15 -m "slurm or not slurm" tests/launchers tests/slurm
 
 $(VENV)/.slurm: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev,slurm]'

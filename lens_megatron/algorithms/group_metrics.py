@@ -151,11 +151,10 @@ def zero_signal_kind(group: RebuiltGroup, outcomes: Mapping[str, Outcome] | None
 def top_k_overlap(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int]]) -> float | None:
     """How stable the deleted positions are between two scorings of the same prompts: the mean of
     |both| / max(|before|, |after|) over prompts in both, or None without one. Chance level is about gamma."""
+    in_both = sorted(before.keys() & after.keys())  # a set's order, and so the sum's last digit, differs by process
     shared = [
         len(set(before[prompt_id]) & set(after[prompt_id])) / max(len(before[prompt_id]), len(after[prompt_id]))
-        for prompt_id in sorted(
-            before.keys() & after.keys()
-        )  # a set's order, so the sum's last digit, differs by process
+        for prompt_id in in_both
         if before[prompt_id] or after[prompt_id]
     ]
     return _mean(shared)

@@ -14,6 +14,7 @@ from lens_megatron.studies.config import Study
 from lens_megatron.studies.table import PHASES, Result, cell_row
 
 _DASH = "–"
+_IDEAL = COLOURS - 1  # the last colour, which no other line has
 _NOT_LINES = ("nodes", "scaling", "seed")  # axes that a line of a plot runs over or averages
 Row = dict[str, Any]
 
@@ -66,7 +67,7 @@ def _group(row: Mapping[str, Any]) -> str:
 
 
 def _colour(place: int) -> str:
-    return run_colour(place)
+    return run_colour(place % _IDEAL)
 
 
 def _summary(study: Study, rows: Sequence[Row]) -> str:
@@ -173,11 +174,11 @@ def _over_gpus(
             # weak scaling beside strong in one plot: the colour of another line, since dashes mean simulated
             colour = groups[name] + (len(groups) if both and scaling == "weak" else 0)
             label = f"{name} {scaling}".strip() if both else name or "run"
-            series.append(Series(label, points, colour % COLOURS, dashed=simulated))
+            series.append(Series(label, points, colour % _IDEAL, dashed=simulated))
     if ideal:
         sizes = sorted({x for one in series for x, _ in one.points})
         line = [(x, x / sizes[0] if ideal == "linear" else 1.0) for x in sizes]
-        series.append(Series("ideal", line, COLOURS - 1))
+        series.insert(0, Series("ideal", line, _IDEAL))  # first: under what it is compared with
     key = legend([(one.label, f"var(--s{one.colour})", "dash" if one.dashed else "line") for one in series])
     return figure(title, line_chart(series, unit, "GPUs", from_zero=True), note, key)
 
@@ -189,18 +190,22 @@ def _bars(title: str, rows: Sequence[Row], name: str, unit: str) -> str:
 
 
 def _split(title: str, rows: Sequence[Row]) -> str:
-    rows = [row for row in rows if row["step_seconds"] is not None]
-    if not rows:
+    bars: dict[str, list[Row]] = {}  # seeds together
+    for row in rows:
+        if row["step_seconds"] is not None:
+            name = f"{_group(row)} {row.get('scaling') or ''}".strip() or "run"
+            bars.setdefault(f"{name} · {row['gpus']}", []).append(row)
+    if not bars:
         return figure(title, nothing("No cell finished a step."))
-    phases = [phase for phase in PHASES if any(row[f"seconds/{phase}"] for row in rows)]
-    parts = [
-        Bars(phase, [row[f"seconds/{phase}"] for row in rows], "var(--line)" if phase == "other" else _colour(place))
-        for place, phase in enumerate(phases)
-    ]
-    body = stacked_bars([f"{row['cell']} · {row['gpus']}" for row in rows], parts, "mean seconds a step")
-    return figure(
-        title, body, "Cell and number of GPUs.", legend([(part.label, part.css, "block") for part in parts]), wide=True
-    )
+    parts = []
+    for place, phase in enumerate(PHASES):
+        seconds = [[row[f"seconds/{phase}"] for row in same if row[f"seconds/{phase}"]] for same in bars.values()]
+        if any(seconds):
+            colour = "var(--line)" if phase == "other" else _colour(place)
+            parts.append(Bars(phase, [mean(values) if values else None for values in seconds], colour))
+    body = stacked_bars(list(bars), parts, "mean seconds a step")
+    key = legend([(part.label, part.css, "block") for part in parts])
+    return figure(title, body, "Cells, and their number of GPUs.", key, wide=True)
 
 
 def _learning(study: Study, results: Sequence[Result], rows: Sequence[Row], groups: Mapping[str, int]) -> list[str]:
@@ -217,7 +222,7 @@ def _learning(study: Study, results: Sequence[Result], rows: Sequence[Row], grou
                 steps.setdefault(step, []).append(value)
         points = [(step, mean(values)) for step, values in sorted(steps.items()) if len(values) == len(members)]
         if points:
-            series.append(Series(name or "run", points, groups[name] % COLOURS))
+            series.append(Series(name or "run", points, groups[name] % _IDEAL))
     chart = line_chart(series, metric) if series else nothing(f"No cell has {metric}.")
     note = "Mean over seeds and sizes, of the steps that all of them have."
     parts = [
@@ -234,7 +239,7 @@ def _learning(study: Study, results: Sequence[Result], rows: Sequence[Row], grou
     title = f"GPU-hours until {target.metric} is {target.value:g}"
     note = f"Mean of {target.window} steps. On a machine without GPUs: hours of processes."
     shown = table(("cell", "to the target", "in all"), body) if body else nothing("No cell finished a step.")
-    return [*parts, figure(title, shown, note)]
+    return [*parts, figure(title, shown, note, wide=True)]
 
 
 def _planned_against_measured(rows: Sequence[Row]) -> str:

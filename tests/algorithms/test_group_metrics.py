@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -181,3 +182,23 @@ def test_deletions_against_planted_noise_by_hand() -> None:
     assert metrics["purification/planted_recall"] == pytest.approx(2 / 3)
     assert metrics["purification/planted_chance"] == pytest.approx(3 / 40)
     assert "purification/planted_precision" not in group_metrics([pairs[2][0]], [pairs[2][1]])  # no noise: not 0
+
+
+def test_the_overlap_does_not_depend_on_where_a_process_puts_strings_in_a_set() -> None:
+    class Id(str):
+        place: int
+
+        def __hash__(self) -> int:
+            return self.place
+
+    def overlap(places: dict[str, int]) -> float | None:
+        shares = {"a": ([1, 2, 3], [1]), "b": ([1, 2, 3], [1, 2]), "c": ([1, 2], [1])}
+        ids = {name: Id(name) for name in shares}
+        for name, place in places.items():
+            ids[name].place = place
+        before, after = ({ids[name]: pair[k] for name, pair in shares.items()} for k in (0, 1))
+        return top_k_overlap(before, after)
+
+    orders = [dict(zip("abc", places, strict=True)) for places in itertools.permutations(range(3))]
+    assert len({overlap(places) for places in orders}) == 1
+    assert len({sum(shares) for shares in itertools.permutations([1 / 3, 2 / 3, 1 / 2])}) == 2, "or nothing is shown"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 from zlib import crc32
 
 
@@ -26,3 +28,11 @@ def tires(response: str, answer: str, source: str) -> float:
 def slowly(response: str, answer: str, source: str) -> float:
     time.sleep(0.05)
     return by_hash(response, answer, source)
+
+
+def until_noticed(response: str, answer: str, source: str) -> float:
+    """In a job's first life, waits for the announcement of its time limit: Slurm looks at limits twice a minute."""
+    notice = Path(os.environ["LENS_MEGATRON_NOTICE"])  # launch/notice.JOB.LIFE
+    while notice.suffix == ".0" and not notice.exists():
+        time.sleep(0.05)
+    return slowly(response, answer, source)

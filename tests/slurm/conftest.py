@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -112,7 +113,13 @@ SITE = {
 def environment(cluster: clusters.Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("NEMORUN_HOME", str(cluster.root / "nemo-home"))
+    home = cluster.root / "nemo-home"  # each cluster counts its jobs from 1
+    monkeypatch.setenv("NEMORUN_HOME", str(home))
+    # nemo-run reads it when it is imported, and another test may have done that
+    config = importlib.import_module("nemo_run.config")
+    monkeypatch.setattr(config, "_NEMORUN_HOME", str(home))
+    scheduler = importlib.import_module("nemo_run.run.torchx_backend.schedulers.slurm")
+    monkeypatch.setattr(scheduler, "SLURM_JOB_DIRS", str(home / ".slurm_jobs"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parents[1]), str(HERE.parent / "loop")]))
 
 

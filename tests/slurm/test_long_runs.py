@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from launchers.queue import Handle
-from lens_megatron import checkpoints
-from tests.loop.runs import decided, metrics
+from lens_megatron import checkpoints, cli
+from tests.loop.runs import complaint, decided, metrics
 from tests.slurm.conftest import STEPS, Launcher
 
 pytestmark = pytest.mark.slurm
@@ -29,7 +29,7 @@ def newest_checkpoint(launcher: Launcher) -> int:
     return 0 if found is None else found.manifest.step
 
 
-def test_two_nodes(launcher: Launcher, base: list[dict[str, Any]]) -> None:
+def test_two_nodes(launcher: Launcher, base: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     """The command itself: TP2 over two nodes, one rank each, the embedded engine; then what `status` says."""
     code, words = launcher.command("launch", "slurm", *launcher.files({}), "--wait")
     assert code == 0, words
@@ -38,19 +38,20 @@ def test_two_nodes(launcher: Launcher, base: list[dict[str, Any]]) -> None:
     status = handle.status()
     assert (status.state, status.slurm, status.restarts) == ("done", "COMPLETED", 0)
     same_as(base, launcher)
-    code, words = launcher.command("status", str(launcher.run_dir))
-    assert code == 0
+    assert cli.main(["status", str(launcher.run_dir)]) == 0
+    words = capsys.readouterr().out
     assert f"step        {STEPS} of {STEPS}" in words and f"checkpoint  step {STEPS}" in words
     assert "last error  none" in words and f"done (Slurm job {handle.jobs[0]})" in words
-    code, words = launcher.command("launch", "slurm", *launcher.files({}))
-    assert code == 2 and "already holds a run" in words
-    code, words = launcher.command("stop", str(launcher.run_dir))
-    assert code == 2 and "is not running" in words
+    assert cli.main(["launch", "slurm", *launcher.files({})]) == 2
+    assert "already holds a run" in complaint(capsys.readouterr().err)
+    assert cli.main(["stop", str(launcher.run_dir)]) == 2
+    assert "is not running" in complaint(capsys.readouterr().err)
 
 
 def test_time_limit(launcher: Launcher, base: list[dict[str, Any]]) -> None:
-    """A limit of one minute that Slurm announces at the start, before Python has begun; a later notice by hand."""
-    handle = launcher.submit(SLOWLY, site={"time": "00:01:00", "end_notice_s": 59}, checkpoint={"every": 0})
+    """A limit of one minute that Slurm announces in the first half of it; a later notice by hand."""
+    first_waits = "rewards.default.function=loop_rewards:until_noticed"
+    handle = launcher.submit(first_waits, site={"time": "00:01:00", "end_notice_s": 59}, checkpoint={"every": 0})
     (job,) = handle.jobs
     launcher.until(lambda: launcher.restarts(job) == 1, "requeue")
     first = newest_checkpoint(launcher)
@@ -78,7 +79,7 @@ def test_node_set_down(launcher: Launcher, base: list[dict[str, Any]]) -> None:
     same_as(base, launcher)
 
 
-def test_chain_and_stop(launcher: Launcher) -> None:
+def test_chain_and_stop(launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
     """Where jobs may not queue themselves again: the second goes on; stopped, it leaves the third nothing to do."""
     handle = launcher.submit(SLOWLY, links=3, steps=1000)
     first, second, third = handle.jobs
@@ -89,8 +90,8 @@ def test_chain_and_stop(launcher: Launcher) -> None:
     before = launcher.steps()
     assert launcher.restarts(first) == 0 and newest_checkpoint(launcher) == before
     launcher.until(lambda: launcher.steps() > before, "step of the second")
-    code, words = launcher.command("stop", str(launcher.run_dir))
-    assert code == 0 and "ends after its step" in words
+    assert cli.main(["stop", str(launcher.run_dir)]) == 0
+    assert "ends after its step" in capsys.readouterr().out
     status = launcher.ended(handle)
     assert (status.state, status.job) == ("stopped", second)
     assert newest_checkpoint(launcher) == launcher.steps() < 1000
