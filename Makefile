@@ -30,7 +30,7 @@ test-long: install
 # The real SGLang server, on CPU, in an environment of its own outside the checkout (LENS_SGLANG_VENV names another).
 test-sglang: install
 	$(BIN)/python -m tests.sglang.venv
-	$(BIN)/python -m pytest -m sglang
+	$(BIN)/python -m pytest -m sglang tests/sglang
 
 # A real Slurm of two nodes on this machine, started by the tests. It needs root; otherwise they are skipped and say why.
 test-slurm: $(VENV)/.slurm

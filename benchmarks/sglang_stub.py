@@ -36,9 +36,14 @@ FAULTS = (
 
 @dataclass
 class Request:
+    """`sampled` of its tokens by `since`, under the versions of `spans`; aborts and pauses wake it."""
+
     body: dict[str, Any]
-    started: float
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    since: float | None = None  # it waits for a slot
+    sampled: int = 0
+    spans: list[dict[str, Any]] = field(default_factory=list)
+    aborted: bool = False
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Stub:
@@ -54,10 +59,11 @@ class Stub:
     ) -> None:
         self.version, self.token_seconds, self.slots = version, token_seconds, slots
         self.api_key, self.fault, self.vocab, self.kv_tokens = api_key, fault, vocab, kv_tokens
-        self.weight_version, self.paused, self.in_session, self.finished_tokens = "default", False, False, 0
+        self.weight_version, self.in_session, self.finished_tokens = "default", False, 0
         self.update_seconds = 0.0  # that it takes over new weights
         self.released: set[str] = set()  # kinds of memory
         self.running: dict[str, Request] = {}
+        self.in_cache = True  # what runs; not while it is retracted
         self.going_on = asyncio.Event()
         self.going_on.set()
         self.admitted = asyncio.Semaphore(slots)
@@ -137,35 +143,51 @@ class Stub:
             return web.json_response({"error": {"message": "made-up refusal"}}, status=400)
         await self.going_on.wait()
         assert not self.released, "nothing can be generated without memory"
-        item = self.running[body["rid"]] = Request(body, time.monotonic())
+        item = self.running[body["rid"]] = Request(body)
         try:
             async with self.admitted:
-                item.started = time.monotonic()
                 wanted = self._wanted(body)
-                reason: dict[str, Any]
-                try:
-                    await asyncio.wait_for(item.ended.wait(), wanted * self.token_seconds)
-                    count, reason = self._done(item), {"type": "abort", "message": "Aborted"}
-                except asyncio.TimeoutError:
-                    count, reason = wanted, {"type": "length", "length": wanted}
+                while not item.aborted and item.sampled < wanted:
+                    item.woken.clear()
+                    if not self.going_on.is_set():
+                        await item.woken.wait()
+                        continue
+                    item.since = time.monotonic()
+                    try:
+                        await asyncio.wait_for(item.woken.wait(), (wanted - item.sampled) * self.token_seconds)
+                    except asyncio.TimeoutError:
+                        self._note(item, wanted)
+                count = item.sampled
+                reason: dict[str, Any] = {"type": "length", "length": wanted}
+                if item.aborted:
+                    reason = {"type": "abort", "message": "Aborted"}
         finally:
             self.running.pop(body["rid"], None)
         if self.fault == "first_dropped" and self.finished_tokens == 0 and request.transport is not None:
             request.transport.close()
         self.finished_tokens += count
-        return self._answer(body, count, reason)
+        return self._answer(body, count, reason, item.spans)
 
     def _done(self, item: Request) -> int:
-        if self.token_seconds == 0:
-            return 0
-        return min(int((time.monotonic() - item.started) / self.token_seconds), self._wanted(item.body))
+        if self.token_seconds == 0 or item.since is None or not self.going_on.is_set():
+            return item.sampled
+        more = int((time.monotonic() - item.since) / self.token_seconds)
+        return min(item.sampled + more, self._wanted(item.body))
+
+    def _note(self, item: Request, count: int) -> None:
+        """The tokens up to `count` are of the weights that it has now."""
+        if count > item.sampled:
+            item.spans.append({"version": self.weight_version, "start": item.sampled, "end": count})
+            item.sampled = count
 
     def _wanted(self, body: dict[str, Any]) -> int:
         """Cut without a word, as by the real one."""
         room = min(CONTEXT, self.kv_tokens) - 2 - len(body["input_ids"])
         return int(min(body["sampling_params"]["max_new_tokens"], room))
 
-    def _answer(self, body: dict[str, Any], count: int, reason: dict[str, Any]) -> web.Response:
+    def _answer(
+        self, body: dict[str, Any], count: int, reason: dict[str, Any], spans: list[dict[str, Any]]
+    ) -> web.Response:
         prompt = body["input_ids"]
         tokens = [(prompt[-1] + 7 * place) % self.vocab for place in range(count)]
         triples: list[list[Any]] = [
@@ -180,7 +202,7 @@ class Stub:
             "output_token_logprobs": triples,
             "completion_tokens": count,
             "cached_tokens": 0,
-            "weight_versions": [{"version": self.weight_version, "start": 0, "end": count}],
+            "weight_versions": spans,
             "e2e_latency": 0.0,
         }
         if body.get("logprob_start_len") == 0:
@@ -208,25 +230,35 @@ class Stub:
         body = await request.json()
         for name, item in self.running.items():
             if body.get("abort_all") or (body.get("rid") and name.startswith(body["rid"])):
-                item.ended.set()
+                self._abort(item)
         return web.Response()
+
+    def _abort(self, item: Request) -> None:
+        self._note(item, self._done(item))
+        item.aborted = True
+        item.woken.set()
 
     async def pause(self, request: web.Request) -> web.Response:
         mode = (await request.json()).get("mode", "abort")
+        for item in self.running.values():
+            if mode == "abort":
+                self._abort(item)
+            else:
+                self._note(item, self._done(item))
+                item.woken.set()
         self.going_on.clear()
-        self.paused = True
-        if mode == "abort":
-            for item in self.running.values():
-                item.ended.set()
+        self.in_cache = mode != "retract"
         return web.json_response({"status": "ok", "message": "Generation paused successfully."})
 
     async def go_on(self, request: web.Request) -> web.Response:
-        self.paused = False
+        self.in_cache = True
         self.going_on.set()
+        for item in self.running.values():
+            item.woken.set()
         return web.json_response({"status": "ok", "message": "Generation continued successfully."})
 
     async def flush(self, request: web.Request) -> web.Response:
-        idle = not self.running
+        idle = not (self.running and self.in_cache)
         return web.Response(text="Cache flushed.\n" if idle else "Flush cache failed.\n", status=200 if idle else 400)
 
     async def begin(self, request: web.Request) -> web.Response:

@@ -101,14 +101,8 @@ class ServerPool:
         else:
             seat.state = "gone"
             self.chore(asyncio.to_thread(seat.process.stop))
-        # what it answered during an update cannot be judged any more
-        jobs = [*seat.jobs, *(job for job, _ in seat.held)]
-        seat.held = []
-        for job in jobs:
-            if job.task is not None:
-                job.task.cancel()
-            seat.leave(job)
-        self._on_lost(jobs)
+        # behind a router nobody knows which rollouts were its
+        self._on_lost([job for one in (self.seats if self._config.router else [seat]) for job in one.give_up_all()])
 
     async def _bring_back(self, seat: Seat) -> None:
         reason = seat.reason

@@ -157,21 +157,32 @@ class Seat:
         """What is wrong with it, asked while rollouts run on it; None when it gets on."""
         if (end := self._end()) is not None:
             return end
-        if self.state != "ready" or not self.jobs:
+        routed = self.config.router is not None  # then only the server knows what it was given
+        if self.state != "ready" or not (self.jobs or routed):
             self.quiet_since = time.monotonic()
             return None
         try:
-            used = (await self.client.load(self.config.silence_s)).used_tokens
+            load = await self.client.load(self.config.silence_s)
         except Unreachable as error:
             return None if await self.still_has_its_weights() else str(error)
         except RunError as error:
             return str(error)
-        now = time.monotonic()
-        if used != self.used_tokens:
-            self.used_tokens, self.quiet_since = used, now
+        now, busy_with = time.monotonic(), load.running + load.waiting if routed else len(self.jobs)
+        if load.used_tokens != self.used_tokens or not busy_with:
+            self.used_tokens, self.quiet_since = load.used_tokens, now
         elif now - self.quiet_since > self.config.silence_s:
-            return f"it has sampled nothing for silence_s = {self.config.silence_s:g} with {len(self.jobs)} rollouts"
+            return f"it has sampled nothing for silence_s = {self.config.silence_s:g} with {busy_with} rollouts"
         return None
+
+    def give_up_all(self) -> list[Job]:
+        """What ran on it, and what it answered during an update, which cannot be judged any more."""
+        jobs = [*self.jobs, *(job for job, _ in self.held)]
+        self.held = []
+        for job in jobs:
+            if job.task is not None:
+                job.task.cancel()
+            self.leave(job)
+        return jobs
 
     def leave(self, job: Job) -> None:
         self.jobs.discard(job)

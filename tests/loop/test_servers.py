@@ -28,11 +28,11 @@ def tree_for(task: Path, folder: Path, url: str, **sync: Any) -> dict[str, Any]:
     return tree
 
 
-# Not retract: the stub goes on while it is paused, which the real server does not.
 CASES: dict[str, dict[str, Any]] = {
     "disk": {"sync": {"transport": "disk"}},
     "colocated": {"sync": {}, "placement": "colocated"},
     "abort": {"sync": {"transport": "tensor", "in_flight": "abort"}, "staleness": 1},
+    "retract": {"sync": {"transport": "tensor", "in_flight": "retract"}, "staleness": 1},
 }
 
 

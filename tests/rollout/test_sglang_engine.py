@@ -171,6 +171,32 @@ def test_a_server_that_samples_nothing_is_noticed() -> None:
         assert "sampled nothing for silence_s = 2" in engine.health().detail
 
 
+def test_behind_a_router_a_server_that_was_given_nothing_is_not_taken_for_hung() -> None:
+    """The stand-in for a router gives all rollouts to the first server."""
+    with (
+        stubs(["--token-seconds", "0.1"], []) as two,
+        engine_of(two, router=two[0].url) as engine,
+    ):
+        wanted = requests(20, 60)
+        engine.submit(wanted)
+        check(drain(engine, 20), wanted)
+        assert engine._count == 20, "none was begun twice"
+        assert [seat.state for seat in engine._pool.seats] == ["ready", "ready"], engine.health()
+
+
+def test_behind_a_router_a_server_that_hangs_is_noticed() -> None:
+    with (
+        stubs(["--token-seconds", "0.1"], []) as two,
+        engine_of(two, router=two[0].url) as engine,
+    ):
+        wanted = requests(6, 150)
+        engine.submit(wanted)
+        two[1].signal(signal.SIGSTOP)
+        check(drain(engine, 6, 60.0), wanted)
+        assert engine._count == 12, "whose they were is not known: all were begun anew"
+        assert engine._pool.seats[1].state != "ready"
+
+
 def test_a_rollout_beyond_its_time_ends_the_run_with_one_line() -> None:
     with (
         stubs(["--token-seconds", "0.5"]) as one,

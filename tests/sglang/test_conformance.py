@@ -37,6 +37,16 @@ def logprobs(net: Any, tokens: tuple[int, ...], temperature: float = 1.0) -> lis
     return [float(scores[place, token]) for place, token in enumerate(tokens[1:])]
 
 
+async def _sampling(server: SGLangClient) -> None:
+    """Until tokens are seen to come: a server may take a moment to begin."""
+    seen: set[int] = set()
+    deadline = time.monotonic() + 30
+    while len(seen) < 4:
+        assert time.monotonic() < deadline, f"it samples nothing: {seen}"
+        seen.add((await server.load()).used_tokens)
+        await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.0, 0.5), (0.0, 1.0)])
 def test_logprobs_are_of_the_whole_vocabulary_at_the_sampling_temperature(
     temperature: float, top_p: float, client: SGLangClient, loop: EventLoop, net: Any
@@ -68,7 +78,7 @@ def test_prompt_logprobs_are_at_temperature_one_and_past_the_cache(
 def test_an_aborted_request_comes_back_with_its_part(client: SGLangClient, loop: EventLoop, net: Any) -> None:
     one = loop.start(client.generate("abort/1/", PROMPT, 400))
     other = loop.start(client.generate("abort/10/", PROMPT, 30))
-    time.sleep(0.15)
+    loop.run(_sampling(client))
     loop.run(client.abort_request("abort/1/"))
     answer = one.result(20)
     assert answer.finish == "abort" and len(answer.tokens) < 400
@@ -81,7 +91,7 @@ def test_an_aborted_request_comes_back_with_its_part(client: SGLangClient, loop:
 def test_a_request_that_waits_is_aborted_too(client: SGLangClient, loop: EventLoop) -> None:
     """max_running_requests is 16; what waits has no tokens yet."""
     running = [loop.start(client.generate(f"full/{i:03d}/", PROMPT, 400)) for i in range(24)]
-    time.sleep(0.3)
+    loop.run(_sampling(client))
     load = loop.run(client.load())
     assert load.most_running == 16
     loop.run(client.abort_all())
@@ -144,8 +154,8 @@ def test_the_dance_of_an_update(
     assert loop.run(client.server_info()).has_sessions
     with pytest.raises(Refused, match=r"\(400\)"):
         loop.run(client.update_weights_from_tensor([b"gASVAAAA"], "9"))
-    running = loop.start(client.generate("dance/", PROMPT, 300))
-    time.sleep(0.25)
+    running = loop.start(client.generate("dance/", PROMPT, 400))
+    loop.run(_sampling(client))
     try:
         loop.run(client.pause_generation("retract"))
         loop.run(client.flush_cache())
@@ -153,7 +163,7 @@ def test_the_dance_of_an_update(
         loop.run(client.continue_generation())
         answer = running.result(60)
         (old, first, change), (new, again, end) = answer.versions
-        assert (old, new, first, end) == (UNSYNCED, "7", 0, 300) and again == change
+        assert (old, new, first, end) == (UNSYNCED, "7", 0, 400) and again == change
         tokens = PROMPT + answer.tokens
         start = len(PROMPT) - 1
         expected = logprobs(net, tokens)[start : start + change] + logprobs(other, tokens)[start + change :]
@@ -179,7 +189,7 @@ def stub(loop: EventLoop) -> Iterator[SGLangClient]:
         "--vocab",
         "60",
         "--token-seconds",
-        "0.01",
+        "0.004",
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -216,22 +226,32 @@ def test_the_stub_reads_like_the_real_server(
     assert not _missing(_shape(real), _shape(made_up))
 
 
-@pytest.mark.parametrize("ending", ["length", "abort", "prompt"])
+@pytest.mark.parametrize("ending", ["length", "abort", "prompt", "retract"])
 def test_the_stub_answers_like_the_real_server(
     ending: str, client: SGLangClient, stub: SGLangClient, loop: EventLoop
 ) -> None:
 
     async def ask(server: SGLangClient) -> Any:
-        sampling = {"max_new_tokens": 400 if ending == "abort" else 4, "temperature": 1.0, "ignore_eos": True}
+        length = 400 if ending in ("abort", "retract") else 4
+        sampling = {"max_new_tokens": length, "temperature": 1.0, "ignore_eos": True}
         body = {"rid": f"like/{ending}/", "input_ids": list(PROMPT), "sampling_params": sampling, "return_logprob": True,
                 "logprob_start_len": 0 if ending == "prompt" else -1, "stream": False}  # fmt: skip
         asked = asyncio.create_task(server._json("POST", "/generate", json.dumps(body).encode(), 30.0))
         if ending == "abort":
-            await asyncio.sleep(0.2)
+            await _sampling(server)
             await server.abort_request(f"like/{ending}/")
+        elif ending == "retract":  # paused in the middle, renamed, and gone on: tokens of two versions
+            await _sampling(server)
+            await server.pause_generation("retract")
+            await server.flush_cache()
+            await server.set_weight_version("other")
+            assert not (await asyncio.wait([asked], timeout=0.5))[0]
+            await server.continue_generation()
         return await asked
 
     real, made_up = loop.run(ask(client)), loop.run(ask(stub))
+    for answer in (real, made_up):
+        assert len(answer["meta_info"]["weight_versions"]) == (2 if ending == "retract" else 1)
     # a real reason for an abort and its text are free; everything that the client reads is not
     assert not _missing(_shape(real), _shape(made_up))
 
@@ -260,7 +280,7 @@ def test_the_stub_refuses_what_the_real_server_refuses(
             await status(server.update_weights_from_tensor([b"gASVAAAA"], None))
         else:
             running = asyncio.create_task(server.generate("flush/", PROMPT, 400))
-            await asyncio.sleep(0.2)
+            await _sampling(server)
             await status(server.flush_cache(0.2))
             await server.abort_request("flush/")
             await running

@@ -1,5 +1,5 @@
 """Real servers that die, hang or restart while they generate: no rollout is lost or done twice, or the run stops in time
-with one line. Garbage and refusals, which a real server does not give, are in tests/rollout/test_sglang_engine.py."""
+with one line. Late answers and garbage are in test_spoiled_answers.py, syncs in test_weight_sync_faults.py."""
 
 from __future__ import annotations
 

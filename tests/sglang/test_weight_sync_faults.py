@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from lens_megatron.rollout.sglang_server import ServerProcess
 from lens_megatron.rollout.weight_sync.config import SyncConfig
 from tests.distributed.pool import WorkerPool
 from tests.sglang import sync_cases
+from tests.sglang.meddler import late, meddler, page
 from tests.sglang.test_weight_sync import SMALL, address, engine_logprobs, weight_version
 
 pytestmark = [pytest.mark.sglang]
@@ -103,6 +106,41 @@ def test_hanging_server(
     assert not isinstance(later, str), later
     assert later.servers == 2, later.complaints
     assert all(has_the_trainers_weights(pool, server, 2) for server in two)
+
+
+@pytest.mark.parametrize(
+    "transport, how",
+    [("tensor", "garbage"), ("tensor", "late"), ("distributed", "garbage"), ("distributed", "late")],
+)
+def test_a_bucket_answered_by_garbage_or_too_late(
+    pool: WorkerPool, two: list[ServerProcess], folder: Path, tmp_path: Path, transport: Any, how: str
+) -> None:
+    """The server took the bucket, and nobody can know: by tensor it is left out; a broadcast, which all share, is given
+    up, and the folder reaches both. The next sync is by the transport again."""
+    with meddler(two[1].url) as between:
+        spoiled = replace(address(two[1]), url=between.url)
+        config = SyncConfig(bucket_mib=SMALL, timeout_s=LIMIT_S, transport=transport)
+        servers = [address(two[0]), spoiled]
+        pool.run(sync_cases.open_trainer, folder, ParallelConfig(tp=2), servers, config, tmp_path)
+        between.spoil(f"/update_weights_from_{transport}", page if how == "garbage" else late(4 * LIMIT_S), times=1)
+        began = time.monotonic()
+        synced = pool.run(sync_cases.sync, 1)[0]
+        assert time.monotonic() - began < 4 * LIMIT_S
+        assert not isinstance(synced, str), synced
+        assert between.spoiled == 1
+        assert ("no JSON" if how == "garbage" else f"no answer within {LIMIT_S:g} s") in " ".join(synced.complaints)
+        assert has_the_trainers_weights(pool, two[0], 1)
+        if transport == "tensor":
+            assert (synced.servers, synced.lost, synced.fell_back) == (1, 1, False)
+            assert weight_version(two[1]) == "refused-1"
+        else:
+            assert (synced.transport, synced.servers, synced.fell_back) == ("disk", 2, True)
+            assert has_the_trainers_weights(pool, two[1], 1)
+        pool.run(sync_cases.train_once, 1)
+        later = pool.run(sync_cases.sync, 2)[0]
+        assert not isinstance(later, str), later
+        assert (later.transport, later.servers) == (transport, 2), later.complaints
+        assert all(has_the_trainers_weights(pool, server, 2) for server in two)
 
 
 def test_server_killed(pool: WorkerPool, two: list[ServerProcess], folder: Path, tmp_path: Path) -> None:

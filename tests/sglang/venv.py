@@ -1,6 +1,6 @@
 """The environment of the real SGLang server on a machine without a GPU; built once, kept outside the checkout.
 
-python -m tests.sglang.venv        builds it where it is missing, and prints its python
+python -m tests.sglang.venv        builds it where it is missing, and prints its python; exits 1 with one line where it cannot
 
 LENS_SGLANG_VENV names another folder. The default one is keyed by its requirements, so that clones share it.
 """
@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -38,7 +39,12 @@ def python() -> Path:
 
 
 def is_built() -> bool:
-    return (folder() / ".installed").exists()
+    """Also one that somebody else made, at LENS_SGLANG_VENV: nothing is deleted that was not begun here."""
+    return python().exists() and not _unfinished().exists()
+
+
+def _unfinished() -> Path:
+    return folder() / ".building"
 
 
 def build() -> Path:
@@ -48,13 +54,17 @@ def build() -> Path:
     with (place.parent / f"{place.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not is_built():
-            print(f"building the SGLang environment in {place} (3.3 GB, some minutes)", file=sys.stderr, flush=True)
-            shutil.rmtree(place, ignore_errors=True)
-            subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-            pip = [str(python()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-            subprocess.run([*pip, "-r", str(_requirements())], check=True, stdout=sys.stderr)
-            subprocess.run([*pip, "--no-deps", f"sglang=={VERSION}"], check=True, stdout=sys.stderr)
-            (place / ".installed").touch()
+            began = time.monotonic()
+            _say(f"building the SGLang environment in {place} (3.3 GB, some minutes)")
+            if _unfinished().exists():
+                shutil.rmtree(place)
+            place.mkdir(exist_ok=True)
+            _unfinished().touch()
+            _run(sys.executable, "-m", "venv", str(place))
+            _install("-r", str(_requirements()))
+            _install("--no-deps", f"sglang=={VERSION}")
+            _unfinished().unlink()
+            _say(f"built in {time.monotonic() - began:.0f} s")
     return python()
 
 
@@ -66,8 +76,8 @@ def build_beside(package: str, version: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (place / ".installed").exists():
             shutil.rmtree(place, ignore_errors=True)
-            pip = [str(build()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            subprocess.run([*pip, "--target", str(place), f"{package}=={version}"], check=True, stdout=sys.stderr)
+            build()
+            _install("--no-deps", "--target", str(place), f"{package}=={version}")
             (place / ".installed").touch()
     return place
 
@@ -84,7 +94,32 @@ def _requirements() -> Path:
     return HERE / "requirements.txt"
 
 
+def _install(*what: str) -> None:
+    _run(str(python()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, stdout=sys.stderr)
+
+
+def _say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    try:
+        print(build())
+        build_router()
+        build_older()
+    except subprocess.CalledProcessError as error:
+        _say(
+            f"error: the tests with the real SGLang server need an environment that could not be built: {' '.join(error.cmd)} "
+            f"failed (exit code {error.returncode}; its own words are above). It needs a package index and 4 GB in {_cache()}; "
+            "LENS_SGLANG_VENV names an environment that is there already"
+        )
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    print(build())
-    build_router()
-    build_older()
+    sys.exit(main())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,19 +13,21 @@ from lens_megatron.mcore.layout import ParallelConfig
 from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import SGLangClient
 from tests.checkpoints_tools import layout_cases as cases
+from tests.distributed.pool import WorkerPool
 from tests.sglang.server import cpu_config, servers
 
 # of these tiny models; in a prompt SGLang takes it for word 0 (it cuts off ids that stand for images, and one too many)
 LAST_WORD = 124
-pytestmark = [pytest.mark.sglang, pytest.mark.distributed]
+pytestmark = pytest.mark.sglang
 
 
-def test_a_converted_checkpoint_is_served_as_it_is(
-    hf: Callable[[str], Path], tmp_path: Path, four_workers: Any
-) -> None:
+def test_a_converted_checkpoint_is_served_as_it_is(hf_folder: Callable[[str], Path], tmp_path: Path) -> None:
     saved, folder = tmp_path / "step_000002", tmp_path / "hf"
-    _, expected = four_workers.run(cases.trained, hf("qwen3_tied"), saved, ParallelConfig(tp=2, pp=2))[0]
-    four_workers.close()  # their memory is the server's now
+    four = WorkerPool(4)
+    try:
+        _, expected = four.run(cases.trained, hf_folder("qwen3_tied"), saved, ParallelConfig(tp=2, pp=2))[0]
+    finally:
+        four.close()  # their memory is the server's now
     assert main(["convert", "megatron-to-hf", str(saved), str(folder)]) == 0
     assert sum(LAST_WORD not in sequence for sequence in cases.SEQUENCES) >= 3
     loop = EventLoop()
