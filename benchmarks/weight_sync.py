@@ -3,7 +3,9 @@
     python -m benchmarks.weight_sync [--mib 512] [--rounds 3] [--out benchmarks/results/weight_sync.json]
 
     distributed   against a gloo broadcast of the same bytes, in the same buckets, to a process that throws them away
-    tensor        against a loopback POST of the same bytes to a server that throws them away
+    tensor        by shared memory, to a server that this machine's run started; against a loopback POST of the same bytes to
+                  a server that throws them away
+    tensor_body   in the body of the request, as to any other server; against the same POST
     disk          against writing and reading a file of the same bytes
 
 Checksums (which servers have on CPU only) and scrambling are off; the ledger's fingerprints are on. Needs the
@@ -178,8 +180,7 @@ def plain_file(total: int, rounds: int, folder: Path) -> list[float]:
 class _Driver:
     """Of the rollout driver what a sync needs."""
 
-    def __init__(self, address: Any) -> None:
-        self.address = address
+    address: Any = None
 
     def servers(self) -> list[Any]:
         return [self.address]
@@ -206,12 +207,15 @@ def transports(model: Path, folder: Path, server: Any, rounds: int) -> tuple[int
     spec = load_model_spec(str(model))
     runtime.initialize(spec, ParallelConfig())
     policy = build_frozen(spec, ParallelConfig(), model, dtype=torch.bfloat16)
-    driver = _Driver(ServerAddress(server.name, server.url, server.api_key, server.starts))
+    driver = _Driver()
     seconds: dict[str, list[float]] = {}
     total = version = 0
-    for name in ("distributed", "tensor", "disk"):
+    for name in ("distributed", "tensor", "tensor_body", "disk"):
+        driver.address = ServerAddress(
+            server.name, server.url, server.api_key, server.starts, shares_memory=name != "tensor_body"
+        )
         settings = SyncConfig(
-            transport=name,
+            transport=name.removesuffix("_body"),  # type: ignore[arg-type]
             fallback="none",
             bucket_mib=BUCKET_MIB,
             scramble=False,
@@ -247,9 +251,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         config = cpu_config(args={"dtype": "bfloat16", "max_total_tokens": 1024, "max_running_requests": 2})
         with servers(folder / "model", folder, config=config) as (server,):
             total, seconds = transports(folder / "model", folder, server, options.rounds)
+        posted = plain_post(total, options.rounds)
         plain = {
             "distributed": plain_broadcast(total, options.rounds),
-            "tensor": plain_post(total, options.rounds),
+            "tensor": posted,
+            "tensor_body": posted,
             "disk": plain_file(total, options.rounds, folder),
         }
     rows = {name: _row(total, seconds[name], plain[name], TARGETS.get(name)) for name in seconds}

@@ -79,7 +79,8 @@ class Seat:
     def address(self) -> ServerAddress:
         info = self.info
         version, tp, dp, pp = (info.version, info.tp, info.dp, info.pp) if info else ((0, 0, 0), 1, 1, 1)
-        return ServerAddress(self.name, self.client.url, self.api_key, self.starts, version, tp, dp, pp)
+        shares = self.process is not None and self.process.shares_memory
+        return ServerAddress(self.name, self.client.url, self.api_key, self.starts, version, tp, dp, pp, shares)
 
     async def bring_up(self) -> None:
         """Starts it where it is ours, and waits until it answers; then it is quarantined."""

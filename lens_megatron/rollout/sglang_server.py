@@ -42,6 +42,7 @@ class ServerAddress:
     tp: int = 1
     dp: int = 1
     pp: int = 1
+    shares_memory: bool = False  # with rank 0: a process of the same machine and namespaces
 
 
 class ServerProcess:
@@ -93,6 +94,11 @@ class ServerProcess:
     def command(self) -> list[str]:
         own = [self._config.python or sys.executable, "-m", "sglang.launch_server"]
         return [*(self._config.command or own), "--config", str(self._settings)]
+
+    @property
+    def shares_memory(self) -> bool:
+        """A container's command may give it a /dev/shm of its own."""
+        return not self._config.command
 
     @property
     def has_ended(self) -> bool:

@@ -40,6 +40,10 @@ class SupervisedServer(ServerProcess):
         self.url = state["url"]
 
     @property
+    def shares_memory(self) -> bool:
+        return False  # it may be on another node
+
+    @property
     def has_ended(self) -> bool:
         state = self._state()
         return state is None or bool(state["ended"])

@@ -38,8 +38,8 @@ def bf16_server(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
         yield one
 
 
-def address(server: ServerProcess) -> ServerAddress:
-    return ServerAddress(server.name, server.url, server.api_key, server.starts)
+def address(server: ServerProcess, shares_memory: bool = True) -> ServerAddress:
+    return ServerAddress(server.name, server.url, server.api_key, server.starts, shares_memory=shares_memory)
 
 
 def engine_logprobs(server: ServerProcess, sequences: list[list[int]]) -> list[tuple[tuple[float, ...], str]]:
@@ -68,7 +68,8 @@ def test_the_engine_is_the_trainer_after_every_sync(
     pool: WorkerPool, server: ServerProcess, folders: dict[str, Path], tmp_path: Path, transport: Any, layout: Any
 ) -> None:
     config = SyncConfig(transport=transport, fallback="none", bucket_mib=SMALL, timeout_s=30.0)
-    pool.run(sync_cases.open_trainer, folders["qwen3"], ParallelConfig(**layout), [address(server)], config, tmp_path)
+    to = address(server, shares_memory="tp" in layout)  # of tensor: once by shared memory, once in the body
+    pool.run(sync_cases.open_trainer, folders["qwen3"], ParallelConfig(**layout), [to], config, tmp_path)
     sequences = [s.tolist() for s in tiny_models.random_sequences(3, seed=5) if len(s) > 3]
     seen = []
     for version in (1, 2, 3):

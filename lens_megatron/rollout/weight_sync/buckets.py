@@ -84,18 +84,22 @@ def _cut(tensors: Iterable[Described], most_bytes: int) -> Iterator[tuple[Slot, 
 class Buffers:
     """Two buffers that buckets are filled into by turns: one is filled while the other is on its way."""
 
-    def __init__(self, buckets: Iterable[Bucket], device: torch.device) -> None:
+    def __init__(self, buckets: Iterable[Bucket], device: torch.device, kept: list[Tensor] | None = None) -> None:
+        """`kept`: the buffers of the sync before, and after it. Fresh memory of a CPU costs several times its copying; a
+        GPU's allocator keeps its own."""
         size = max((bucket.bytes for bucket in buckets), default=0)
         self._size, self._device = size, device
-        self._buffers: list[Tensor] = []
+        self._buffers = kept if kept is not None and device.type == "cpu" else []
+        if self._buffers and self._buffers[0].numel() < size:
+            self._buffers.clear()
         self._next = 0
 
     def fill(self, bucket: Bucket, tensors: Iterator[tuple[str, Tensor]]) -> Tensor:
         """The bucket's bytes, its tensors taken from `tensors` in order; valid until the next but one is filled."""
-        if len(self._buffers) < 2:
+        if self._next == len(self._buffers):
             self._buffers.append(torch.empty(self._size, dtype=torch.uint8, device=self._device))
-        buffer_B = self._buffers[self._next % len(self._buffers)][: bucket.bytes]
-        self._next += 1
+        buffer_B = self._buffers[self._next][: bucket.bytes]
+        self._next = 1 - self._next
         for slot in bucket.slots:
             name, tensor = next(tensors)
             if (name, tensor.dtype, tuple(tensor.shape)) != (slot.name, slot.dtype, slot.shape):

@@ -79,6 +79,7 @@ class DistributedTransport:
         self._members: tuple[Member, ...] = ()
         self._group: GroupWithServers | None = None  # of this rank's stage, where it leads
         self._names: list[str] = []  # of the groups that the servers are in; rank 0's
+        self._kept: list[Tensor] = []
 
     def transfer(self, delivery: Delivery) -> None:
         rank, holdings = dist.get_rank(), delivery.holdings
@@ -141,7 +142,7 @@ class DistributedTransport:
         delivery: Delivery,
     ) -> None:
         assert self._group is not None
-        buffers = Buffers(buckets, device())
+        buffers = Buffers(buckets, device(), self._kept)
         under_way: tuple[Bucket, Tensor, object] | None = None
         for bucket in buckets:
             buffer_B = buffers.fill(bucket, tensors)  # while the one before is on its way
@@ -211,6 +212,7 @@ class DistributedTransport:
         if reason and self._group is not None:
             self._group.abandon()
             self._group = None
+            self._kept = []  # somebody may still be sent what is in them
         if delivery.ledger is None:
             return
         for entries, sent, checksums, _ in reports:

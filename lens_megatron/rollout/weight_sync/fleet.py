@@ -33,12 +33,14 @@ class Fleet:
     config: SyncConfig
     infos: dict[str, ServerInfo] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)  # url -> why
+    sharing: frozenset[str] = frozenset()  # those that can map this process's shared memory
 
     @classmethod
     def meet(cls, addresses: Iterable[ServerAddress], loop: EventLoop, config: SyncConfig) -> Fleet:
         """Those of the servers that answer."""
+        addresses = list(addresses)
         clients = {a.url: SGLangClient(a.url, a.api_key, config.timeout_s) for a in addresses}
-        fleet = cls(clients, loop, config)
+        fleet = cls(clients, loop, config, sharing=frozenset(a.url for a in addresses if a.shares_memory))
         fleet.infos = fleet.each(lambda server: server.server_info(min(LOOK_SECONDS, config.timeout_s)))
         return fleet
 

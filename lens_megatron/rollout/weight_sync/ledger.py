@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 _WIDTH = 4096  # words a row of the fingerprint's matrix
+_CACHED_ROWS = 16
 _MOST_NAMES = 4  # in one message
 _WEIGHTS: dict[tuple[str, int], Tensor] = {}
 
 
 def fingerprint(tensor: Tensor) -> str:
-    """16 hex digits of a tensor's bytes, on its own device, at the speed of two reads.
+    """16 hex digits of a tensor's bytes, on its own device, at the speed of one read (two on a GPU).
 
     The bytes are a matrix of 64-bit words; its column sums and its row sums, modulo 2^64, are weighed with fixed odd
     numbers. One changed word always shows. Not cryptographic: it guards against faults, not against people.
@@ -31,9 +32,21 @@ def fingerprint(tensor: Tensor) -> str:
     total = bytes_B.numel()
     for rows_RW in (bytes_B[:whole].view(torch.int64).view(-1, _WIDTH), _padded(bytes_B[whole:])):
         if rows_RW.numel():
-            columns_W, rows_R = rows_RW.sum(0), rows_RW.sum(1)
+            columns_W, rows_R = _sums(rows_RW)
             total = total * 31 + int((columns_W * _weights(columns_W, 1)).sum() + (rows_R * _weights(rows_R, 2)).sum())
     return f"{total % 2**64:016x}"
+
+
+def _sums(rows_RW: Tensor) -> tuple[Tensor, Tensor]:
+    """Over rows and over columns; on a CPU block by block, so that the second sum reads its cache."""
+    if rows_RW.device.type != "cpu":
+        return rows_RW.sum(0), rows_RW.sum(1)
+    columns_W = rows_RW.new_zeros(rows_RW.shape[1])
+    rows = []
+    for block_RW in rows_RW.split(_CACHED_ROWS):
+        columns_W += block_RW.sum(0)
+        rows.append(block_RW.sum(1))
+    return columns_W, torch.cat(rows)
 
 
 def _padded(bytes_B: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lens_megatron.rollout.weight_sync import ledger
 from lens_megatron.rollout.weight_sync.buckets import Buffers, Described, plan_buckets, view
 from lens_megatron.rollout.weight_sync.checksums import ExpectedChecksums
 from lens_megatron.rollout.weight_sync.config import SyncConfig
 from lens_megatron.rollout.weight_sync.ledger import Entry, Ledger, fingerprint
-from lens_megatron.rollout.weight_sync.tensor import encode
+from lens_megatron.rollout.weight_sync.tensor import encode, encode_place
 
 CPU = torch.device("cpu")
 sizes = st.lists(st.tuples(st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16])), max_size=12)
@@ -147,6 +148,30 @@ def test_payload_is_the_bucket_and_no_more() -> None:
         part = tree["flattened_tensor"][meta.start_idx : meta.end_idx].view(meta.dtype).reshape(meta.shape)
         assert meta.name == name
         assert torch.equal(part, tensor)
+
+
+def test_payload_by_its_place_is_small_and_the_buffer_itself() -> None:
+    tensors = [("a", torch.randn(300, 200)), ("b", torch.randn(500))]
+    (bucket,) = plan_buckets([[Described(n, t.dtype, tuple(t.shape)) for n, t in tensors]], 10**6)
+    kept: list[torch.Tensor] = []
+    payloads = []
+    for factor in (1.0, 2.0):  # the second sync's
+        buffer_B = Buffers([bucket], CPU, kept).fill(bucket, iter([(n, factor * t) for n, t in tensors]))
+        payloads.append(encode_place(bucket, buffer_B))
+    assert len(kept) == 1 and kept[0].is_shared() and max(map(len, payloads)) < 2000
+    for payload in payloads:  # the same memory, which has the second's weights by now
+        tree = pickle.loads(b64decode(payload))
+        for meta, (_, tensor) in zip(tree["metadata"], tensors, strict=True):
+            part = tree["flattened_tensor"][meta.start_idx : meta.end_idx].view(meta.dtype).reshape(meta.shape)
+            assert torch.equal(part, 2.0 * tensor)
+    assert torch.multiprocessing.get_sharing_strategy() == "file_descriptor"
+
+
+def test_fingerprints_are_the_same_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = torch.randint(-(2**62), 2**62, (50 * 4096 + 77,))
+    by_blocks = fingerprint(words)
+    monkeypatch.setattr(ledger, "_CACHED_ROWS", 10**6)
+    assert fingerprint(words) == by_blocks
 
 
 def test_checksums_of_the_engines_fused_tensors() -> None:
