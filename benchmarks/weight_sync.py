@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from benchmarks._machine import machine
 QWEN3_8B_BYTES = 2 * 8_190_735_360  # bf16
 PUBLISHED = "2.2-39 s"  # for Qwen3-8B, full and as a delta, on GPUs
 BUCKET_MIB = 256.0
+TRANSPORTS = ("distributed", "tensor", "tensor_body", "disk")
 TARGETS = {"distributed": 0.8, "tensor": 0.5}
 
 
@@ -190,7 +192,9 @@ class _Driver:
     def end_update(self, synced: Any, label: str) -> None: ...
 
 
-def transports(model: Path, folder: Path, server: Any, rounds: int) -> tuple[int, dict[str, list[float]]]:
+def transports(
+    model: Path, folder: Path, server: Any, rounds: int, names: Sequence[str] = TRANSPORTS
+) -> tuple[int, dict[str, list[float]]]:
     """Bytes of the model, and the seconds that each transport took from the first gathered tensor to the last answer."""
     import torch
 
@@ -210,7 +214,7 @@ def transports(model: Path, folder: Path, server: Any, rounds: int) -> tuple[int
     driver = _Driver()
     seconds: dict[str, list[float]] = {}
     total = version = 0
-    for name in ("distributed", "tensor", "tensor_body", "disk"):
+    for name in names:
         driver.address = ServerAddress(
             server.name, server.url, server.api_key, server.starts, shares_memory=name != "tensor_body"
         )
@@ -241,6 +245,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=512, help="of weights, in bf16")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=TRANSPORTS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     from tests.sglang.server import cpu_config, servers
@@ -248,9 +253,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="weight-sync-") as name:
         folder = Path(name)
         write_model(folder / "model", options.mib)
-        config = cpu_config(args={"dtype": "bfloat16", "max_total_tokens": 1024, "max_running_requests": 2})
+        room = {"max_total_tokens": 1024, "max_running_requests": 2, "mem_fraction_static": 0.5}
+        config = cpu_config(args={"dtype": "bfloat16", **room})
         with servers(folder / "model", folder, config=config) as (server,):
-            total, seconds = transports(folder / "model", folder, server, options.rounds)
+            total, seconds = transports(folder / "model", folder, server, options.rounds, options.transports)
         posted = plain_post(total, options.rounds)
         plain = {
             "distributed": plain_broadcast(total, options.rounds),
