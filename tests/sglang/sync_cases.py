@@ -268,8 +268,8 @@ _PLANTS: dict[str, Any] = {
 def sync_while(version: int, action: str, targets: Any, at: int = 2) -> tuple[Any, float]:
     """`sync`, and when rank 0 has filled its bucket number `at` something happens to a server; with the seconds it took.
 
-    kill, stop: signals to these processes. close: somebody ends the update session at this address, so that the next
-    bucket is refused (400).
+    kill, stop: signals to these processes. close: somebody ends the update session at this address just before bucket
+    `at` is asked of it, which is refused (400).
     """
     import os
     import signal
@@ -286,24 +286,32 @@ def sync_while(version: int, action: str, targets: Any, at: int = 2) -> tuple[An
         buffer_B = fill(self, bucket, tensors)
         count[0] += 1
         if count[0] == at and dist.get_rank() == 0:
-            if action == "close":
-                _end_session(targets)
-            for pid in targets if action in ("kill", "stop") else ():
+            for pid in targets:
                 os.kill(pid, signal.SIGKILL if action == "kill" else signal.SIGSTOP)
         return buffer_B
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buckets.Buffers, "fill", happens)
+        if action == "close":
+            _close_before(patch, at, targets.url)
+        else:
+            patch.setattr(buckets.Buffers, "fill", happens)
         began = time.monotonic()
         return sync(version), time.monotonic() - began
 
 
-def _end_session(address: Any) -> None:
-    from lens_megatron.rollout.event_loop import EventLoop
+def _close_before(patch: Any, at: int, url: str) -> None:
     from lens_megatron.rollout.sglang_client import SGLangClient
 
-    loop = EventLoop()
-    client = SGLangClient(address.url, address.api_key)
-    loop.run(client.end_weight_update())
-    loop.run(client.close())
-    loop.close()
+    asked = [0]
+
+    def closing(real: Any) -> Any:
+        async def update(self: Any, *arguments: Any, **more: Any) -> None:
+            asked[0] += self.url == url
+            if asked[0] == at and self.url == url:
+                await self.end_weight_update()
+            await real(self, *arguments, **more)
+
+        return update
+
+    for name in ("update_weights_from_tensor", "update_weights_from_distributed"):
+        patch.setattr(SGLangClient, name, closing(getattr(SGLangClient, name)))
