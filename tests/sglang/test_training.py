@@ -16,7 +16,7 @@ from tests.sglang.server import cpu_config, servers
 
 pytestmark = [pytest.mark.sglang]
 
-STEPS = 3
+STEPS = 2  # a run is some 20 s of imports, and a second or two a step
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,8 @@ def test_trains_and_agrees(task: Path, server: ServerProcess, tmp_path: Path, tr
     assert all(ledger["transport"] == transport and not ledger["failed"] for ledger in ledgers)
 
 
-@pytest.mark.parametrize("in_flight", ["wait", "abort", "retract", "in_place"])
+# abort, which needs nothing of the real server that other tests do not ask of it, is in tests/loop/test_servers.py
+@pytest.mark.parametrize("in_flight", ["wait", "retract", "in_place"])
 def test_one_step_of_asynchrony(task: Path, server: ServerProcess, tmp_path: Path, in_flight: str) -> None:
     """Rollouts are made while the trainer trains; new weights wait for them, or reach them under way."""
     tree = tree_for(task, tmp_path, server, transport="tensor", in_flight=in_flight)
@@ -75,7 +76,7 @@ def test_one_step_of_asynchrony(task: Path, server: ServerProcess, tmp_path: Pat
     assert lines[0]["staleness_max"] == 0
     assert all(0 <= line["staleness"] <= line["staleness_max"] <= 1 for line in lines)
     if in_flight == "wait":
-        assert [line["staleness"] for line in lines] == [0, 1, 1]
+        assert [line["staleness"] for line in lines] == [0, 1]
     folder = RunFolder.open(tmp_path / "run")
     for step in range(1, STEPS + 1):
         rows = folder.read_rollouts(step)

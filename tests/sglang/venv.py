@@ -114,7 +114,7 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         _say(
             f"error: the tests with the real SGLang server need an environment that could not be built: {' '.join(error.cmd)} "
-            f"failed (exit code {error.returncode}; its own words are above). It needs a package index and 4 GB in {_cache()}; "
+            f"failed (exit code {error.returncode}; its own words are above). It needs a package index and 4 GB at {folder()}; "
             "LENS_SGLANG_VENV names an environment that is there already"
         )
         return 1
