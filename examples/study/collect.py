@@ -33,7 +33,7 @@ METRICS = (
 
 
 def collect_tables(studies: Mapping[str, Path], data: Path) -> int:
-    """Finished runs only. How many there are."""
+    """Finished runs only, added to those that the tables have already: others may have run those. How many there are."""
     import pyarrow
     import pyarrow.parquet as pq
 
@@ -58,12 +58,23 @@ def collect_tables(studies: Mapping[str, Path], data: Path) -> int:
             seconds = round(result.state.seconds or 0)
             runs.append({**key, **made, "seconds": seconds, "set": " ".join(result.state.overrides)})
     data.mkdir(parents=True, exist_ok=True)
+    here = {_key(run) for run in runs}
+    if (data / "steps.parquet").exists():
+        lines = [old for old in pq.read_table(data / "steps.parquet").to_pylist() if _key(old) not in here] + lines
+        with (data / "runs.csv").open(newline="", encoding="utf-8") as file:
+            runs = [old for old in csv.DictReader(file) if _key(old) not in here] + runs
+    lines.sort(key=lambda line: (*_key(line), line["step"]))
+    runs.sort(key=_key)
     _write_csv(data / "runs.csv", runs)
     kinds = {"study": pyarrow.string(), "arm": pyarrow.string(), "seed": pyarrow.int32(), "step": pyarrow.int32()}
     columns = {k: pyarrow.array([line[k] for line in lines], kind) for k, kind in kinds.items()}
     columns |= {k: pyarrow.array([line.get(k) for line in lines], pyarrow.float32()) for k in METRICS}
     pq.write_table(pyarrow.table(columns), data / "steps.parquet", compression="zstd")
     return len(runs)
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, str, int]:
+    return row["study"], row["arm"], int(row["seed"])
 
 
 def _known(line: Mapping[str, Any]) -> dict[str, float]:

@@ -1,5 +1,6 @@
-"""Makes what the study starts from: the task, a base model by `lens-megatron sft examples/study/SFT.yaml`, and its success
-rates by `lens-megatron eval` (base.json).
+"""Makes what the study starts from: the task, the base model, and its success rates by `lens-megatron eval` (base.json).
+
+The base model is the committed one, made by `lens-megatron sft examples/study/SFT.yaml`; overrides of SFT.yaml train another.
 
 python -m examples.study.make          (from the repository's root; into runs/study)
 """
@@ -7,6 +8,7 @@ python -m examples.study.make          (from the repository's root; into runs/st
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 from examples.study.task import write_task
 
 FOLDER = Path("runs/study")
+FROZEN = Path(__file__).parent / "base"  # what SFT.yaml made, and all committed runs started from
 SFT = Path(__file__).parent / "SFT.yaml"
 
 
@@ -28,6 +31,8 @@ def make(folder: Path, overrides: list[str], samples: int = 8) -> None:
     if not (task / "random").exists():
         weights = random_weights(hf_shapes(load_model_spec(task / "model")), seed=0)
         write_hf_folder(task / "random", weights, companions_from=task / "model")
+    if not (base / "hf").exists() and not overrides:  # training it anew might round differently on another machine
+        shutil.copytree(FROZEN, base / "hf")
     if not (base / "hf").exists():
         values = [f"model={task / 'random'}", f"run_dir={base}", f"data.train={task / 'sft.jsonl'}", *overrides]
         _run("sft", str(SFT), *values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 from pathlib import Path
 from statistics import mean
 
@@ -11,7 +12,7 @@ import pytest
 
 from examples.study import analysis, report, tables
 from examples.study.analysis import PRIMARY, Run
-from examples.study.collect import DATA
+from examples.study.collect import DATA, collect_tables
 
 
 def ramp(arm: str, seed: int, peak_at: float, height: float = 0.8, steps: int = 60, **more: float) -> Run:
@@ -127,3 +128,12 @@ def test_numbers_of_the_page_computed_another_way() -> None:
 
         own = mean(area(heights["lens", seed]) - area(heights[against, seed]) for seed in seeds)
         assert found.pairs == len(seeds) and found.mean == pytest.approx(own, abs=1e-6)
+
+
+def test_collecting_elsewhere_keeps_what_others_ran(tmp_path: Path) -> None:
+    shutil.copytree(DATA, tmp_path / "data")
+    before = (tmp_path / "data" / "runs.csv").read_text()
+    count = collect_tables({}, tmp_path / "data")  # a machine with no runs of its own
+    assert (tmp_path / "data" / "runs.csv").read_text() == before
+    assert count == len(before.splitlines()) - 1
+    assert analysis.load_runs(tmp_path / "data") == analysis.load_runs(DATA)
