@@ -44,7 +44,7 @@ def hf_parity(who: str, folder: str, logprobs_T: Tensor, expected_T: Tensor, bou
             f"the {who} in this layout does not compute what {folder} says: log-probs of {len(expected_T)} probe tokens "
             f"differ by {difference:.3g} on average (bound {bound:g}), most at token {worst + 1}: {logprobs_T[worst]:.3f} "
             f"for {expected_T[worst]:.3f}; a weight is misplaced on loading, or config.json (rope_theta, norm, heads) is "
-            "not what the model was trained with",
+            "not what the model was trained with (if rounding explains it: guards.logprob_tolerance)",
         )
     return difference
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 # Largest mean |difference| of log-probs that rounding explains (docs/trust.md has the measurements).
 _WITHIN_TRAINER = {"fp32": 1e-3, "bf16": 0.05}
 _TO_ENGINE = {"fp32": 0.01, "bf16": 0.1}
+# bf16 keeps 8 bits: of unlikely tokens, whose log-probs are large, rounding explains more
+_OF_LOGPROB = {"fp32": 0.0, "bf16": 0.01}
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,9 @@ class ModelGuardConfig:
     hf_parity: bool = True  # after loading: the sharded model against a layer-by-layer computation from the HF files
     export_parity: bool = True  # after loading: what would be exported against the HF files
     probe_tokens: int = 128  # of hf_parity
-    logprob_tolerance: float | None = None  # mean |difference| within the trainer; null: 0.001 in fp32, 0.05 in bf16
+    # mean |difference| within the trainer; null: 0.001 in fp32, 0.05 in bf16, for the probe of hf_parity at least 1% of its
+    # mean |log-prob|
+    logprob_tolerance: float | None = None
     replicas_every: int = 10  # steps between comparisons of weights that several ranks hold; 0: never
     skipped_in_row: int = 3  # steps without a finite loss and gradient before the run stops; 0: never
 
@@ -32,6 +37,11 @@ class ModelGuardConfig:
 
     def within_trainer(self, precision: str) -> float:
         return self.logprob_tolerance or _WITHIN_TRAINER[precision]
+
+    def for_probe(self, precision: str, size: float) -> float:
+        """`size`: the mean |log-prob| of the probe's tokens, which are drawn at random and unlikely."""
+        share = _OF_LOGPROB[precision] * size if math.isfinite(size) else 0.0
+        return self.logprob_tolerance or max(_WITHIN_TRAINER[precision], share)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class ModelGuards:
         )
         # twice: a second sequence in the pack must not see the first
         scores = model.score([torch.tensor(probe), torch.tensor(probe)], self._budget)
-        bound = self._model_config.within_trainer(precision(model))
+        bound = self._model_config.for_probe(precision(model), float(expected_T.abs().mean()))
         for logprobs_T in scores.logprobs:
             checks.hf_parity(who, str(folder), logprobs_T[1:], expected_T, bound)
 

@@ -15,6 +15,7 @@ from lens_megatron import recorder
 from lens_megatron.config import load_run
 from lens_megatron.guards import checks
 from lens_megatron.guards.bits import bit_sum
+from lens_megatron.guards.config import ModelGuardConfig
 
 
 @given(st.integers(0, 63), st.integers(0, 15), st.sampled_from([torch.bfloat16, torch.float32]))
@@ -34,6 +35,16 @@ def test_not_a_number_passes_no_bound() -> None:
         checks.engine_difference(math.nan, None, 1.0, 1.0)
     with pytest.raises(checks.GuardFailed, match="hf_parity"):
         checks.hf_parity("policy", "m", torch.tensor([math.nan]), torch.tensor([0.0]), 1.0)
+
+
+def test_the_bound_of_a_probe_of_unlikely_tokens() -> None:
+    bounds = ModelGuardConfig()
+    assert bounds.for_probe("bf16", 2.0) == bounds.within_trainer("bf16") == 0.05
+    assert bounds.for_probe("bf16", 14.0) == pytest.approx(0.14)
+    assert bounds.for_probe("fp32", 14.0) == 0.001
+    assert ModelGuardConfig(logprob_tolerance=0.01).for_probe("bf16", 14.0) == 0.01
+    for size in (math.inf, math.nan):  # an impossible token lets nothing else pass
+        assert bounds.for_probe("bf16", size) == 0.05
 
 
 def test_the_recorder_keeps_the_last_events_and_survives_a_torn_line(tmp_path: Path) -> None:
