@@ -17,10 +17,11 @@ LEGEND_WIDTH = 150
 
 @dataclass(frozen=True)
 class Line:
-    """(x, y, low, high) points; a band where low and high differ."""
+    """(x, y, low, high) points; a band where low and high differ. `place`: of its colour; None: its place in the figure."""
 
     label: str
     points: Sequence[tuple[float, float, float, float]]
+    place: int | None = None
 
 
 def colours() -> list[str]:
@@ -54,8 +55,9 @@ def figure(lines: Sequence[Line], title: str, x_label: str, from_zero: bool = Tr
         )
     parts.append(f'<text class="tick" text-anchor="middle" x="{WIDTH / 2}" y="{HEIGHT - 8}">{escape(x_label)}</text>')
     for place, line in enumerate(lines):
-        colour = paint[place % len(paint)]
-        dash = ' stroke-dasharray="6 4"' if place >= len(paint) else ""
+        tone = place if line.place is None else line.place
+        colour = paint[tone % len(paint)]
+        dash = ' stroke-dasharray="6 4"' if tone >= len(paint) else ""
         upper = [f"{x_axis.pixel(x)},{y_axis.pixel(h)}" for x, _, _, h in line.points]
         lower = [f"{x_axis.pixel(x)},{y_axis.pixel(lo)}" for x, _, lo, _ in reversed(line.points)]
         if any(lo != hi for _, _, lo, hi in line.points):

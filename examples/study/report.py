@@ -22,6 +22,8 @@ PAGE = ROOT / "docs" / "study.md"
 IMAGES = ROOT / "docs" / "img" / "study"
 MARKED = re.compile(r"(<!-- study:([\w-]+) -->\n).*?(<!-- /study -->)", re.DOTALL)
 DELETING = ("lens", "lens_plus", "random", "gradient")
+# an arm has the same colour in every figure that the main arms share; grey is chance
+PLACES = {arm: place for place, arm in enumerate((*tables.MAIN, "gradient", "chance", "oracle", "no_importance"))}
 
 
 def figures(runs: Runs) -> dict[str, str]:
@@ -29,12 +31,13 @@ def figures(runs: Runs) -> dict[str, str]:
     main = [arm for arm in tables.MAIN if arm in runs]
 
     def over_steps(metric: str, title: str, arms: list[str], window: int = 1, from_zero: bool = True) -> str:
-        lines = [Line(f"{arm} ({len(runs[arm])})", band(runs[arm], metric, window)) for arm in arms]
+        lines = [Line(f"{arm} ({len(runs[arm])})", band(runs[arm], metric, window), PLACES.get(arm)) for arm in arms]
         return figure(lines, title, "gradient step (seeds in brackets)", from_zero)
 
     deleting = [arm for arm in DELETING if arm in runs]
-    chance = [Line("chance", band(runs["lens"], "purification/planted_chance", 9))] if "lens" in runs else []
-    precision = [Line(arm, band(runs[arm], "purification/planted_precision", 9)) for arm in deleting]
+    precision = [Line(arm, band(runs[arm], "purification/planted_precision", 9), PLACES[arm]) for arm in deleting]
+    if "lens" in runs:
+        precision.append(Line("chance", band(runs["lens"], "purification/planted_chance", 9), PLACES["chance"]))
     ratios = [arm for arm in (*tables.MAIN, "oracle", "no_importance") if arm in runs]
     rescuing = [arm for arm in ratios if any(run.values("rho_purified_below_0.3") for run in runs[arm].values())]
     drawn = {
@@ -43,9 +46,7 @@ def figures(runs: Runs) -> dict[str, str]:
         "clean": over_steps("eval/clean", "Held out, without noise: success", main, from_zero=False),
         "zero_reward": over_steps("zero_reward_ratio", "Prompts whose rollouts Y all fail (mean of 9 steps)", main, 9),
         "success": over_steps("success", "Success of Y in training (mean of 9 steps)", main, 9),
-        "precision": figure(
-            [*precision, *chance], "Deleted tokens that are planted noise (mean of 9 steps)", "gradient step"
-        ),
+        "precision": figure(precision, "Deleted tokens that are planted noise (mean of 9 steps)", "gradient step"),
         "ratio": over_steps(
             "rho_purified_below_0.3", "Tokens of P with ratio below 0.3 (mean of 9 steps)", rescuing, 9
         ),
@@ -53,7 +54,7 @@ def figures(runs: Runs) -> dict[str, str]:
             PRIMARY, "Held-out noisy success, other arms", [a for a in tables.OTHERS if a in runs][:12], 3
         ),
         "tokens": figure(
-            [Line(f"{arm} ({len(runs[arm])})", tables.against_tokens(runs[arm])) for arm in main],
+            [Line(f"{arm} ({len(runs[arm])})", tables.against_tokens(runs[arm]), PLACES[arm]) for arm in main],
             "Held-out noisy success against sampled tokens",
             "thousand tokens, prompts' rescues included (mean over seeds)",
         ),
