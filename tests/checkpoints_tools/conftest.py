@@ -29,7 +29,7 @@ def converted(hf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactor
     return get
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def four_workers() -> Iterator[WorkerPool]:
     pool = WorkerPool(4)
     yield pool

@@ -19,7 +19,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 # Megatron-Core's gradient buffers keep themselves, and so their process groups, alive through hooks on autograd's nodes. A run
 # has one model and never notices; here hundreds would pile up, each with threads of gloo, so the pool starts afresh.
-_MOST_THREADS = 400
+_MOST_THREADS = 250
 
 
 class CaseFailed(AssertionError):
