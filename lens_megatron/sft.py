@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lens_megatron import strict
+from lens_megatron import stacks, strict
 from lens_megatron.config import SftConfig
 from lens_megatron.data.order import PromptOrder
 from lens_megatron.data.supervised import SupervisedExample, load_supervised
@@ -31,26 +31,28 @@ def train_supervised(config: SftConfig, folder: RunFolder | None) -> Path:
     """Every rank runs it; rank 0 has the run folder. Returns the HF folder with the trained weights."""
     model = load_model_config(config.model)
     weights = find_weights(config.model)
-    tokenizer = load_tokenizer(str(weights))
-    check_tokenizer(tokenizer, model.spec.vocab_size)
-    examples, too_long = load_supervised(config.data, tokenizer, model.template)
-    order = PromptOrder([example.id for example in examples], config.seed, config.data.shuffle)
-    runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s + MARGIN_S)
-    policy = build_trainable(
-        model.spec,
-        config.parallel,
-        weights,
-        config.optimizer,
-        steps=config.steps,
-        memory=config.memory,
-        dtype=_DTYPES.get(config.precision),
-    )
-    if folder is not None:  # only now: a start that failed for bad input leaves no run behind
-        folder.write_config(strict.to_tree(SftConfig, config))
-        folder.write_versions()
-    watch = Watch(Path(config.run_dir), config.timeout_s)
+    run_dir = Path(config.run_dir)
+    with stacks.of_errors(run_dir, "read the data, meet the other ranks"):
+        tokenizer = load_tokenizer(str(weights))
+        check_tokenizer(tokenizer, model.spec.vocab_size)
+        examples, too_long = load_supervised(config.data, tokenizer, model.template)
+        order = PromptOrder([example.id for example in examples], config.seed, config.data.shuffle)
+        runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s + MARGIN_S)
+    watch = Watch(run_dir, config.timeout_s)
     try:
         with watch.reporting():
+            policy = build_trainable(
+                model.spec,
+                config.parallel,
+                weights,
+                config.optimizer,
+                steps=config.steps,
+                memory=config.memory,
+                dtype=_DTYPES.get(config.precision),
+            )
+            if folder is not None:  # only now: a start that failed for bad input leaves no run behind
+                folder.write_config(strict.to_tree(SftConfig, config))
+                folder.write_versions()
             guards = ModelGuards(config.guards, config.tokens_per_microbatch, config.timeout_s)
             guards.after_loading(policy, "policy", weights)
             with Progress(config.steps, shown=folder is not None) as progress:
@@ -66,7 +68,7 @@ def train_supervised(config: SftConfig, folder: RunFolder | None) -> Path:
                         with watch.doing("write the step's metrics", config.timeout_s):
                             folder.append_metrics(metrics)
                     progress.finish_step(metrics)
-            return _exported(policy, Path(config.run_dir) / "hf", weights, folder)
+            return _exported(policy, run_dir / "hf", weights, folder)
     finally:
         watch.close()
 

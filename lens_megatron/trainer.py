@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lens_megatron import checkpoints, stopping
+from lens_megatron import checkpoints, stacks, stopping
 from lens_megatron.config import RunConfig
 from lens_megatron.diagnostics import after_update, before_update
 from lens_megatron.errors import UsageError
@@ -58,11 +58,24 @@ class Trainer:
         self.config = config
         _check_keep_best(config.checkpoint.keep_best, _EVERY_STEP, sure=False)
         weights = find_weights(config.model)
-        self.host = Host(config, model, weights, folder) if folder is not None else None
-        runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s + MARGIN_S)
-        self._await_the_driver()
-        self.watch = Watch(Path(config.run_dir), config.timeout_s)
-        self.recorder = Recorder(Path(config.run_dir) / "logs" / "recorder", dist.get_rank())
+        run_dir = Path(config.run_dir)
+        with stacks.of_errors(run_dir, "read the data, meet the other ranks"):
+            self.host = Host(config, model, weights, folder) if folder is not None else None
+            runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s + MARGIN_S)
+        self.watch = Watch(run_dir, config.timeout_s)
+        self.weight_sync: WeightSync | None = None
+        try:
+            with self.watch.reporting():
+                self._await_the_driver()
+                self.recorder = Recorder(run_dir / "logs" / "recorder", dist.get_rank())
+                self._load(model, weights)
+        except BaseException:  # whoever asked for a trainer has none to close
+            self.close()
+            raise
+
+    def _load(self, model: ModelConfig, weights: Path) -> None:
+        """Models, and what needs them."""
+        config = self.config
         self.step = 0
         dtype = _DTYPES.get(config.precision)
         self._memory = self._take_the_servers_memory() if self._colocated else None  # before any model is built
@@ -107,7 +120,8 @@ class Trainer:
             if self._colocated
             else None
         )
-        self.weight_sync = self._weight_sync(weights) if config.rollout.engine == "sglang" else None
+        if config.rollout.engine == "sglang":
+            self.weight_sync = self._weight_sync(weights)
         self._sync_metrics: dict[str, float] = {}
         self.first_step = 0
         self._last_metrics: dict[str, float] = {}  # of the step that ended last; rank 0's
@@ -121,7 +135,8 @@ class Trainer:
     def _await_the_driver(self) -> None:
         """Before any model is built. Servers may take longer than timeout_s: only now can the other ranks be told to wait."""
         host = self.host
-        from_rank_zero(lambda: host.driver.started() if host else None, "start the engine", self.config.timeout_s)
+        with self.watch.doing("start the engine"):
+            from_rank_zero(lambda: host.driver.started() if host else None, "start the engine", self.config.timeout_s)
 
     def _weight_sync(self, weights: Path) -> WeightSync:
         """Of an engine that is servers: they get the weights from the ranks, past the rollout driver."""

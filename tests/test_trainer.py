@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from lens_megatron import trainer
 from lens_megatron.config import RunConfig
+from lens_megatron.errors import RunError, UsageError
 from lens_megatron.mcore import checkpoint_run, runtime
 from lens_megatron.mcore.layout import ParallelConfig
 
@@ -29,7 +31,8 @@ def test_the_engine_is_waited_for_by_all_ranks_together(
 
     def host(*_: Any) -> Any:
         done.append("driver spawned")
-        return SimpleNamespace(driver=SimpleNamespace(started=lambda: done.append("driver started")))
+        driver = SimpleNamespace(started=lambda: done.append("driver started"))
+        return SimpleNamespace(driver=driver, close=lambda: done.append("host closed"))
 
     def from_rank_zero(work: Any, what: str, silence_s: float) -> Any:
         done.append(f"all wait for rank 0 to {what}")
@@ -39,7 +42,9 @@ def test_the_engine_is_waited_for_by_all_ranks_together(
         raise ModelsWouldBeBuilt
 
     replaced = {"Host": host, "from_rank_zero": from_rank_zero, "build_trainable": build}
-    for name in ("find_weights", "Watch", "Recorder"):
+    watch = SimpleNamespace(reporting=nullcontext, doing=nullcontext, close=lambda: done.append("watch closed"))
+    replaced["Watch"] = lambda *_: watch
+    for name in ("find_weights", "Recorder"):
         replaced[name] = lambda *_: None
     for name, value in replaced.items():
         monkeypatch.setattr(trainer, name, value)
@@ -55,7 +60,28 @@ def test_the_engine_is_waited_for_by_all_ranks_together(
     with pytest.raises(ModelsWouldBeBuilt):
         trainer.Trainer(config, SimpleNamespace(spec=None), tmp_path if rank == 0 else None)  # type: ignore[arg-type]
     together = ["joined", "all wait for rank 0 to start the engine"]
-    assert done == (["driver spawned", *together, "driver started"] if rank == 0 else together)
+    of_rank_0 = ["driver spawned", *together, "driver started", "host closed"]
+    assert done == [*(of_rank_0 if rank == 0 else together), "watch closed"]
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), RunError("no driver"), UsageError("no data")])
+def test_an_error_before_the_ranks_meet_is_written_down(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+) -> None:
+    def host(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(trainer, "Host", host)
+    monkeypatch.setattr(trainer, "find_weights", lambda *_: tmp_path)
+    config: Any = SimpleNamespace(checkpoint=SimpleNamespace(keep_best=None), model="m", run_dir=str(tmp_path / "run"))
+    with pytest.raises(type(error), match=str(error)):
+        trainer.Trainer(config, SimpleNamespace(spec=None), tmp_path)  # type: ignore[arg-type]
+    stacks = tmp_path / "run" / "logs" / "stacks" / "rank_00000.txt"
+    if isinstance(error, UsageError):  # bad input leaves nothing behind
+        assert not stacks.exists()
+    else:
+        assert f"reason: rank 0 failed: {error}" in stacks.read_text()
+        assert "in host" in stacks.read_text()
 
 
 def test_scores_are_of_the_dtype_and_device_that_auto_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:

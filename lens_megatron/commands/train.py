@@ -69,10 +69,10 @@ def _train(config: RunConfig, model: ModelConfig, resume: bool, go_on: bool) -> 
             stopping.forget_stop(folder.path)
     trainer = Trainer(config, model, folder)
     try:
-        if folder is not None:  # only now: a start that failed for bad input leaves no run to be resumed
-            folder.write_config(strict.to_tree(RunConfig, config))
-            folder.write_versions()
         with trainer.watch.reporting():
+            if folder is not None:  # only now: a start that failed for bad input leaves no run to be resumed
+                folder.write_config(strict.to_tree(RunConfig, config))
+                folder.write_versions()
             if resume or go_on:
                 trainer.resume()
             order = loop.train(config, trainer)

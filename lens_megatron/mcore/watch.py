@@ -9,11 +9,9 @@ talks. All clocks are monotonic.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import json
 import os
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -24,13 +22,13 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from lens_megatron import workers
+from lens_megatron import stacks, workers
 from lens_megatron.errors import UsageError
 from lens_megatron.mcore import agreement
 
 MARGIN_S = 5.0  # who knows whom it waited for gives up first: the watch before a collective, a save before the watch
 _watches = 0  # of this process: every rank has had as many, so that their keys agree
-_DUMP_S = 2.0  # a run folder that does not answer must not keep the run from ending
+_TELL_S = 2.0  # a store that does not answer must not keep the run from ending
 _LINGER_S = 15.0  # of a rank that heard of another's error, for its own to come or the launcher to end it
 
 
@@ -41,7 +39,7 @@ class Watch:
         self._key = f"lens/watch/{_watches}"
         self._end = f"{self._key}/end"
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self._stacks, self._timeout_s = run_dir / "logs" / "stacks", timeout_s
+        self._run_dir, self._timeout_s = run_dir, timeout_s
         self._beat_s = min(2.0, timeout_s / 8)
         now = time.monotonic()
         self._doing: tuple[str, float, float | None] = ("start", now, None)  # what, since, limit in seconds
@@ -87,31 +85,13 @@ class Watch:
         """Stacks of all threads, to the run folder, or to a temporary one when that does not answer."""
         what, since, _ = self._doing
         lines = [
-            f"rank {self.rank} of {self.ranks}, process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}",
+            stacks.process_line(self.rank, self.ranks),
             f"reason: {reason}",
             f"doing: {what}, for {time.monotonic() - since:.1f} s",
             *(f"rank {peer}: last seen doing {doing!r}" for peer, (_, _, doing) in sorted(self._seen.items())),
             more,
         ]
-        written: list[Path] = []
-
-        def write(folder: Path) -> None:
-            with contextlib.suppress(OSError):  # a full disk, say
-                folder.mkdir(parents=True, exist_ok=True)
-                path = folder / f"rank_{self.rank:05}.txt"
-                with path.open("w") as file:
-                    file.write("\n".join(lines) + "\n")
-                    file.flush()
-                    faulthandler.dump_traceback(file, all_threads=True)
-                written.append(path)
-
-        for folder in (self._stacks, Path(tempfile.gettempdir()) / f"lens-megatron-stacks-{os.getuid()}"):
-            thread = threading.Thread(target=write, args=(folder,), daemon=True)
-            thread.start()
-            thread.join(_DUMP_S)
-            if written:
-                return written[0]
-        return None
+        return stacks.write(self._run_dir, self.rank, lines)
 
     # the thread that talks
 
@@ -154,7 +134,7 @@ class Watch:
             telling.start()
         path = self.dump(reason, more)
         if self.ranks > 1:
-            telling.join(_DUMP_S)
+            telling.join(_TELL_S)
         return path, others_word.is_set()
 
     def _told(self, kind: str, reason: str, who: int) -> None:
