@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from lens_megatron.errors import RunError
 from lens_megatron.mcore.hf_files import check_folder
 from lens_megatron.mcore.hf_names import Mapping, hf_shapes, mapping_of
 from lens_megatron.mcore.hf_slices import join_shards, read_shard
@@ -69,7 +70,11 @@ def load_hf(chunks: Sequence[torch.nn.Module], spec: ModelSpec, folder: Path) ->
         rows = local.parameter.size(0)
         shard = read_shard(local.mapping, spec, local.shard, local.shards, rows, source.read)
         if shard.shape != local.parameter.shape:
-            raise AssertionError(f"{local.mapping.hf_names}: {tuple(shard.shape)} for {tuple(local.parameter.shape)}")
+            raise RunError(
+                f"{folder}: part {local.shard + 1} of {local.shards} of {', '.join(local.mapping.hf_names)} is "
+                f"{tuple(shard.shape)} for rank {dist.get_rank()}, its parameter {tuple(local.parameter.shape)}: the files "
+                "are as config.json says, so the way from them into this layout is wrong; please report it with the layout"
+            )
         local.parameter.copy_(shard)
 
 

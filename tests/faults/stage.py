@@ -87,17 +87,17 @@ def run_sft(plant: str, tree: Mapping[str, Any]) -> dict[str, Any]:
     run_dir = Path(tree["run_dir"])
     path = run_dir.with_suffix(f".{os.environ['RANK']}.yaml")
     path.write_text(json.dumps(tree))
-    folder, message = RunFolder.create(run_dir) if workers.rank() == 0 else None, ""
+    folder, kind, message = RunFolder.create(run_dir) if workers.rank() == 0 else None, "", ""
     with PLANTS[plant]():
         try:
             train_supervised(load_sft(path, []), folder)
         except RunError as error:
-            message = str(error)
+            kind, message = type(error).__name__, str(error)
         finally:
             if folder is not None:
                 folder.close()
             _keep_groups()
-    return {"message": message, "steps": len(metrics(run_dir))}
+    return {"kind": kind, "message": message, "steps": len(metrics(run_dir))}
 
 
 def _keep_groups() -> None:

@@ -65,6 +65,26 @@ def test_named_in_time(task: Path, tmp_path: Path, workers: Callable[[int], Work
     assert (end["kind"] != "", end["steps"]) == (True, steps), end
 
 
+@pytest.mark.parametrize("supervised", [False, True])
+def test_of_another_shape_in_a_layout(
+    task: Path, tmp_path: Path, workers: Callable[[int], WorkerPool], supervised: bool
+) -> None:
+    """Transposed, a square weight is not the right shape once it is cut: one line, and what every rank was doing."""
+    tree = tree_of(task, tmp_path / "run", {"parallel": {"tp": 2}})
+    if supervised:
+        toy.write_jsonl(tmp_path / "sft.jsonl", toy.supervised_rows(16, seed=0))
+        tree = {name: tree[name] for name in ("model", "run_dir", "steps", "parallel")}
+        tree["data"] = {"train": str(tmp_path / "sft.jsonl"), "prompts_per_step": 4}
+    case = stage.run_sft if supervised else stage.run
+    for rank, end in enumerate(workers(2).run(case, "transposed_on_load", tree)):
+        assert (end["kind"], end["steps"]) == ("RunError", 0), end
+        for word in ("model.layers.0.self_attn.o_proj.weight", "(16, 32) for rank", "its parameter (32, 16)"):
+            assert word in end["message"]
+        stacks = (tmp_path / "run" / "logs" / "stacks" / f"rank_{rank:05}.txt").read_text()
+        assert "o_proj.weight is (16, 32)" in stacks
+        assert "load_hf" in stacks
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_nothing_is_said_without_a_fault(
     task: Path, tmp_path: Path, workers: Callable[[int], WorkerPool], precision: str
