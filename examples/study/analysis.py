@@ -35,6 +35,10 @@ class Run:
         values = self.values(metric)
         return values[-1] if values else None
 
+    def until(self, step: int) -> Run:
+        """The first steps of a longer run: with a constant rate they are those of a shorter one."""
+        return Run(self.arm, self.seed, tuple(row for row in self.rows if row["step"] <= step))
+
     def cost_until(self, step: float, metrics: Sequence[str]) -> float:
         """The sum of these metrics up to a step, in proportion within the step that it falls in."""
         each = [sum(row.get(metric) or 0.0 for metric in metrics) for row in self.rows if row["step"] > 0]
@@ -51,9 +55,12 @@ def load_runs(data: Path, study: str = "main") -> Runs:
     import pyarrow.parquet as pq
 
     found: dict[tuple[str, int], list[Row]] = {}
+    if not (data / "steps.parquet").exists():
+        return {}
     for row in pq.read_table(data / "steps.parquet").to_pylist():
         if row["study"] == study:
-            found.setdefault((row["arm"], row["seed"]), []).append(row)
+            known = {name: value for name, value in row.items() if value is not None}
+            found.setdefault((row["arm"], row["seed"]), []).append(known)
     runs: Runs = {}
     for (arm, seed), rows in found.items():
         runs.setdefault(arm, {})[seed] = Run(arm, seed, tuple(sorted(rows, key=lambda row: row["step"])))
@@ -95,11 +102,11 @@ class Reach:
     censored: bool
 
 
-def reach_peak(runs: Runs, arm: str, baseline: str = "grpo") -> list[Reach]:
+def reach_peak(runs: Runs, arm: str, baseline: str = "grpo", metric: str = PRIMARY) -> list[Reach]:
     found = []
     for seed in sorted(runs.get(arm, {}).keys() & runs.get(baseline, {}).keys()):
-        at, level = contrasts.peak(contrasts.smoothed(runs[baseline][seed].curve(PRIMARY)))
-        curve: Curve = contrasts.smoothed(runs[arm][seed].curve(PRIMARY))
+        at, level = contrasts.peak(contrasts.smoothed(runs[baseline][seed].curve(metric)))
+        curve: Curve = contrasts.smoothed(runs[arm][seed].curve(metric))
         step = contrasts.first_reach(curve, level)
         found.append(Reach(seed, at, curve[-1][0] if step is None else step, step is None))
     return found

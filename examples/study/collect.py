@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 DATA = Path(__file__).parent / "data"
-BASE = Path("runs/study/base.json")  # the base model's success rates, by make.py
+BASES = (Path("runs/study/base.json"), Path("runs/study/base_tasks.json"))  # the base model's success rates, by make.py
 STUDIES = {"main": Path(__file__).parent / "STUDY.yaml", "pilot": Path(__file__).parent / "PILOT.yaml"}
+# in tables of their own, so that they can be run and collected on another machine than the main study
+BESIDE = {name: Path(__file__).parent / f"{name.upper()}.yaml" for name in ("graded", "control", "tune")}
 METRICS = (
-    *("eval/noisy", "eval/clean", "eval/unseen"),
+    *("eval/noisy", "eval/clean", "eval/unseen", "eval/graded", "eval/bare"),
     *("success", "reward", "zero_reward_ratio", "zero_reward_ratio_trained", "zero_signal_ratio", "success_trained"),
     *("groups_destroyed", "groups_revived", "purified_ratio", "improved_ratio", "deleted_tokens_per_prompt"),
     *("rescue/signal_window", "rescue/improvement", "rescue/replaced", "rescue/not_purified"),
@@ -47,16 +49,16 @@ def collect_tables(studies: Mapping[str, Path], data: Path) -> int:
             if result.state.state != "done" or result.run is None:
                 continue
             labels = result.cell.labels
-            key = {
-                "study": name,
-                "arm": str(labels.get("arm", f"lr {labels.get('optimizer.lr')}")),
-                "seed": int(labels["seed"]),
-            }
+            rate = f"lr {labels['optimizer.lr']}" if "optimizer.lr" in labels else ""
+            arm = f"{labels.get('arm', '')} {rate}".strip()
+            key = {"study": name, "arm": arm, "seed": int(labels["seed"])}
             lines += [{**key, "step": int(line["step"]), **_known(line)} for line in result.run.metrics]
             versions = result.run.versions
             made = {name: versions.get(name) for name in ("started", "lens_megatron", "torch")}
             seconds = round(result.state.seconds or 0)
             runs.append({**key, **made, "seconds": seconds, "set": " ".join(result.state.overrides)})
+    if not runs and not (data / "steps.parquet").exists():
+        return 0
     data.mkdir(parents=True, exist_ok=True)
     here = {_key(run) for run in runs}
     if (data / "steps.parquet").exists():
@@ -90,15 +92,20 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", action="append", metavar="NAME=STUDY.yaml", help="instead of main and pilot")
+    parser.add_argument(
+        "--study", action="append", metavar="NAME=STUDY.yaml", help="instead of all that the page shows"
+    )
     parser.add_argument("--data", type=Path, default=DATA)
     given = parser.parse_args()
     studies = dict(pair.split("=", 1) for pair in given.study or [])
     given.data.mkdir(parents=True, exist_ok=True)
-    if BASE.exists():
-        shutil.copyfile(BASE, given.data / "base.json")
-    chosen = {name: Path(path) for name, path in studies.items()} or STUDIES
-    print(f"{collect_tables(chosen, given.data)} finished runs in {given.data}")
+    for base in BASES:
+        if base.exists():
+            shutil.copyfile(base, given.data / base.name)
+    count = collect_tables({name: Path(path) for name, path in studies.items()} or STUDIES, given.data)
+    if not studies:
+        count += collect_tables(BESIDE, given.data / "beside")
+    print(f"{count} finished runs in {given.data}")
 
 
 if __name__ == "__main__":

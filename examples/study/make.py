@@ -1,4 +1,5 @@
-"""Makes what the study starts from: the task, the base model, and its success rates by `lens-megatron eval` (base.json).
+"""Makes what the study starts from: the tasks, the base model, and its success rates by `lens-megatron eval` (base.json;
+those on the tasks beside the main one in base_tasks.json).
 
 The base model is the committed one, made by `lens-megatron sft examples/study/SFT.yaml`; overrides of SFT.yaml train another.
 
@@ -18,6 +19,7 @@ from examples.study.task import write_task
 FOLDER = Path("runs/study")
 FROZEN = Path(__file__).parent / "base"  # what SFT.yaml made, and all committed runs started from
 SFT = Path(__file__).parent / "SFT.yaml"
+PARTIAL_CREDIT = 'rewards.sources.graded={kind: function, function: "examples.study.graded:score"}'
 
 
 def make(folder: Path, overrides: list[str], samples: int = 8) -> None:
@@ -26,7 +28,7 @@ def make(folder: Path, overrides: list[str], samples: int = 8) -> None:
     from lens_megatron.model_spec import load_model_spec
 
     task, base = folder / "task", folder / "base"
-    if not (task / "purified.jsonl").exists():
+    if not (task / "bare.jsonl").exists():
         write_task(task)
     if not (task / "random").exists():
         weights = random_weights(hf_shapes(load_model_spec(task / "model")), seed=0)
@@ -40,6 +42,11 @@ def make(folder: Path, overrides: list[str], samples: int = 8) -> None:
         sets = ",".join(str(task / f"{name}.jsonl") for name in ("noisy", "purified", "clean", "unseen"))
         limits = ("--samples", str(samples), "max_response_tokens=64", "rewards.default.kind=numeric")
         results = ("--out", str(base / "evaluations"), "--json", str(folder / "base.json"))
+        _run("eval", str(base / "hf"), "--benchmarks", sets, *limits, *results)
+    if not (folder / "base_tasks.json").exists():
+        sets = f"{task / 'graded.jsonl'},{task / 'bare.jsonl'}"
+        limits = ("--samples", str(samples), "max_response_tokens=64", "rewards.default.kind=numeric", PARTIAL_CREDIT)
+        results = ("--out", str(base / "evaluations-tasks"), "--json", str(folder / "base_tasks.json"))
         _run("eval", str(base / "hf"), "--benchmarks", sets, *limits, *results)
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from examples.study import tables
+from examples.study import beside, paper_tables, tables
 from examples.study.analysis import PRIMARY, Runs, band, load_runs
 from examples.study.collect import DATA
 from examples.study.drawing import Line, figure
@@ -23,17 +23,22 @@ IMAGES = ROOT / "docs" / "img" / "study"
 MARKED = re.compile(r"(<!-- study:([\w-]+) -->\n).*?(<!-- /study -->)", re.DOTALL)
 DELETING = ("lens", "lens_plus", "random", "gradient")
 # an arm has the same colour in every figure that the main arms share; grey is chance
-PLACES = {arm: place for place, arm in enumerate((*tables.MAIN, "gradient", "chance", "oracle", "no_importance"))}
+PLACES = {
+    arm: place
+    for place, arm in enumerate((*tables.MAIN, "gradient", "chance", "oracle", "no_importance", "lens_strict"))
+}
+
+
+def over_steps(
+    runs: Runs, metric: str, title: str, arms: Sequence[str], window: int = 1, from_zero: bool = True
+) -> str:
+    lines = [Line(f"{arm} ({len(runs[arm])})", band(runs[arm], metric, window), PLACES.get(arm)) for arm in arms]
+    return figure(lines, title, "gradient step (seeds in brackets)", from_zero)
 
 
 def figures(runs: Runs) -> dict[str, str]:
     """By file name. Bands: 95% intervals of the mean over seeds."""
     main = [arm for arm in tables.MAIN if arm in runs]
-
-    def over_steps(metric: str, title: str, arms: list[str], window: int = 1, from_zero: bool = True) -> str:
-        lines = [Line(f"{arm} ({len(runs[arm])})", band(runs[arm], metric, window), PLACES.get(arm)) for arm in arms]
-        return figure(lines, title, "gradient step (seeds in brackets)", from_zero)
-
     deleting = [arm for arm in DELETING if arm in runs]
     precision = [Line(arm, band(runs[arm], "purification/planted_precision", 9), PLACES[arm]) for arm in deleting]
     if "lens" in runs:
@@ -41,22 +46,43 @@ def figures(runs: Runs) -> dict[str, str]:
     ratios = [arm for arm in (*tables.MAIN, "oracle", "no_importance") if arm in runs]
     rescuing = [arm for arm in ratios if any(run.values("rho_purified_below_0.3") for run in runs[arm].values())]
     drawn = {
-        "noisy": over_steps(PRIMARY, "Held out, two words of noise: success", main),
-        "unseen": over_steps("eval/unseen", "Held out, a kind of noise that training never saw: success", main),
-        "clean": over_steps("eval/clean", "Held out, without noise: success", main, from_zero=False),
-        "zero_reward": over_steps("zero_reward_ratio", "Prompts whose rollouts Y all fail (mean of 9 steps)", main, 9),
-        "success": over_steps("success", "Success of Y in training (mean of 9 steps)", main, 9),
+        "noisy": over_steps(runs, PRIMARY, "Held out, two words of noise: success", main),
+        "unseen": over_steps(runs, "eval/unseen", "Held out, a kind of noise that training never saw: success", main),
+        "clean": over_steps(runs, "eval/clean", "Held out, without noise: success", main, from_zero=False),
+        "zero_reward": over_steps(
+            runs, "zero_reward_ratio", "Prompts whose rollouts Y all fail (mean of 9 steps)", main, 9
+        ),
+        "success": over_steps(runs, "success", "Success of Y in training (mean of 9 steps)", main, 9),
         "precision": figure(precision, "Deleted tokens that are planted noise (mean of 9 steps)", "gradient step"),
         "ratio": over_steps(
-            "rho_purified_below_0.3", "Tokens of P with ratio below 0.3 (mean of 9 steps)", rescuing, 9
+            runs, "rho_purified_below_0.3", "Tokens of P with ratio below 0.3 (mean of 9 steps)", rescuing, 9
         ),
         "others": over_steps(
-            PRIMARY, "Held-out noisy success, other arms", [a for a in tables.OTHERS if a in runs][:12], 3
+            runs, PRIMARY, "Held-out noisy success, other arms", [a for a in tables.OTHERS if a in runs][:12], 3
         ),
         "tokens": figure(
             [Line(f"{arm} ({len(runs[arm])})", tables.against_tokens(runs[arm]), PLACES[arm]) for arm in main],
             "Held-out noisy success against sampled tokens",
             "thousand tokens, prompts' rescues included (mean over seeds)",
+        ),
+    }
+    return {f"{name}.svg": text for name, text in drawn.items()}
+
+
+def figures_beside(data: Path) -> dict[str, str]:
+    graded, control = (load_runs(data / beside.FOLDER, name) for name in ("graded", "control"))
+    drawn = {
+        "graded": over_steps(
+            graded,
+            beside.CREDIT,
+            "Partial credit: held-out share of right counts",
+            [arm for arm in beside.GRADED_ARMS if arm in graded],
+        ),
+        "control": over_steps(
+            control,
+            beside.BARE,
+            "Control without noise: held-out success",
+            [arm for arm in beside.CONTROL_ARMS if arm in control],
         ),
     }
     return {f"{name}.svg": text for name, text in drawn.items()}
@@ -74,9 +100,10 @@ def fill(page: str, blocks: Mapping[str, Callable[[], str]]) -> str:
 def report(data: Path, page: Path, images: Path) -> None:
     runs, pilot = load_runs(data), load_runs(data, "pilot")
     images.mkdir(parents=True, exist_ok=True)
-    for name, text in figures(runs).items():
+    for name, text in {**figures(runs), **figures_beside(data)}.items():
         (images / name).write_text(text, encoding="utf-8")
-    filled = fill(page.read_text(encoding="utf-8"), tables.blocks(runs, pilot, data))
+    blocks = {**tables.blocks(runs, pilot, data), **paper_tables.blocks(runs, data), **beside.blocks(data, pilot)}
+    filled = fill(page.read_text(encoding="utf-8"), blocks)
     page.write_text(filled, encoding="utf-8")
 
 

@@ -7,6 +7,9 @@
 Each of the three places also has harmless words, so that no place gives the noise away, and asides about the weather
 make up for prompts in which every token matters, as in no natural prompt. The base model is trained on all three
 kinds; reinforcement learning sees `sign` and `amount` only, `skip` is the noise that training never saw.
+
+Two tasks beside it start from the same base model: the same stories with partial credit (graded.py), and a control in which
+nothing distracts: no noise, no harmless words, no asides. The base model, which has seen no story told so briefly, often fails.
 """
 
 from __future__ import annotations
@@ -103,20 +106,38 @@ def supervised_rows(count: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def prompt_rows(
-    count: int, seed: int, split: str, mix: tuple[int, ...], kinds: tuple[str, ...]
+    count: int, seed: int, split: str, mix: tuple[int, ...], kinds: tuple[str, ...], graded: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """`mix`: how many misleading words the stories have, in turn."""
+    """`mix`: how many misleading words the stories have, in turn. `graded`: the answer is every count, for graded.py."""
     rng = random.Random(f"study/{split}/{seed}")
     for i in range(count):
         noise = mix[i % len(mix)]
         question = (story := noisy_story(rng, noise, kinds)).question()
         row = {"id": f"study-{split}-{i}", "prompt": question, "answer": story.answer()}
-        yield {**row, "source": f"study-{toy.KINDS[noise]}", "planted": planted(question)}
+        row |= {"source": f"study-{toy.KINDS[noise]}"}
+        if graded:
+            row |= {"answer": " ".join(str(count) for count in story.states()[1:]), "source": "graded"}
+        yield {**row, "planted": planted(question)}
+
+
+def control_rows(count: int, seed: int, split: str, steps: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """The toy's stories, told without a word too many. `steps`: how many they have, in turn."""
+    rng = random.Random(f"study/{split}/{seed}")
+    for i in range(count):
+        story = bare_story(rng, steps[i % len(steps)])
+        row = {"id": f"study-{split}-{i}", "prompt": story.question(), "answer": story.answer()}
+        yield {**row, "source": f"study-{len(story.steps)}-steps", "planted": []}
+
+
+def bare_story(rng: random.Random, steps: int) -> Story:
+    story = toy.make_story(rng, 0, steps)
+    return replace(story, steps=tuple(replace(step, adverb="") for step in story.steps))
 
 
 def write_task(folder: Path, seed: int = 0, sizes: Sizes | None = None) -> None:
     """model/ (tokenizer and shape), sft.jsonl, train.jsonl; held out: noisy, clean, unseen; purified: noisy without its
-    noise, for p(x'). The same arguments give the same bytes."""
+    noise, for p(x'). graded-train, graded: train and noisy with partial credit. control-train, bare: the control and its
+    held-out set. The same arguments give the same bytes."""
     sizes = sizes or Sizes()
     toy.write_tokenizer(folder / "model", WORDS)
     config = json.dumps(toy.model_config(VOCABULARY), indent=2) + "\n"
@@ -129,3 +150,8 @@ def write_task(folder: Path, seed: int = 0, sizes: Sizes | None = None) -> None:
     toy.write_jsonl(folder / "purified.jsonl", (without_noise(row) for row in noisy))
     toy.write_jsonl(folder / "clean.jsonl", prompt_rows(sizes.other, seed, "clean", (0,), TRAINED))
     toy.write_jsonl(folder / "unseen.jsonl", prompt_rows(sizes.other, seed, "unseen", hard, UNSEEN))
+    graded_train = prompt_rows(sizes.train, seed, "train", training_mix, TRAINED, graded=True)
+    toy.write_jsonl(folder / "graded-train.jsonl", graded_train)
+    toy.write_jsonl(folder / "graded.jsonl", prompt_rows(sizes.noisy, seed, "noisy", hard, TRAINED, graded=True))
+    toy.write_jsonl(folder / "control-train.jsonl", control_rows(sizes.train, seed, "control-train", (5, 6, 7)))
+    toy.write_jsonl(folder / "bare.jsonl", control_rows(sizes.noisy, seed, "bare", (5, 7)))
