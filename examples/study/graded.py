@@ -10,9 +10,9 @@ def score(response: str, answer: str, source: str) -> float:
     is one more, and counts only where every step was written out. 1 for a solution without a mistake."""
     right = answer.split()
     told = re.findall(r"= (\d+)", response)
-    if len(told) == len(right):
-        boxed = re.findall(r"\\boxed\{\s*(\d+)\s*\}", response)
-        told.append(boxed[-1] if boxed else "")
+    boxed = re.findall(r"\\boxed\{\s*(\d+)\s*\}", response)
+    answered = boxed[-1:] if len(told) == len(right) else []  # neither after too few steps nor after too many
+    told = [*told[: len(right)], *answered]
     wanted = [*right, right[-1]]
     reached = 0
     while reached < min(len(told), len(wanted)) and told[reached] == wanted[reached]:
