@@ -128,9 +128,10 @@ def tuning(tune: Runs, pilot: Runs) -> str:
     """One seed. The best rate of each arm is bold, where all have run."""
     rows = []
     for arm, rates in by_rate(tune, pilot).items():
-        best = max(rates.values()) if len(rates) == len(RATES) else None
-        shown = [f"**{share(rates[rate])}**" if rates.get(rate) == best else share(rates.get(rate)) for rate in RATES]
-        rows.append((arm, *(cell if rate in rates else DASH for rate, cell in zip(RATES, shown, strict=True))))
+        whole = len(rates) == len(RATES)
+        shown = [share(rates.get(rate)) for rate in RATES]
+        best = share(max(rates.values())) if whole else None
+        rows.append((arm, *(f"**{cell}**" if cell == best else cell for cell in shown)))
     return markdown(("arm", *(f"{float(rate):.0e}".replace("e-0", "e-") for rate in RATES)), rows)
 
 

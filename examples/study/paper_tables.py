@@ -90,7 +90,7 @@ def group_sizes(data: Path) -> dict[str, int]:
 def _relative(runs: Runs, arm: str, metrics: Sequence[str]) -> float | None:
     logs = []
     for seed in runs[arm].keys() & runs.get("grpo", {}).keys():
-        own, base = (run.cost_until(math.inf, metrics) for run in (runs[arm][seed], runs["grpo"][seed]))
+        own, base = (run.cost_until(len(run.rows), metrics) for run in (runs[arm][seed], runs["grpo"][seed]))
         logs.append(math.log(own / base))
     return math.exp(mean(logs)) if logs else None
 
