@@ -123,10 +123,10 @@ ROLLOUTS = ("sampling/original_rollouts", "sampling/purified_rollouts")
 COSTS: dict[str, tuple[str, ...]] = {"rollouts": ROLLOUTS, "tokens": ("tokens",), "seconds": ("time/step",)}
 
 
-def cost_to_peak(runs: Runs, arm: str, cost: str, baseline: str = "grpo") -> float | None:
+def cost_to_peak(runs: Runs, arm: str, cost: str, baseline: str = "grpo", metric: str = PRIMARY) -> float | None:
     """Geometric mean over seeds of the arm's cost to the baseline's peak over the baseline's."""
     logs = []
-    for one in reach_peak(runs, arm, baseline):
+    for one in reach_peak(runs, arm, baseline, metric):
         own = runs[arm][one.seed].cost_until(one.step, COSTS[cost])
         base = runs[baseline][one.seed].cost_until(one.baseline_step, COSTS[cost])
         if own > 0 and base > 0:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from examples.study import analysis
 from examples.study.analysis import PRIMARY, Runs, load_runs
-from examples.study.tables import DASH, MAIN, Numbers, deletion, markdown, share, signal, with_interval
+from examples.study.tables import DASH, MAIN, Numbers, deletion, markdown, peak_table, share, signal, with_interval
 
 FOLDER = "beside"  # of the data
 CREDIT, BARE = "eval/graded", "eval/bare"
@@ -29,11 +29,13 @@ def blocks(data: Path, pilot: Runs) -> dict[str, Callable[[], str]]:
         "graded-pilot": lambda: task_pilot(graded, CREDIT),
         "graded": lambda: levels(graded, in_graded, credit),
         "graded-contrasts": lambda: differences(graded, _pairs(in_graded), credit),
+        "graded-peak": lambda: peak_table(graded, in_graded, CREDIT),
         "graded-signal": lambda: lost_signal(graded, in_graded),
         "graded-deletion": lambda: deletion(graded, [arm for arm in in_graded if arm != "grpo"]),
         "control-pilot": lambda: task_pilot(control, BARE),
         "control": lambda: levels(control, in_control, without),
         "control-contrasts": lambda: differences(control, _pairs(in_control), without),
+        "control-peak": lambda: peak_table(control, in_control, BARE),
         "control-rescues": lambda: rescues(control, [arm for arm in in_control if arm != "grpo"]),
         "control-signal": lambda: signal(control, [arm for arm in in_control if arm != "grpo"]),
         "tuning": lambda: tuning(tune, pilot),

@@ -166,21 +166,21 @@ def others(runs: Runs, arms: Sequence[str]) -> str:
     return markdown(("arm - grpo", "pairs", "area, noisy", *(f"end, {name}" for name in SETS)), rows)
 
 
-def peak_table(runs: Runs, arms: Sequence[str]) -> str:
+def peak_table(runs: Runs, arms: Sequence[str], metric: str = PRIMARY) -> str:
     """The row of GRPO against itself in another seed shows what picking the peak of a noisy curve does by itself."""
     rows = []
     if len(seeds := sorted(runs.get("grpo", {}))) > 1:
         shifted = {seed: runs["grpo"][other] for seed, other in zip(seeds, seeds[1:] + seeds[:1], strict=True)}
         runs, arms = {**runs, ANOTHER: shifted}, [*arms[:1], ANOTHER, *arms[1:]]
     for arm in arms:
-        reaches = analysis.reach_peak(runs, arm)
+        reaches = analysis.reach_peak(runs, arm, metric=metric)
         speed = analysis.log_speed(reaches)
         if speed is None:
             continue
         ratio = f"{math.exp(speed.mean):.2f}"
         if speed.low is not None and speed.high is not None:
             ratio += f" [{math.exp(speed.low):.2f}, {math.exp(speed.high):.2f}]"
-        costs = [analysis.cost_to_peak(runs, arm, cost) for cost in analysis.COSTS]
+        costs = [analysis.cost_to_peak(runs, arm, cost, metric=metric) for cost in analysis.COSTS]
         never = sum(one.censored for one in reaches)
         rows.append((arm, str(len(reaches)), ratio, f"{never} of {len(reaches)}", *(share(cost, 2) for cost in costs)))
     head = (

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from examples.study import beside, paper_tables
-from examples.study.analysis import PRIMARY, Run
+from examples.study import beside, paper_tables, tables
+from examples.study.analysis import PRIMARY, Run, load_runs
+from examples.study.collect import DATA
 from examples.study.tables import SETS
 
 
@@ -75,3 +76,38 @@ def test_tuning_reads_the_pilot_up_to_the_studys_steps() -> None:
     against = {row[0]: row[1:] for row in cells(beside.tuned_contrasts(tune, pilot))}
     assert against["lens - grpo"] == ["-0.200", "-0.200", "+0.400", "+0.200"]
     assert against["lens - random"] == ["+0.000", "–", "–", "–"]
+
+
+def test_steps_to_the_peak_of_another_measure() -> None:
+    """GRPO's credit rises to its height in 40 steps, the arm's in 20; final answers would say that it never gets there."""
+
+    def rising(arm: str, steps: float, whole: float) -> Run:
+        at = range(0, 61, 5)
+        return Run(arm, 0, tuple({"step": s, "eval/graded": min(1, s / steps), PRIMARY: whole} for s in at))
+
+    runs = {"grpo": {0: rising("grpo", 40, 0.9)}, "lens": {0: rising("lens", 20, 0.1)}}
+    table = {row[0]: row[1:] for row in cells(tables.peak_table(runs, ["grpo", "lens"], "eval/graded"))}
+    # smoothed over three evaluations: the whole height is reached one evaluation after the corner
+    assert table["grpo"][:3] == ["1", "1.00", "0 of 1"] and table["lens"][:3] == ["1", f"{45 / 25:.2f}", "0 of 1"]
+    assert cells(tables.peak_table(runs, ["lens"]))[0][3] == "1 of 1"
+
+
+def test_parts_without_data_say_so(tmp_path: Path) -> None:
+    assert load_runs(tmp_path, "graded") == {}
+    blocks = beside.blocks(tmp_path, {})
+    for name in blocks.keys() - {"tasks-base"}:
+        assert blocks[name]() == "No run has these values yet.", name
+
+
+def test_differences_of_the_committed_runs_computed_another_way() -> None:
+    runs = load_runs(DATA / beside.FOLDER, "graded")
+    for arm, against in (("lens", "grpo"), ("lens", "resample")):
+        shared = sorted(runs.get(arm, {}).keys() & runs.get(against, {}).keys())
+        table = beside.differences(runs, [(arm, against)], {"end": lambda run: run.values(beside.CREDIT)[-1]})
+        if not shared:
+            assert table == "No run has these values yet."
+            continue
+        ends = [[runs[name][seed].rows[-1][beside.CREDIT] for seed in shared] for name in (arm, against)]
+        own = sum(a - b for a, b in zip(*ends, strict=True)) / len(shared)
+        (row,) = cells(table)
+        assert row[1] == str(len(shared)) and float(row[2].split()[0]) == pytest.approx(own, abs=6e-4)
