@@ -11,7 +11,7 @@ from statistics import mean
 
 from examples.study import analysis
 from examples.study.analysis import Run, Runs
-from examples.study.tables import DASH, SETS, markdown, share, with_interval
+from examples.study.tables import DASH, NOTHING, SETS, markdown, share, with_interval
 
 LABELS = {
     "grpo": "GRPO",
@@ -60,6 +60,8 @@ def ends(runs: Runs, arms: Mapping[str, str], head: str, base: bool = False) -> 
         numbers = [_percent(runs[arm], lambda run, s=s: analysis.end(run, f"eval/{s}")) for s in SETS]
         gain = None if arm == "grpo" else analysis.paired(runs, arm, "grpo", lambda run: 100 * _average(run))
         rows.append((label, str(len(runs[arm])), [*numbers, mean(numbers)], with_interval(gain, 2, signed=True)))
+    if len(rows) < 2:
+        return NOTHING
     marked = list(zip(*(_marked([row[2][i] for row in rows]) for i in range(len(SETS) + 1)), strict=True))
     shown = [(label, seeds, *cells, gain) for (label, seeds, _, gain), cells in zip(rows, marked, strict=True)]
     return markdown((head, "seeds", *SETS, "Avg.", "Avg. - GRPO's, same seeds"), shown)

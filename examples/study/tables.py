@@ -33,6 +33,7 @@ OTHERS = (
 SETS = ("noisy", "unseen", "clean")
 ANOTHER = "grpo, another seed"
 DASH = "–"
+NOTHING = "No run has these values yet."
 Numbers = Callable[[Run], float | None]
 
 
@@ -56,7 +57,7 @@ def blocks(runs: Runs, pilot: Runs, data: Path) -> dict[str, Callable[[], str]]:
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
-        return "No run has these values yet."
+        return NOTHING
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
