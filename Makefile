@@ -28,9 +28,10 @@ test-long: install
 	$(BIN)/python -m pytest -m long
 
 # The real SGLang server, on CPU, in an environment of its own outside the checkout (LENS_SGLANG_VENV names another).
+# By two workers: much of the time one process starts. tests/sglang/conftest.py says which files share servers.
 test-sglang: install
 	$(BIN)/python -m tests.sglang.venv
-	$(BIN)/python -m pytest -m sglang tests/sglang
+	$(BIN)/python -m pytest -m sglang -n 2 --durations=15 tests/sglang
 
 # A real Slurm of two nodes on this machine, started by the tests. It needs root; otherwise they are skipped and say why.
 test-slurm: $(VENV)/.slurm

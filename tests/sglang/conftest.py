@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,30 @@ from tests.rollout import tiny
 
 from .engines import sglang_engine
 from .server import cpu_config, servers
+
+# files whose tests share session-wide servers: `make test-sglang` has two workers, and one of them runs them all
+TOGETHER = (
+    {"test_conformance.py", "test_engines.py", "test_spoiled_answers.py"},
+    {"test_weight_sync.py", "test_weight_sync_faults.py"},
+)
+
+
+def worker_scope(node: str) -> str:
+    """What one worker runs whole: a file, or all files that share servers."""
+    file = node.partition("::")[0]
+    together = [files for files in TOGETHER if Path(file).name in files]
+    return " ".join(sorted(together[0])) if together else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByServers(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return worker_scope(nodeid)
+
+    return ByServers(config, log)
 
 
 def save_tiny(seed: int, folder: Path) -> None:

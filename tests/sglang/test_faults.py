@@ -81,11 +81,13 @@ def pair(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture
 def two(pair: SGLangEngine, tiny_folder: Path) -> SGLangEngine:
+    """Both ready: one that the test before took down is on its way back."""
+    if pair.version < 0:
+        give_weights(pair, 0, tiny_folder)
     deadline = time.monotonic() + START_SECONDS
-    while len(pair.servers()) < 2:  # one is being started again
+    while len(pair._pool.ready()) < 2:
         assert time.monotonic() < deadline, pair.health()
         time.sleep(0.1)
-    give_weights(pair, pair._pool.next_version + 1, tiny_folder)
     return pair
 
 

@@ -14,7 +14,7 @@ from lens_megatron.run_folder import RunFolder
 from tests.loop.runs import complaint, finished, run_tree, train, write_run, write_task
 from tests.sglang.server import cpu_config, servers
 
-pytestmark = [pytest.mark.sglang]
+pytestmark = pytest.mark.sglang
 
 STEPS = 2  # a run is some 20 s of imports, and a second or two a step
 

@@ -20,7 +20,7 @@ from tests.distributed.pool import WorkerPool
 from tests.sglang import sync_cases
 from tests.sglang.server import cpu_config, servers
 
-pytestmark = [pytest.mark.sglang]
+pytestmark = pytest.mark.sglang
 
 SMALL = 0.06  # MiB: the tiny model in several buckets
 ROOM = {"context_length": 512}  # the tiny model has no more positions

@@ -21,7 +21,7 @@ from tests.sglang import sync_cases
 from tests.sglang.meddler import late, meddler, page
 from tests.sglang.test_weight_sync import SMALL, address, engine_logprobs, weight_version
 
-pytestmark = [pytest.mark.sglang]
+pytestmark = pytest.mark.sglang
 
 LIMIT_S = 6.0  # rollout.sync.timeout_s here; a whole sync asks one after the other, and so may take a few of them
 TOKENS = [[5, 9, 11, 40, 41, 3, 77]]
