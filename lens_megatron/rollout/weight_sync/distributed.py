@@ -150,7 +150,7 @@ class DistributedTransport:
             if arrived is not None:
                 self._group.wait(arrived[2], board.stopped)
             board.read(f"go/{bucket.number}", patient=True)
-            under_way = bucket, buffer_B, self._group.broadcast(buffer_B)
+            under_way = bucket, buffer_B, self._group.broadcast(buffer_B, board.stopped)
             if arrived is not None:
                 sent.update(fingerprints(*arrived[:2]))
         if under_way is not None:

@@ -11,12 +11,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
+T = TypeVar("T")
+_MARGIN_S = 30.0  # NCCL's own limit ends the process: the sync gives up before it
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -29,60 +33,83 @@ class GroupWithServers:
 
     def __init__(self, name: str, size: int, address: str, backend: str, timeout_s: float) -> None:
         self.name, self.size, self.address, self._backend = name, size, address, backend
-        self._timeout = datetime.timedelta(seconds=timeout_s)
+        self._limit_s = timeout_s
         # without waiting for workers, and on a port that is free: the servers are told of it afterwards
         self._store = dist.TCPStore(  # type: ignore[attr-defined]
-            "0.0.0.0", 0, None, True, self._timeout, wait_for_workers=False, multi_tenant=False
+            "0.0.0.0", 0, None, True, datetime.timedelta(seconds=timeout_s), wait_for_workers=False, multi_tenant=False
         )
         self._group: Any = None
+        self._connected = False
 
     @property
     def port(self) -> int:
         return int(self._store.port)
 
     def join(self, stopped: Callable[[], bool]) -> None:
-        """In a thread, so that a server's refusal is noticed meanwhile."""
-        outcome: list[BaseException] = []
-
         def meet() -> None:
-            try:
-                self._group, _ = c10d._new_process_group_helper(
-                    self.size,
-                    0,
-                    [],
-                    c10d.Backend(self._backend),
-                    c10d.PrefixStore(self.name, self._store),
-                    group_name=self.name,  # type: ignore[arg-type]
-                    timeout=self._timeout,
-                )
-                c10d._world.pg_group_ranks[self._group] = {rank: rank for rank in range(self.size)}
-            except BaseException as error:  # handed to the caller's thread
-                outcome.append(error)
+            self._group, _ = c10d._new_process_group_helper(
+                self.size,
+                0,
+                [],
+                c10d.Backend(self._backend),
+                c10d.PrefixStore(self.name, self._store),
+                group_name=self.name,  # type: ignore[arg-type]
+                timeout=datetime.timedelta(seconds=self._limit_s + _MARGIN_S),
+            )
+            c10d._world.pg_group_ranks[self._group] = {rank: rank for rank in range(self.size)}
 
-        thread = threading.Thread(target=meet, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            if stopped():
-                raise Stopped
-            thread.join(0.02)
-        if outcome:
-            raise outcome[0]
+        self._within_limit(meet, "to join the group", stopped)
 
-    def broadcast(self, buffer_B: Any) -> Any:
-        return dist.broadcast(buffer_B, src=0, group=self._group, async_op=True)
+    def broadcast(self, buffer_B: Tensor, stopped: Callable[[], bool]) -> Any:
+        """NCCL connects in the first one, which does not return before all servers take part, and knows no time limit."""
+        stream = torch.cuda.current_stream(buffer_B.device) if buffer_B.is_cuda else None
+
+        def begin() -> Any:
+            with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():  # a thread has its own
+                return dist.broadcast(buffer_B, src=0, group=self._group, async_op=True)
+
+        work = begin() if self._connected else self._within_limit(begin, "to connect", stopped)
+        self._connected = True
+        return work
 
     def wait(self, work: Any, stopped: Callable[[], bool]) -> None:
         """A refused update leaves a broadcast that nobody answers: it is given up when the others stop."""
-        looked = time.monotonic()
+        began = looked = time.monotonic()
         pause = 1e-5
         while not work.is_completed():
             time.sleep(pause)
             pause = min(2 * pause, 1e-3)
             if time.monotonic() - looked > 0.05:
                 looked = time.monotonic()
-                if stopped():
-                    raise Stopped
+                self._go_on(began, "to take a bucket", stopped)
         work.wait()
+
+    def _within_limit(self, action: Callable[[], T], what: str, stopped: Callable[[], bool]) -> T:
+        """In a thread, which is left behind if it does not return: what the others do is noticed meanwhile."""
+        outcome: list[T] = []
+        failure: list[BaseException] = []
+
+        def act() -> None:
+            try:
+                outcome.append(action())
+            except BaseException as error:  # handed to the caller's thread
+                failure.append(error)
+
+        thread = threading.Thread(target=act, daemon=True)
+        began = time.monotonic()
+        thread.start()
+        while thread.is_alive():
+            self._go_on(began, what, stopped)
+            thread.join(0.02)
+        if failure:
+            raise failure[0]
+        return outcome[0]
+
+    def _go_on(self, began: float, what: str, stopped: Callable[[], bool]) -> None:
+        if stopped():
+            raise Stopped
+        if time.monotonic() - began > self._limit_s:
+            raise TimeoutError(f"waited {self._limit_s:g} s for the servers {what}")
 
     def abandon(self) -> None:
         """Without the servers: breaks the connections, which ends what they wait for as well."""
