@@ -60,6 +60,7 @@ class Trainer:
         weights = find_weights(config.model)
         run_dir = Path(config.run_dir)
         with stacks.of_errors(run_dir, "read the data, meet the other ranks"):
+            runtime.check_gpus()  # before the host misses those of its servers
             self.host = Host(config, model, weights, folder) if folder is not None else None
             runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s + MARGIN_S)
         self.watch = Watch(run_dir, config.timeout_s)

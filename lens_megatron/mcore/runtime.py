@@ -189,11 +189,9 @@ def initialize(spec: ModelSpec, layout: ParallelConfig, seed: int = 0, timeout_s
     check_layout(spec, layout, world_size)
     timeout = datetime.timedelta(seconds=timeout_s)
     _allow_many_sockets()
+    check_gpus()
     if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank >= torch.cuda.device_count():
-            raise UsageError(f"{local_rank + 1} processes on this node but {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if world_size == 1:
@@ -205,6 +203,25 @@ def initialize(spec: ModelSpec, layout: ParallelConfig, seed: int = 0, timeout_s
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     without_cuda()
     set_layout(layout, seed, timeout_s)
+
+
+def check_gpus() -> None:
+    """Every rank must see all GPUs of its node, and one for each of its ranks. All ranks say so: none waits for the others."""
+    if not torch.cuda.is_available():
+        return
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    ranks, seen = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), torch.cuda.device_count()
+    if ranks <= seen:
+        return
+    what = f"{ranks} ranks on this node, and each sees {seen} GPU{'s' * (seen > 1)}"
+    if any(name in os.environ for name in ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_GPU_BIND")):
+        raise UsageError(
+            f"{what}: by --gpus-per-task or --gpu-bind Slurm shows each task its own alone, but a rank takes the GPU of its "
+            f"number on the node: ask with --gpus-per-node={ranks} instead, without the others"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    because = f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
+    raise UsageError(f"{what}{because}: start one a GPU, and let every rank see all GPUs of the node")
 
 
 def _allow_many_sockets() -> None:

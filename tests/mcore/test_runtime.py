@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import resource
 
-from lens_megatron.mcore.runtime import _SOCKETS, _allow_many_sockets
+import pytest
+import torch
+
+from lens_megatron.errors import UsageError
+from lens_megatron.mcore.runtime import _SOCKETS, _allow_many_sockets, check_gpus
 
 
 def test_as_many_sockets_as_the_system_allows() -> None:
@@ -15,3 +19,40 @@ def test_as_many_sockets_as_the_system_allows() -> None:
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(most, _SOCKETS), most)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
+
+
+@pytest.mark.parametrize(
+    ("environment", "seen", "words"),
+    [
+        ({}, 1, []),
+        ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, 4, []),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}, 8, []),  # the others are the servers'
+        # rank 0, which has the one GPU that it takes, must not wait for those that have ended
+        (
+            {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4", "SLURM_GPUS_PER_TASK": "1", "CUDA_VISIBLE_DEVICES": "0"},
+            1,
+            ["4 ranks on this node, and each sees 1 GPU:", "--gpus-per-task", "--gpus-per-node=4"],
+        ),
+        ({"LOCAL_RANK": "3", "SLURM_TRES_PER_TASK": "gres/gpu:1"}, 1, ["4 ranks", "--gpus-per-task"]),
+        (
+            {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": "2,3"},
+            2,
+            ["4 ranks on this node, and each sees 2 GPUs (CUDA_VISIBLE_DEVICES=2,3): start one a GPU"],
+        ),
+    ],
+)
+def test_a_gpu_for_every_rank(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], seen: int, words: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "SLURM_GPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if not words:
+        check_gpus()
+        return
+    with pytest.raises(UsageError) as said:
+        check_gpus()
+    assert all(word in str(said.value) for word in words), said.value
