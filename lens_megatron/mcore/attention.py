@@ -17,6 +17,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -45,6 +47,56 @@ class _GatherOverRanks(torch.autograd.Function):
         gradient = gradient.contiguous()
         dist.all_reduce(gradient, group=ctx.group)
         return gradient.chunk(ctx.group.size())[ctx.group.rank()].clone(), None
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a context-parallel rank attends with: its chunks' queries, each with the keys that it sees."""
+
+    keys_K: Tensor  # of the gathered keys, in the order of the chunks; a key is there for every chunk that sees it
+    q_lengths: list[int]
+    k_lengths: list[int]
+    cu_q: Tensor
+    cu_k: Tensor
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """What Megatron-Core hands through the layers of a forward pass; and what is worked out in the first for all of them."""
+
+    lengths: tuple[int, ...] = ()  # of the whole pack's sequences, known here: a layer would have to ask the GPU
+    cp_rank: int = 0
+    cp_ranks: int = 1
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        """Transformer Engine's layers do not ask for it."""
+        where = self.cu_seqlens_q.device
+        gathered_K = torch.cat([local_positions(self.lengths, self.cp_ranks, rank) for rank in range(self.cp_ranks)])
+        seen, q_lengths = seen_by_chunks(self.lengths, self.cp_ranks, self.cp_rank)
+        k_lengths = [len(positions) for positions in seen]
+        keys_K = torch.argsort(gathered_K)[torch.cat(seen)].to(where)
+        return Pieces(keys_K, q_lengths, k_lengths, _cumulative(q_lengths, where), _cumulative(k_lengths, where))
+
+
+def packed_sequences(lengths: Sequence[int], cp_rank: int, cp_ranks: int, device: torch.device) -> PackedSequences:
+    cu, longest = _cumulative(lengths, device), max(lengths)
+    return PackedSequences(
+        qkv_format="thd",
+        cu_seqlens_q=cu,
+        cu_seqlens_kv=cu,
+        cu_seqlens_q_padded=cu,
+        cu_seqlens_kv_padded=cu,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        lengths=tuple(lengths),
+        cp_rank=cp_rank,
+        cp_ranks=cp_ranks,
+    )
+
+
+def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 class PackedAttention(MegatronModule):
@@ -76,39 +128,30 @@ class PackedAttention(MegatronModule):
         attention_mask: Tensor | None = None,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
         if packed_seq_params is None:
             raise ValueError("every sequence goes through packing: packed_seq_params is missing")
         query_TND, key_TGD, value_TGD = (x.squeeze(1) if x.dim() == 4 else x for x in (query, key, value))
         on_flash = query_TND.is_cuda and query_TND.dtype != torch.float32  # flash attention is for half precision
         if self.cp_group.size() > 1:
-            output_TND = self._over_context_ranks(query_TND, key_TGD, value_TGD, packed_seq_params, on_flash)
+            output_TND = self._over_context_ranks(query_TND, key_TGD, value_TGD, packed_seq_params.pieces, on_flash)
         elif on_flash:
             cu, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
             output_TND = _flash(query_TND, key_TGD, value_TGD, cu, cu, longest, longest, self.scale)
         else:
-            lengths = _lengths(packed_seq_params)
+            lengths = list(packed_seq_params.lengths)
             output_TND = _one_by_one(query_TND, key_TGD, value_TGD, lengths, lengths, self.scale)
         return output_TND.reshape(output_TND.size(0), -1)
 
     def _over_context_ranks(
-        self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, packed: PackedSeqParams, on_flash: bool
+        self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, pieces: Pieces, on_flash: bool
     ) -> Tensor:
-        ranks, rank = self.cp_group.size(), self.cp_group.rank()
-        lengths = _lengths(packed)
-        gathered_K = torch.cat([local_positions(lengths, ranks, r) for r in range(ranks)])
-        seen, q_lengths = seen_by_chunks(lengths, ranks, rank)
-        seen_K = torch.argsort(gathered_K)[torch.cat(seen)].to(q_TND.device)
-        k_KGD, v_KGD = (_GatherOverRanks.apply(x, self.cp_group)[seen_K] for x in (k_TGD, v_TGD))
-        k_lengths = [len(positions) for positions in seen]
+        k_KGD, v_KGD = (_GatherOverRanks.apply(x, self.cp_group)[pieces.keys_K] for x in (k_TGD, v_TGD))
+        q_lengths, k_lengths = pieces.q_lengths, pieces.k_lengths
         if not on_flash:
             return _one_by_one(q_TND, k_KGD, v_KGD, q_lengths, k_lengths, self.scale)
-        cu_q, cu_k = (
-            torch.tensor([0, *accumulate(chunks)], dtype=torch.int32, device=q_TND.device)
-            for chunks in (q_lengths, k_lengths)
-        )
-        return _flash(q_TND, k_KGD, v_KGD, cu_q, cu_k, max(q_lengths), max(k_lengths), self.scale)
+        return _flash(q_TND, k_KGD, v_KGD, pieces.cu_q, pieces.cu_k, max(q_lengths), max(k_lengths), self.scale)
 
 
 def seen_by_chunks(lengths: Sequence[int], ranks: int, rank: int) -> tuple[list[Tensor], list[int]]:
@@ -156,11 +199,6 @@ def _flash(
     elif repeats > 1:
         k_KGD, v_KGD = (x.repeat_interleave(repeats, dim=1) for x in (k_KGD, v_KGD))
     return varlen_attn(q_TND, k_KGD, v_KGD, cu_q, cu_k, longest_q, longest_k, **options)  # type: ignore[return-value]
-
-
-def _lengths(packed: PackedSeqParams) -> list[int]:
-    cu: Tensor = packed.cu_seqlens_q
-    return (cu[1:] - cu[:-1]).tolist()
 
 
 def _attend(q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, scale: float) -> Tensor:

@@ -14,9 +14,9 @@ from itertools import accumulate
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from lens_megatron.mcore.attention import PackedSequences, packed_sequences
 from lens_megatron.mcore.packing import Pack, local_positions
 from lens_megatron.mcore.runtime import device
 
@@ -28,7 +28,7 @@ class PackedBatch:
     labels_T: Tensor  # the next token; 0 where there is none
     target_T: Tensor  # place in the flat vector of the token predicted here; -1 where none is
     sequence_T: Tensor  # which sequence of the batch; that of its neighbour where padding
-    packed: PackedSeqParams
+    packed: PackedSequences
 
 
 def flat_offsets(sequences: Sequence[Tensor]) -> list[int]:
@@ -76,21 +76,16 @@ def pack_tensors(pack: Pack, sequences: Sequence[Tensor], offsets: Sequence[int]
         start += padded
     mine = _held_here(pack)
     where = device()
-    cu = torch.tensor([0, *accumulate(pack.padded_lengths)], dtype=torch.int32, device=where)
-    longest = max(pack.padded_lengths)
     return PackedBatch(
         tokens_1T=tokens[mine][None].to(where),
         position_ids_1T=positions[mine][None].to(where),
         labels_T=labels[mine].to(where),
         target_T=target[mine].to(where),
         sequence_T=owner[mine].to(where),
-        packed=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu,
-            cu_seqlens_kv=cu,
-            cu_seqlens_q_padded=cu,
-            cu_seqlens_kv_padded=cu,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+        packed=packed_sequences(
+            pack.padded_lengths,
+            parallel_state.get_context_parallel_rank(),
+            parallel_state.get_context_parallel_world_size(),
+            where,
         ),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,27 @@ def score(
     spec = start(folder, layout)
     result = build_frozen(spec, layout, folder, dtype=dtype).score(sequences, budget, temperature)
     return result.logprobs, result.entropies
+
+
+def order_of_keys_built(folder: Path, layout: ParallelConfig, sequences: Sequence[Tensor], budget: int) -> list[int]:
+    """How often, in how many packs, of how many layers."""
+    from lens_megatron.mcore import attention
+    from lens_megatron.mcore.pipeline import plan_for_this_layout
+    from lens_megatron.mcore.step import build_frozen
+
+    spec = start(folder, layout)
+    model = build_frozen(spec, layout, folder)
+    built = []
+
+    def counted(*arguments: Any) -> Any:
+        built.append(arguments)
+        return original(*arguments)
+
+    original = attention.seen_by_chunks
+    with patch.object(attention, "seen_by_chunks", counted):
+        model.score(sequences, budget)
+    packs = plan_for_this_layout([len(sequence) for sequence in sequences], budget, model.config)
+    return [len(built), len(packs), spec.layers]
 
 
 def _policy(folder: Path, layout: ParallelConfig, memory: Any = None) -> Any:

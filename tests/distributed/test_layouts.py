@@ -88,6 +88,13 @@ def test_scores_equal_hf(kind: str, layout: str, workers: Any, hf_folder: Any) -
             torch.testing.assert_close(entropies, hf_entropies, atol=1e-4, rtol=0, equal_nan=True)
 
 
+def test_the_order_of_keys_is_worked_out_once_a_pack(workers: Any, hf_folder: Any) -> None:
+    for built, packs, layers in workers(2).run(
+        cases.order_of_keys_built, hf_folder("llama"), LAYOUTS["cp2"][1], SEQUENCES, BUDGET
+    ):
+        assert built == packs > 1 < layers
+
+
 @EACH
 def test_gradients_equal_hf(kind: str, layout: str, workers: Any, hf_folder: Any) -> None:
     world, parallel = LAYOUTS[layout]
