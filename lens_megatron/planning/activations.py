@@ -57,17 +57,15 @@ class Kept:
     mlp_input: int  # what a recomputed MLP needs
     head: int  # final norm, head and loss
     embedding: int
+    shared: int  # by all layers of a chunk, once
 
     @property
     def layer(self) -> int:
         return self.attention + self.mlp
 
     def in_layers(self, layers: int, recompute: Recompute) -> int:
-        if recompute == "full":
-            return layers * self.layer_input
-        if recompute == "selective":
-            return layers * (self.attention + self.mlp_input)
-        return layers * self.layer
+        of_one = {"full": self.layer_input, "selective": self.attention + self.mlp_input, "none": self.layer}[recompute]
+        return layers * of_one + self.shared
 
     def computed_again(self, recompute: Recompute) -> int:
         """What one layer holds while the backward pass is in it, beside what was kept."""
@@ -83,7 +81,19 @@ def kept_by_one_pass(spec: ModelSpec, layout: ParallelConfig, one: Pass, element
     attention = norm_h + s * h * element + _attention(spec, layout, t, one, element, kernels)
     mlp, mlp_input = _mlp(spec, layout, t, s, element, kernels)
     head = norm_h + t * h * element + t * 16 + t * _LOSS_BYTES
-    return Kept(s * h * element, attention + norm_h, mlp, mlp_input, head, embedding=8 * t)
+    shared = 0 if kernels.fused_rope else 2 * t * spec.head_dim * element  # cosines and sines
+    shared += 8 * _seen(layout, one) if _gathers(layout, kernels) else 0  # the order of the keys
+    return Kept(s * h * element, attention + norm_h, mlp, mlp_input, head, embedding=8 * t, shared=shared)
+
+
+def _gathers(layout: ParallelConfig, kernels: Kernels) -> bool:
+    """Keys and values of all context-parallel ranks."""
+    return layout.cp > 1 and kernels.attention != "engine"
+
+
+def _seen(layout: ParallelConfig, one: Pass) -> int:
+    """Keys from each sequence's start to the end of each of its two chunks on a rank."""
+    return one.tokens * (2 * layout.cp + 1) // (2 * layout.cp)
 
 
 def _norm(width: int, tokens: int, rows: int, element: int, kernels: Kernels) -> int:
@@ -96,7 +106,7 @@ def _norm(width: int, tokens: int, rows: int, element: int, kernels: Kernels) ->
 def _attention(spec: ModelSpec, layout: ParallelConfig, t: int, one: Pass, element: int, kernels: Kernels) -> int:
     heads, kv_heads = spec.heads // layout.tp, spec.kv_heads // layout.tp
     q, k = heads * spec.head_dim, kv_heads * spec.head_dim
-    gathers = layout.cp > 1 and kernels.attention != "engine"  # keys and values of all context-parallel ranks
+    gathers = _gathers(layout, kernels)
     norm_views = spec.qk_norm and (kernels.fused_norm or element == 4)
     kept = 0
     if not gathers or norm_views:  # queries, keys and values in one storage, held by a view of the values or keys
@@ -104,18 +114,10 @@ def _attention(spec: ModelSpec, layout: ParallelConfig, t: int, one: Pass, eleme
     if spec.qk_norm:
         kept += _norm(q, t, t * heads, element, kernels) + _norm(k, t, t * kv_heads, element, kernels)
         kept -= t * k * element if norm_views else 0  # the keys' norm keeps a view of that storage
-    if not kernels.fused_rope:
-        kept += 4 * t * spec.head_dim * element  # cosines and sines, for queries and for keys
     kept += t * q * element + t * heads * 4  # rotated queries, log-sums
-    if gathers and kernels.attention == "sdpa":
-        # keys and values from each sequence's start to the end of each of its two chunks here, their order, and masks
-        seen = one.tokens * (2 * layout.cp + 1) // (2 * layout.cp)
-        kept += 2 * seen * k * element + 8 * seen + one.squares() * (2 * layout.cp + 1) // (4 * layout.cp**2) * element
-    elif gathers:  # too much, by a mask of each sequence and one output: the published plans are computed so
-        kept += 2 * one.tokens * k * element + 8 * one.tokens + one.squares() // layout.cp * element
-        return kept + 2 * t * q * element
-    else:
-        kept += t * k * element  # rotated keys
+    kept += (2 * _seen(layout, one) if gathers else t) * k * element  # keys and values seen; or rotated keys
+    if gathers and kernels.attention == "sdpa":  # and masks
+        kept += one.squares() * (2 * layout.cp + 1) // (4 * layout.cp**2) * element
     # the output, and again as linear_proj's input where sequences are concatenated
     return kept + (2 if kernels.attention == "sdpa" else 1) * t * q * element
 

@@ -69,8 +69,6 @@ class PassTimes:
     def _compute(self, context: float) -> float:
         layers = self.t * self.flops.layers / self.layout.pp / self.layout.tp / self.rates.matmul
         attention = self.t * self.flops.attention * context / self.layout.pp / self.layout.tp / self.rates.attention
-        if self.layout.cp > 1 and self.kernels.attention != "engine":
-            attention *= 2  # a mask hides what is not causal, but nothing is skipped
         traffic = _TRAFFIC * self.layers * self.kept.layer / self.rates.bandwidth
         return layers + attention + traffic
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.distributed
 SEQUENCES = random_sequences(12, seed=4)
 DATA = reference.loss_data(SEQUENCES)
 BUDGET = 96
-ACTIVATIONS_WITHIN = 0.15
+WITHIN = {"none": 0.02, "selective": 0.02, "full": 0.05}
 # layouts that show everything there is to show about 16-bit weights, recomputation and long sequences
 BF16 = [pair for pair in COMBINATIONS if pair[0] in ("qwen3_tied", "qwen3_moe") and pair[1] != "1"]
 RECOMPUTE = [("llama", "1"), ("llama", "tp2+sp"), ("llama", "pp2"), ("qwen3_moe", "ep2"), ("qwen3_moe", "tp2+sp")]
@@ -60,11 +60,11 @@ def check_kept(folder: Path, layout: ParallelConfig, found: list[Any], element: 
     if layout.ep > 1:  # which rank's experts are chosen is the router's affair: the plan is right on average
         planned, counted = [sum(planned)], [sum(counted)]
     for plan, count in zip(planned, counted, strict=True):
-        assert abs(plan - count) <= ACTIVATIONS_WITHIN * count, f"planned {plan}, counted {count}: {plan / count:.3f}"
+        assert abs(plan - count) <= WITHIN[recompute] * count, f"planned {plan}, counted {count}: {plan / count:.3f}"
 
 
 @EACH
-def test_state_to_the_byte_and_activations_within_15_percent(
+def test_state_to_the_byte_and_activations_within_2_percent(
     kind: str, layout: str, workers: Any, hf_folder: Any
 ) -> None:
     world, parallel = LAYOUTS[layout]
