@@ -22,7 +22,7 @@ POLL_S = 0.2
 GRACE_S = 10.0
 # Slurm's and the trainer's: a server that saw them would join the trainer's processes
 NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LENS_MEGATRON_MEETING",
-                 "PYTORCH_CUDA_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")  # fmt: skip
+                 "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")  # fmt: skip
 
 
 def own_address() -> str:

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from lens_megatron import endings, stopping
 
     stopping.hold_signal()
-    from lens_megatron import workers
+    from lens_megatron import kernel_order, workers
     from lens_megatron.config import load_run
     from lens_megatron.mcore.hf_files import check_folder
     from lens_megatron.mcore.layout import check_layout
@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
     endings.on_signals(endings.AFRESH)
     config = tiny(load_run(Path(args.run), args.overrides))
+    kernel_order.prepare(config.parallel)
     model = load_model_config(config.model)
     if not workers.is_worker():
         check_layout(model.spec, config.parallel, config.parallel.processes)

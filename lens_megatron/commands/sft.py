@@ -15,7 +15,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lens_megatron import endings, workers
+    from lens_megatron import endings, kernel_order, workers
     from lens_megatron.config import load_sft
     from lens_megatron.mcore import runtime
     from lens_megatron.mcore.hf_files import check_folder
@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     endings.on_signals(endings.AFRESH)
     config = load_sft(Path(args.run), args.overrides)
+    kernel_order.prepare(config.parallel)
     if not workers.is_worker():
         spec = load_model_spec(config.model)
         check_layout(spec, config.parallel, config.parallel.processes)
