@@ -14,6 +14,7 @@ from torch import Tensor
 from lens_megatron.algorithms.rescue import RescueConfig
 from lens_megatron.mcore import runtime
 from lens_megatron.mcore.noise import evaluations_in_other_packings
+from lens_megatron.mcore.offload import FrozenOnHost
 from lens_megatron.mcore.step import ShardedModel, Trainable
 from lens_megatron.purification.config import PurificationConfig
 from lens_megatron.purification.noise_floor import measured_noise_floor
@@ -30,20 +31,19 @@ class Reference:
     """The frozen model, and what it said of prompts. `offloaded`: it lives on the host between its uses."""
 
     def __init__(self, model: ShardedModel, identity: str, offloaded: bool) -> None:
-        self.model, self.scores, self._offloaded = model, ReferenceScores(identity), offloaded
-        if offloaded:
-            model.move(torch.device("cpu"))
+        self.model, self.scores = model, ReferenceScores(identity)
+        self._on_host = FrozenOnHost(model) if offloaded else None
 
     @contextmanager
     def at_hand(self) -> Iterator[ShardedModel]:
         """The model where it can score."""
-        if self._offloaded:
-            self.model.move(runtime.device())
+        if self._on_host is not None:
+            self._on_host.arrive(runtime.device())
         try:
             yield self.model
         finally:
-            if self._offloaded:
-                self.model.move(torch.device("cpu"))
+            if self._on_host is not None:
+                self._on_host.leave()
 
     def prompt_logprobs(self, prompts: Sequence[Prompt], budget: int) -> list[Tensor]:
         """logprobs_T of each prompt; only those not seen before are computed."""

@@ -56,12 +56,6 @@ class ShardedModel:
         """HF-named tensors, on rank 0's host; every rank must iterate."""
         return export_hf(self.chunks, self.spec)
 
-    def move(self, where: torch.device) -> None:
-        """Weights to the host while others need the GPU, and back. Only for models without gradient buffers."""
-        for chunk in self.chunks:
-            for parameter in chunk.parameters():
-                parameter.data = parameter.data.to(where, non_blocking=False)
-
 
 @dataclass
 class Trainable(ShardedModel):

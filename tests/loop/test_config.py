@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 import lens_megatron
@@ -117,30 +116,3 @@ def test_the_run_folders_config_is_the_runs(base: Path) -> None:
     assert yaml.safe_load((base / "config.yaml").read_text()) == strict.to_tree(RunConfig, again)
     given = load_run(base.parent / "RUN.yaml", [])
     assert again == given
-
-
-class Recorded:
-    """Stands in for a sharded model: what is asked of it, in order."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def move(self, where: torch.device) -> None:
-        self.calls.append(f"move to {where.type}")
-
-    def score(self, *arguments: Any) -> None:
-        self.calls.append("score")
-
-
-@pytest.mark.parametrize("offload", [True, False])
-def test_the_reference_is_moved_for_each_use(offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lens_megatron import prompt_signals as module
-
-    monkeypatch.setattr(module.runtime, "device", lambda: torch.device("meta"))  # stands for the GPU
-    recorded = Recorded()
-    reference = module.Reference(recorded, "some weights", offload)  # type: ignore[arg-type]
-    with pytest.raises(ZeroDivisionError), reference.at_hand() as model:
-        model.score()  # type: ignore[call-arg]
-        raise ZeroDivisionError  # it goes back whatever happens
-    expected = ["move to cpu", "move to meta", "score", "move to cpu"] if offload else ["score"]
-    assert recorded.calls == expected
