@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,13 @@ import torch.distributed as dist
 from lens_megatron import checkpoints, stacks, stopping
 from lens_megatron.config import RunConfig
 from lens_megatron.diagnostics import after_update, before_update
+from lens_megatron.engine_side import EngineSide
 from lens_megatron.errors import UsageError
 from lens_megatron.guards.run_guards import RunGuards
 from lens_megatron.host import Host
 from lens_megatron.mcore import runtime
-from lens_megatron.mcore.agreement import everywhere
 from lens_megatron.mcore.checkpoint_run import Saver, resume
 from lens_megatron.mcore.hf_copies import HfCopies
-from lens_megatron.mcore.offload import Residence
 from lens_megatron.mcore.rendezvous import from_rank_zero
 from lens_megatron.mcore.step import build_frozen, build_trainable
 from lens_megatron.mcore.watch import MARGIN_S, Watch
@@ -32,31 +30,20 @@ from lens_megatron.prompt_signals import PromptSignals, Reference
 from lens_megatron.purification.strategies import Signals
 from lens_megatron.recorder import Recorder
 from lens_megatron.reference_scores import identity_of
-from lens_megatron.rollout.sglang_server import ServerAddress
-from lens_megatron.rollout.weight_sync.handover import Handover, ServerMemory
-from lens_megatron.rollout.weight_sync.sync import WeightSync
-from lens_megatron.rollout.weight_sync.transports import make_transports
 from lens_megatron.run_folder import RunFolder
+from lens_megatron.step_line import EVERY_STEP, check_keep_best
 from lens_megatron.stopping import Order
 from lens_megatron.types import Prompt, Sample
 from lens_megatron.update import Evaluated, evaluate_samples, update_policy
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# What metrics.jsonl has at every step, whatever the algorithm: null where nothing was measured (no purified rollouts, no
-# KL term), 0 seconds where nothing was done. A step is saved after its line is written, so that a resumed run misses no
-# line: its time/save stands in the next step's.
-_MEASURED = ("step", "reward", "success", "zero_reward_ratio", "purified_ratio", "improved_ratio", "deleted_tokens",
-             "loss", "kl", "entropy", "grad_norm", "response_tokens", "logprob_diff", "ratio_purified", "ratio_original",
-             "clip_fraction", "tokens")  # fmt: skip
-_TIMED = ("step", "score", "generate", "reward", "logprobs", "train", "sync", "save")
-_EVERY_STEP = {**dict.fromkeys(_MEASURED), **{f"time/{name}": 0.0 for name in _TIMED}}
 
 
 class Trainer:
     def __init__(self, config: RunConfig, model: ModelConfig, folder: RunFolder | None) -> None:
         """`folder`: rank 0's. Processes, then models, then the engine's first weights."""
         self.config = config
-        _check_keep_best(config.checkpoint.keep_best, _EVERY_STEP, sure=False)
+        check_keep_best(config.checkpoint.keep_best, EVERY_STEP, sure=False)
         weights = find_weights(config.model)
         run_dir = Path(config.run_dir)
         with stacks.of_errors(run_dir, "read the data, meet the other ranks"):
@@ -64,7 +51,7 @@ class Trainer:
             self.host = Host(config, model, weights, folder) if folder is not None else None
             runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s + MARGIN_S)
         self.watch = Watch(run_dir, config.timeout_s)
-        self.weight_sync: WeightSync | None = None
+        self.engine = EngineSide(config, self.host)
         try:
             with self.watch.reporting():
                 self._await_the_driver()
@@ -79,7 +66,7 @@ class Trainer:
         config = self.config
         self.step = 0
         dtype = _DTYPES.get(config.precision)
-        self._memory = self._take_the_servers_memory() if self._colocated else None  # before any model is built
+        self.engine.make_room()  # before any model is built
         self.policy = build_trainable(
             model.spec,
             config.parallel,
@@ -109,21 +96,7 @@ class Trainer:
         self.prompt_signals = PromptSignals(
             self.policy, self.reference, config.algorithm.rescue, config.update.tokens_per_microbatch
         )
-        self._handover = (
-            Handover(
-                Residence(self.policy),
-                lambda work, what: from_rank_zero(work, what, config.timeout_s),
-                everywhere,
-                self._servers,
-                self._memory,
-                config.memory.residual_gib,
-            )
-            if self._colocated
-            else None
-        )
-        if config.rollout.engine == "sglang":
-            self.weight_sync = self._weight_sync(weights)
-        self._sync_metrics: dict[str, float] = {}
+        self.engine.connect(self.policy, weights, self._choose_probe)
         self.first_step = 0
         self._last_metrics: dict[str, float] = {}  # of the step that ended last; rank 0's
         self.progress = Progress(config.steps, shown=self.host is not None)
@@ -139,44 +112,9 @@ class Trainer:
         with self.watch.doing("start the engine"):
             from_rank_zero(lambda: host.driver.started() if host else None, "start the engine", self.config.timeout_s)
 
-    def _weight_sync(self, weights: Path) -> WeightSync:
-        """Of an engine that is servers: they get the weights from the ranks, past the rollout driver."""
-        settings = self.config.rollout.sync
-        probe: list[int] = self.on_rank_zero(lambda host: host.probe_tokens(settings.probe_tokens), "choose a probe")
-        run_dir = Path(self.config.run_dir)
-        return WeightSync(
-            settings,
-            self.policy,
-            make_transports(settings, run_dir, weights, runtime.device().type, self._colocated),
-            probe,
-            None if self.host is None else self.host.driver,
-            run_dir / "sync",
-            self.config.timeout_s,
-            self.config.update.tokens_per_microbatch,
-        )
-
-    # trainer and servers on the same GPUs, by turns
-
-    @property
-    def _colocated(self) -> bool:
-        return self.config.rollout.engine == "sglang" and self.config.placement == "colocated"
-
-    def _servers(self) -> list[ServerAddress]:
-        return [] if self.host is None else self.host.driver.servers()
-
-    def _take_the_servers_memory(self) -> ServerMemory | None:
-        memory = ServerMemory(self.config.timeout_s) if self.host is not None else None
-
-        def take() -> None:
-            assert memory is not None
-            memory.release(self._servers(), "kv_cache", "weights")
-
-        from_rank_zero(take, "take the servers' memory", self.config.timeout_s)
-        return memory
-
-    def _trainers_turn(self, keep_engine_weights: bool = False) -> None:
-        if self._handover is not None:
-            self._handover.to_trainer(keep_engine_weights)
+    def _choose_probe(self, tokens: int) -> list[int]:
+        probe: list[int] = self.on_rank_zero(lambda host: host.probe_tokens(tokens), "choose a probe")
+        return probe
 
     def on_rank_zero(self, work: Any, what: str, limit_s: float | None = None) -> Any:
         """`work(host)` on rank 0; its result on every rank. `limit_s`: of work that reads or writes files, which may hang
@@ -214,15 +152,14 @@ class Trainer:
     def score_prompts(self, prompts: Sequence[Prompt]) -> list[Signals]:
         """What the purification strategy goes by, of every prompt of the batch, before anything is generated."""
         if self.prompt_signals.needs_models:
-            self._trainers_turn(keep_engine_weights=True)
+            self.engine.trainers_turn(keep_engine_weights=True)
         return self.prompt_signals.of(prompts, self._watch_first_scores if self._as_loaded() else None)
 
     def _watch_first_scores(self, policy: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> None:
         self.guards.first_scores(policy, reference, self.policy)
 
     def roll_out(self, prompts: Sequence[Prompt], signals: Sequence[Signals]) -> None:
-        if self._handover is not None:
-            self._handover.to_engine()
+        self.engine.engines_turn()
         self.on_rank_zero(lambda host: host.roll_out(prompts, signals), "generate")
 
     def start_rollouts_ahead(self, step: int) -> None:
@@ -244,7 +181,7 @@ class Trainer:
 
     def evaluate(self, groups: Sequence[list[Sample]]) -> list[list[Evaluated]]:
         staleness = self.config.rollout.staleness
-        self._trainers_turn()
+        self.engine.trainers_turn()
         loss, update, temperature = self.config.algorithm.loss, self.config.update, self.config.rollout.temperature
         if self.config.guards.leaves_out:  # what is too far from the engine must be known before the training pass
             update = replace(update, reuse_logprobs=False)
@@ -283,31 +220,15 @@ class Trainer:
 
     def sync_weights(self, version: int) -> None:
         """Every rank exports what it holds; the engine has the whole model, or the run ends."""
-        if self.weight_sync is not None:
-            handover = self._handover
-            if handover is not None:
-                handover.before_sync()
-            synced = self.weight_sync.sync(version, handover.to_engine if handover is not None else None)
-            if synced is not None:
-                self._sync_metrics = synced.metrics()
-                if handover is not None:
-                    self._sync_metrics["sync/residual_gib"] = handover.residual_gib
-                for complaint in synced.complaints:
-                    self.progress.note(f"weight sync {version}: {complaint}")
-            return
-        tensors = self.policy.export_hf()
-        if self.host is not None:
-            self.host.load_weights(tensors, version)
-        for _ in tensors:  # the other ranks' part is done by iterating
-            pass
+        for complaint in self.engine.sync(version):
+            self.progress.note(f"weight sync {version}: {complaint}")
 
     def benchmark(self, step: int) -> dict[str, float]:
         """`eval/...` of the weights that the engine has, when an evaluation is due after this step."""
         if not self.config.evaluation.due(step, last=self.config.steps):
             return {}
         with self.phase("eval"):
-            if self._handover is not None:
-                self._handover.to_engine()
+            self.engine.engines_turn()
             self.on_rank_zero(lambda host: host.await_ahead(), "generate")  # the engine does one thing at a time
             metrics = self.on_rank_zero(lambda host: host.benchmark(step), "evaluate")
             limit_s = self.config.timeout_s
@@ -320,7 +241,7 @@ class Trainer:
             return
         metrics = self.benchmark(0)
         if self.host is not None and metrics:
-            line = {**_EVERY_STEP, "step": 0, **metrics, **self.progress.times()}
+            line = {**EVERY_STEP, "step": 0, **metrics, **self.progress.times()}
             with self.watch.doing("write the first evaluation's metrics", self.config.timeout_s):
                 self.host.folder.append_metrics(line)
                 self.host.trackers.log(line)
@@ -340,10 +261,10 @@ class Trainer:
 
     def _save(self, step: int, last: bool) -> None:
         if self._hf_copies.due(step, last=step == self.config.steps):
-            self._trainers_turn(keep_engine_weights=True)
+            self.engine.trainers_turn(keep_engine_weights=True)
             self._hf_copies.write(step)
         if self._saver.due(step, last or step == self.config.steps):
-            self._trainers_turn(keep_engine_weights=True)
+            self.engine.trainers_turn(keep_engine_weights=True)
             self.on_rank_zero(lambda host: host.await_ahead(), "generate")  # the batch in flight is part of it
             state = {} if self.host is None else self.host.state_dict()
             state["guards"] = self.guards.state(self.policy)
@@ -393,10 +314,10 @@ class Trainer:
             return
         with self.watch.doing("write the step's files", self.config.timeout_s):
             tree: dict[str, float | None] = {
-                **_EVERY_STEP,
+                **EVERY_STEP,
                 "step": self.step + 1,
                 **self.host.step_metrics(),
-                **self._sync_metrics,
+                **self.engine.metrics,
                 **metrics,
             }
             if (floor := self.prompt_signals.noise_floor) is not None:
@@ -412,25 +333,14 @@ class Trainer:
             self.host.trackers.log(tree)
             self._last_metrics = {name: value for name, value in tree.items() if value is not None}
             self.progress.finish_step(self._last_metrics)
-            _check_keep_best(self.config.checkpoint.keep_best, [*tree, *self.host.benchmark_names])
+            check_keep_best(self.config.checkpoint.keep_best, [*tree, *self.host.benchmark_names])
 
     def close(self) -> None:
-        if self.weight_sync is not None:
-            self.weight_sync.close()
+        self.engine.close()
         if self.host is not None:
             self.host.close()
         self.watch.close()
         runtime.shutdown()
-
-
-def _check_keep_best(metric: str | None, metrics: Collection[str], sure: bool = True) -> None:
-    """`sure`: these are all metrics that there are. Before the first step they are not: only a slip of the pen is found."""
-    if metric is None or metric in metrics:
-        return
-    near = get_close_matches(metric, metrics, n=1, cutoff=0.6 if sure else 0.9)
-    if sure or near:
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"checkpoint.keep_best: there is no metric {metric!r}{hint}")
 
 
 def _rounding(config: RunConfig) -> tuple[object, ...]:

@@ -28,7 +28,7 @@ from lens_megatron.evaluation.results import step_metrics
 from lens_megatron.evaluation.sets import EvalSet
 from lens_megatron.purification.strategies import Outcome
 from lens_megatron.rollout.sampling import SampleCounts
-from lens_megatron.trainer import _EVERY_STEP
+from lens_megatron.step_line import EVERY_STEP
 from lens_megatron.types import Prompt
 from tests.algorithms.minibatches import as_parameters, random_minibatch, whole
 from tests.algorithms.rescue_groups import X, binary, group
@@ -121,7 +121,7 @@ def written_metrics() -> set[str]:
         rebuild_group(group(binary(y), binary(again) if again else (), str(y)), lens, seed=0, step=0)
         for y, again in ((0, 3), (2, 8), (6, 8), (8, 0))
     ]
-    names = set(_EVERY_STEP) | {"truncated_ratio", "noise_floor", "grad_norm", "lr", "skipped"}
+    names = set(EVERY_STEP) | {"truncated_ratio", "noise_floor", "grad_norm", "lr", "skipped"}
     names |= set(group_metrics(groups, [Outcome("0", "purified", eligible=20, above_floor=5)]))
     noisy = dataclasses.replace(
         group(binary(0), binary(3), "noisy"), prompt=Prompt("noisy", X, (1, 5), "", planted=(2,))
@@ -137,7 +137,7 @@ def written_metrics() -> set[str]:
     batch, current = random_minibatch(0, everything)
     names |= set(finish_metrics(whole(batch, as_parameters(current), everything)[1]))
     names |= set(_evaluation_metrics()) | {"time/eval", "staleness", "staleness_max"}
-    of_sync = _names_in("rollout/weight_sync/sync.py", "trainer.py", prefix="sync")
+    of_sync = _names_in("rollout/weight_sync/sync.py", "engine_side.py", prefix="sync")
     in_code = _names_in("diagnostics.py", "host.py", "trainer.py", prefix="diagnostics|purification")
     of_guards = _names_in("host.py", "guards/mismatch.py", "guards/run_guards.py", prefix="guards|rewards|data|time")
     split = LossConfig(entropy_split=EntropySplitConfig())
