@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import gpu, step_cpu
+from benchmarks._gpu_bench import Bench, Row, guarded
 from benchmarks._work import math_lengths, padded_packs, train_flops
 from lens_megatron.model_spec import load_model_spec
 
@@ -19,7 +20,7 @@ def test_every_part_runs_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[
     file = tmp_path / "gpu.json"
     assert gpu.main(["--smoke", "--json", str(file)]) == 0
     found = json.loads(file.read_text())
-    assert tuple(found["parts"]) == gpu.PARTS and found["smoke"]
+    assert list(found["parts"]) == list(gpu.PARTS) and found["smoke"]
     assert all(rows and not any("failed" in row for row in rows) for rows in found["parts"].values())
     assert all(row["ok"] for row in found["parts"]["correct"])
     packed, padded = found["parts"]["step"]
@@ -32,10 +33,10 @@ def test_every_part_runs_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_one_part_that_fails_is_reported_and_the_others_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(self: gpu.Bench) -> list[gpu.Row]:
+    def broken(bench: Bench) -> list[Row]:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(gpu.Bench, "correct", broken)
+    monkeypatch.setitem(gpu.PARTS, "correct", broken)
     file = tmp_path / "gpu.json"
     assert gpu.main(["--smoke", "--parts", "correct,matmul", "--json", str(file)]) == 1
     parts = json.loads(file.read_text())["parts"]
@@ -44,11 +45,11 @@ def test_one_part_that_fails_is_reported_and_the_others_run(
 
 
 def test_out_of_memory_is_a_result() -> None:
-    def too_much() -> gpu.Row:
+    def too_much() -> Row:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    assert gpu.guarded(too_much) == {"out of memory": True}
-    assert "failed" in gpu.guarded(lambda: {}["missing"])
+    assert guarded(too_much) == {"out of memory": True}
+    assert "failed" in guarded(lambda: {}["missing"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
