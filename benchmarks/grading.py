@@ -24,7 +24,8 @@ from pathlib import Path
 import psutil
 
 from lens_megatron.rewards.config import RewardConfig
-from lens_megatron.rewards.pool import Request, RewardPool
+from lens_megatron.rewards.pool import RewardPool
+from lens_megatron.rewards.worker_process import Request
 
 _SENTENCES = (
     "Let us start from what the problem gives us and write it as an equation.",

@@ -11,7 +11,8 @@ from typing import Any
 
 from lens_megatron.errors import UsageError
 from lens_megatron.rewards.config import RewardConfig
-from lens_megatron.rewards.pool import Request, RewardPool
+from lens_megatron.rewards.pool import RewardPool
+from lens_megatron.rewards.worker_process import Request
 
 Row = dict[str, Any]
 

@@ -9,83 +9,29 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import selectors
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from hashlib import blake2b
-from pathlib import Path
 from types import TracebackType
 from typing import Any
-
-import psutil
 
 from lens_megatron import strict
 from lens_megatron.errors import RunError
 from lens_megatron.rewards.config import RewardConfig
 from lens_megatron.rewards.judgement import Judgement, Note
 from lens_megatron.rewards.worker import OUT_OF_MEMORY
+from lens_megatron.rewards.worker_process import Job, Request, Worker, started
 
 STARTUP_SECONDS = 180.0
 STARTS_BEFORE_GIVING_UP = 3
 ATTEMPTS = 2  # a worker may die of what it did before: the second one starts clean
 MAX_ANSWER_CHARS = 20_000
-STDERR = 2
 LEEWAY = 0.5  # seconds of CPU past the limit before a worker that did not stop by itself is killed
-
-
-@dataclass(frozen=True)
-class Request:
-    id: str
-    source: str
-    answer: str
-    response: str
-
-
-@dataclass
-class _Job:
-    request: Request
-    custom: bool
-    future: Future[Judgement]
-    key: bytes | None
-    attempts: int = 0
-
-
-@dataclass
-class _Worker:
-    process: subprocess.Popen[bytes]
-    channel: socket.socket
-    custom: bool
-    ready: bool = False
-    job: _Job | None = None
-    buffer: bytearray = field(default_factory=bytearray)
-    wall_start: float = field(default_factory=time.monotonic)
-    cpu_start: float = 0.0
-    look_at: float = 0.0  # when its clocks are next read
-    refused: str = ""
-
-    def cpu(self) -> float:
-        try:
-            times = psutil.Process(self.process.pid).cpu_times()
-        except psutil.Error:
-            return self.cpu_start
-        return float(times.user + times.system)
-
-
-def _environment(custom: bool) -> dict[str, str]:
-    """One thread and no GPU each. The user's functions are found as the trainer finds them, from the working folder too;
-    the shipped kinds are safe from what happens to lie there."""
-    package = str(Path(__file__).resolve().parents[2])
-    path = [package, *(entry for entry in sys.path if entry), *([str(Path.cwd())] if custom else [])]
-    safe = {} if custom else {"PYTHONSAFEPATH": "1"}
-    return {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **safe}
 
 
 class RewardPool:
@@ -102,8 +48,8 @@ class RewardPool:
             time.monotonic(),
             0,
         )  # since a worker last got something done, or nothing waited
-        self._queues: dict[bool, deque[_Job]] = {False: deque(), True: deque()}
-        self._workers: list[_Worker] = []
+        self._queues: dict[bool, deque[Job]] = {False: deque(), True: deque()}
+        self._workers: list[Worker] = []
         self._cache: OrderedDict[bytes, Judgement] = OrderedDict()
         self._counts: Counter[str] = Counter()
         self._failed_starts = 0
@@ -147,13 +93,13 @@ class RewardPool:
                 self._counts["too_long"] += 1
                 future.set_result(Judgement(0.0, "unparsable", "too long"))
                 return future
-            key = self._key(request)
+            key = _key(self.config, request)
             if key is not None and key in self._cache:
                 self._cache.move_to_end(key)
                 self._counts["cached"] += 1
                 future.set_result(self._cache[key])
                 return future
-            self._queues[rule.custom].append(_Job(request, rule.custom, future, key))
+            self._queues[rule.custom].append(Job(request, rule.custom, future, key))
         self._wake()
         return future
 
@@ -219,24 +165,11 @@ class RewardPool:
                     self._start(custom)
 
     def _start(self, custom: bool) -> None:
-        ours, theirs = socket.socketpair()
-        settings = f'{{"fd": {theirs.fileno()}, "custom": {json.dumps(custom)}, "config": {self._settings}}}'
-        environment = {**os.environ, **_environment(custom)}
-        command = [sys.executable, "-m", "lens_megatron.rewards.worker", settings]
-        with theirs:
-            process = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=STDERR,
-            )
-        ours.settimeout(10)
-        worker = _Worker(process, ours, custom)
+        worker = started(custom, self._settings)
         worker.look_at = time.monotonic() + STARTUP_SECONDS
         with self._lock:
             self._workers.append(worker)
-        self._selector.register(ours, selectors.EVENT_READ, worker)
+        self._selector.register(worker.channel, selectors.EVENT_READ, worker)
 
     def _hand_out(self) -> None:
         for worker in list(self._workers):
@@ -249,35 +182,24 @@ class RewardPool:
                     continue
                 self._give(worker, job)
 
-    def _give(self, worker: _Worker, job: _Job) -> None:
+    def _give(self, worker: Worker, job: Job) -> None:
         job.attempts += 1
-        worker.job = job
         worker.wall_start, worker.cpu_start = time.monotonic(), -1.0
         worker.look_at = worker.wall_start + (self.config.wall_seconds if job.custom else min(1.0, self.config.seconds))
-        request = job.request
-        message = json.dumps({"source": request.source, "answer": request.answer, "response": request.response})
-        try:
-            worker.channel.sendall(message.encode() + b"\n")
-        except OSError:
+        if not worker.give(job):
             self._buried(worker)
 
-    def _read(self, worker: _Worker) -> None:
+    def _read(self, worker: Worker) -> None:
         if worker not in self._workers:
             return
-        try:
-            data = worker.channel.recv(1 << 16)
-        except OSError:
-            data = b""
-        if not data:
+        messages = worker.messages()
+        if messages is None:
             self._buried(worker)
             return
-        worker.buffer += data
-        while (end := worker.buffer.find(b"\n")) >= 0:
-            line = bytes(worker.buffer[:end])
-            del worker.buffer[: end + 1]
-            self._heard(worker, json.loads(line))
+        for message in messages:
+            self._heard(worker, message)
 
-    def _heard(self, worker: _Worker, message: dict[str, Any]) -> None:
+    def _heard(self, worker: Worker, message: dict[str, Any]) -> None:
         if "ready" in message:
             worker.ready, self._failed_starts = True, 0
             return
@@ -298,7 +220,7 @@ class RewardPool:
             self._has_moved()
         self._settle(job, Judgement(reward, verdict, note, extracted), remember=note != "timeout")
 
-    def _settle(self, job: _Job, judgement: Judgement, remember: bool) -> None:
+    def _settle(self, job: Job, judgement: Judgement, remember: bool) -> None:
         with self._lock:
             self._counts["judged"] += 1
             if remember and job.key is not None:
@@ -345,7 +267,7 @@ class RewardPool:
                 f"{self._counts['timeouts'] - self._timeouts_then} timed out and {waiting} wait; does the reward function hang?"
             )
 
-    def _kill(self, worker: _Worker, note: Note) -> None:
+    def _kill(self, worker: Worker, note: Note) -> None:
         worker.process.kill()
         job, worker.job = worker.job, None
         if job is not None:
@@ -355,7 +277,7 @@ class RewardPool:
             self._settle(job, Judgement(0.0, "unparsable", note), remember=False)
         self._buried(worker)
 
-    def _buried(self, worker: _Worker) -> None:
+    def _buried(self, worker: Worker) -> None:
         """A worker that is gone, or as good as gone. Its response gets one more try: the fault may have been another's."""
         if worker not in self._workers:
             return
@@ -411,14 +333,15 @@ class RewardPool:
         self._wake_reader.close()
         self._wake_writer.close()
 
-    def _key(self, request: Request) -> bytes | None:
-        if self.config.cache == 0:
-            return None
-        rule = self.config.rule(request.source)
-        digest = blake2b(digest_size=16)
-        # rules are looked up by source, but sources with the same rule share what they know
-        source = request.source if rule is not None and rule.custom else ""
-        for part in (repr(rule), source, request.answer, request.response):
-            data = part.encode("utf-8", "surrogatepass")
-            digest.update(len(data).to_bytes(8, "little") + data)
-        return digest.digest()
+
+def _key(config: RewardConfig, request: Request) -> bytes | None:
+    if config.cache == 0:
+        return None
+    rule = config.rule(request.source)
+    digest = blake2b(digest_size=16)
+    # rules are looked up by source, but sources with the same rule share what they know
+    source = request.source if rule is not None and rule.custom else ""
+    for part in (repr(rule), source, request.answer, request.response):
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.digest()

@@ -20,7 +20,8 @@ from lens_megatron.evaluation.benchmarks import (
     select_benchmarks,
 )
 from lens_megatron.rewards.config import RewardConfig
-from lens_megatron.rewards.pool import Request, RewardPool
+from lens_megatron.rewards.pool import RewardPool
+from lens_megatron.rewards.worker_process import Request
 from tests.evaluation.data_folder import benchmark_folder
 
 TINY = Benchmark("tiny", "Tiny", 3, 1, "owner/tiny", "test", ("problem", "answer"))

@@ -24,9 +24,9 @@ class DriverHere:
     def started(self) -> None: ...
 
     def _call(self, command: str, *args: Any) -> Any:
-        from lens_megatron.rollout.driver import _execute
+        from lens_megatron.rollout.driver_process import execute
 
-        return _execute(self.sampler, None, command, args)
+        return execute(self.sampler, None, command, args)
 
     def load_weights(self, buckets: Iterable[Mapping[str, Any]], version: int) -> None:
         engine = self.sampler.engine

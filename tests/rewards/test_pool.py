@@ -18,7 +18,8 @@ import pytest
 from lens_megatron import strict
 from lens_megatron.errors import RunError, UsageError
 from lens_megatron.rewards.config import RewardConfig, RewardRule
-from lens_megatron.rewards.pool import Request, RewardPool
+from lens_megatron.rewards.pool import RewardPool
+from lens_megatron.rewards.worker_process import Request
 from tests.rewards.hostile import GOLD, hostile_responses
 
 PATIENCE = 120
