@@ -66,6 +66,8 @@ def serve(pipe: Connection, make_sampler: Callable[[], Sampler], threads: int) -
         sampler = make_sampler()
     except UsageError as error:
         return answer("usage error", str(error))
+    except RunError as error:  # a server that does not come up, say: it says all there is to say
+        return answer("error", str(error))
     except Exception as error:
         traceback.print_exc()
         return answer("error", f"the rollout driver could not start: {type(error).__name__}: {error}")

@@ -64,6 +64,10 @@ def make_nothing() -> Sampler:
     raise UsageError("model: no such folder")
 
 
+def make_no_server() -> Sampler:
+    raise RunError("sglang_0 was not ready within start_timeout_s = 3")
+
+
 def make_garbage() -> Sampler:
     raise ValueError("surprise")
 
@@ -149,9 +153,12 @@ def test_a_reward_that_raises_is_named(fresh: Any) -> None:
         driver.sample(PROMPTS, PURIFIED, 1)
 
 
-def test_a_start_that_fails_keeps_its_kind(fresh: Any) -> None:
+def test_a_start_that_fails_keeps_its_kind(fresh: Any, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="no such folder"):
         fresh(make_nothing).started()
+    with pytest.raises(RunError, match=r"^sglang_0 was not ready within start_timeout_s = 3$"):
+        fresh(make_no_server).started()
+    assert "Traceback" not in capfd.readouterr().err  # what it says is enough
     with pytest.raises(RunError, match="could not start: ValueError: surprise"):
         fresh(make_garbage).health()
 
