@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 T = TypeVar("T")
-_MARGIN_S = 30.0  # NCCL's own limit ends the process: the sync gives up before it
+# The sync gives up before the backend does: NCCL then ends the process. gloo keeps whoever breaks the group up waiting until
+# a broadcast that nobody answers is over.
+_MARGIN_S = {"nccl": 30.0, "gloo": 1.0}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -54,7 +56,7 @@ class GroupWithServers:
                 c10d.Backend(self._backend),
                 c10d.PrefixStore(self.name, self._store),
                 group_name=self.name,  # type: ignore[arg-type]
-                timeout=datetime.timedelta(seconds=self._limit_s + _MARGIN_S),
+                timeout=datetime.timedelta(seconds=self._limit_s + _MARGIN_S[self._backend]),
             )
             c10d._world.pg_group_ranks[self._group] = {rank: rank for rank in range(self.size)}
 
