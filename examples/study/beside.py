@@ -8,7 +8,18 @@ from pathlib import Path
 
 from examples.study import analysis
 from examples.study.analysis import PRIMARY, Runs, load_runs
-from examples.study.tables import DASH, MAIN, Numbers, deletion, markdown, peak_table, share, signal, with_interval
+from examples.study.tables import (
+    DASH,
+    MAIN,
+    Numbers,
+    deletion,
+    differences,
+    markdown,
+    peak_table,
+    share,
+    signal,
+    with_interval,
+)
 
 FOLDER = "beside"  # of the data
 CREDIT, BARE = "eval/graded", "eval/bare"
@@ -75,16 +86,6 @@ def levels(runs: Runs, arms: Sequence[str], numbers: dict[str, Numbers]) -> str:
         shown = [with_interval(analysis.over_seeds(runs[arm], number)) for number in numbers.values()]
         rows.append((arm, str(len(runs[arm])), *shown))
     return markdown(("arm", "seeds", *numbers), rows)
-
-
-def differences(runs: Runs, pairs: Sequence[tuple[str, str]], numbers: dict[str, Numbers]) -> str:
-    rows = []
-    for arm, against in pairs:
-        found = [analysis.paired(runs, arm, against, number) for number in numbers.values()]
-        if found[0] is not None:
-            shown = [with_interval(one, 3, signed=True) for one in found]
-            rows.append((f"{arm} - {against}", str(found[0].pairs), *shown, share(found[0].t_p)))
-    return markdown(("", "pairs", *numbers, "t: p of the area"), rows)
 
 
 def lost_signal(runs: Runs, arms: Sequence[str]) -> str:

@@ -25,7 +25,9 @@ DELETING = ("lens", "lens_plus", "random", "gradient")
 # an arm has the same colour in every figure that the main arms share; grey is chance
 PLACES = {
     arm: place
-    for place, arm in enumerate((*tables.MAIN, "gradient", "chance", "oracle", "no_importance", "lens_strict"))
+    for place, arm in enumerate(
+        (*tables.MAIN, "gradient", "chance", "oracle", "no_importance", "lens_strict", "oracle_plus")
+    )
 }
 
 
@@ -47,6 +49,12 @@ def figures(runs: Runs) -> dict[str, str]:
     rescuing = [arm for arm in ratios if any(run.values("rho_purified_below_0.3") for run in runs[arm].values())]
     drawn = {
         "noisy": over_steps(runs, PRIMARY, "Held out, two words of noise: success", main),
+        "oracle": over_steps(
+            runs,
+            PRIMARY,
+            "Held-out noisy success, with exactly the noise deleted",
+            [arm for arm in ("grpo", "lens", "oracle", "oracle_plus") if arm in runs],
+        ),
         "unseen": over_steps(runs, "eval/unseen", "Held out, a kind of noise that training never saw: success", main),
         "clean": over_steps(runs, "eval/clean", "Held out, without noise: success", main, from_zero=False),
         "zero_reward": over_steps(

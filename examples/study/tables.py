@@ -30,6 +30,7 @@ OTHERS = (
     *("grpo_extended", "dapo", "greso", "archer", "forking", "lens_dapo", "lens_greso"),
     *("tau_0.125", "tau_0.25", "tau_0.375", "gamma_1", "gamma_2", "gamma_4", "gamma_5", "gamma_10"),
 )
+VARIANTS = (("oracle", "lens"), ("lens_plus", "lens"), ("oracle_plus", "oracle"), ("oracle_plus", "lens_plus"))
 SETS = ("noisy", "unseen", "clean")
 ANOTHER = "grpo, another seed"
 DASH = "–"
@@ -47,6 +48,15 @@ def blocks(runs: Runs, pilot: Runs, data: Path) -> dict[str, Callable[[], str]]:
         "ends": lambda: ends(runs, there),
         "contrasts": lambda: contrast_table(runs),
         "others": lambda: others(runs, [arm for arm in there if arm != "grpo"]),
+        "variants": lambda: differences(
+            runs,
+            VARIANTS,
+            {
+                "area, noisy": analysis.area,
+                "end, noisy": analysis.end,
+                "groups destroyed": lambda run: analysis.plain(run, "groups_destroyed"),
+            },
+        ),
         "peak": lambda: peak_table(runs, there),
         "phases": lambda: phases(runs, main),
         "deletion": lambda: deletion(runs, [arm for arm in there if _rescues(runs, arm)]),
@@ -165,6 +175,16 @@ def others(runs: Runs, arms: Sequence[str]) -> str:
             shown = [with_interval(one, 3, signed=True) for one in (area, *ends)]
             rows.append((arm, str(area.pairs), *shown))
     return markdown(("arm - grpo", "pairs", "area, noisy", *(f"end, {name}" for name in SETS)), rows)
+
+
+def differences(runs: Runs, pairs: Sequence[tuple[str, str]], numbers: dict[str, Numbers]) -> str:
+    rows = []
+    for arm, against in pairs:
+        found = [analysis.paired(runs, arm, against, number) for number in numbers.values()]
+        if found[0] is not None:
+            shown = [with_interval(one, 3, signed=True) for one in found]
+            rows.append((f"{arm} - {against}", str(found[0].pairs), *shown, share(found[0].t_p)))
+    return markdown(("", "pairs", *numbers, "t: p of the area"), rows)
 
 
 def peak_table(runs: Runs, arms: Sequence[str], metric: str = PRIMARY) -> str:
