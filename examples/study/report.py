@@ -26,7 +26,7 @@ DELETING = ("lens", "lens_plus", "random", "gradient")
 PLACES = {
     arm: place
     for place, arm in enumerate(
-        (*tables.MAIN, "gradient", "chance", "oracle", "no_importance", "lens_strict", "oracle_plus")
+        (*tables.MAIN, "gradient", "chance", "oracle", "no_importance", "lens_strict", "oracle_plus", "oracle_keep")
     )
 }
 
@@ -53,7 +53,7 @@ def figures(runs: Runs) -> dict[str, str]:
             runs,
             PRIMARY,
             "Held-out noisy success, with exactly the noise deleted",
-            [arm for arm in ("grpo", "lens", "oracle", "oracle_plus") if arm in runs],
+            [arm for arm in ("grpo", "lens", "oracle", "oracle_keep", "oracle_plus") if arm in runs],
         ),
         "unseen": over_steps(runs, "eval/unseen", "Held out, a kind of noise that training never saw: success", main),
         "clean": over_steps(runs, "eval/clean", "Held out, without noise: success", main, from_zero=False),

@@ -20,6 +20,7 @@ OTHERS = (
     *(
         "oracle",
         "oracle_plus",
+        "oracle_keep",
         "gradient",
         "no_benefit_check",
         "no_importance",
@@ -30,7 +31,13 @@ OTHERS = (
     *("grpo_extended", "dapo", "greso", "archer", "forking", "lens_dapo", "lens_greso"),
     *("tau_0.125", "tau_0.25", "tau_0.375", "gamma_1", "gamma_2", "gamma_4", "gamma_5", "gamma_10"),
 )
-VARIANTS = (("oracle", "lens"), ("lens_plus", "lens"), ("oracle_plus", "oracle"), ("oracle_plus", "lens_plus"))
+VARIANTS = (
+    ("oracle", "lens"),
+    ("lens_plus", "lens"),
+    ("oracle_keep", "oracle"),
+    ("oracle_plus", "oracle"),
+    ("oracle_plus", "lens_plus"),
+)
 SETS = ("noisy", "unseen", "clean")
 ANOTHER = "grpo, another seed"
 DASH = "–"
