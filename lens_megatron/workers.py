@@ -200,10 +200,12 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], errors: Sequence[Path], he
 
 def _report(workers: Sequence[subprocess.Popen[bytes]], errors: Sequence[Path], held: _Held) -> int:
     """The words and the exit code of the worker that knows why."""
-    # rank 0 may be about to report the same error in its own words; or only others' ends were met so far
-    deadline = time.monotonic() + _SETTLE_S
-    while time.monotonic() < deadline and _running(workers, held):
-        if workers[0].poll() is not None and _first_to_know(workers) is not None:
+    began = time.monotonic()
+    while _running(workers, held):
+        number = _first_to_know(workers)
+        # rank 0 may be about to report the same error in its own words; or only others' ends were met so far
+        patience_s = _GRACE_S if number is None else 0.0 if workers[0].poll() is not None else _SETTLE_S
+        if time.monotonic() - began > patience_s:
             break
         time.sleep(0.02)
     number = _first_to_know(workers)

@@ -117,6 +117,15 @@ def test_rank_0_speaks_for_an_error_that_all_meet(run: Any, capfd: pytest.Captur
     assert capfd.readouterr().err == "error: seen by 0\n"
 
 
+def test_who_knows_why_may_be_slow_to_say_so(
+    run: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_SETTLE_S", 0.1)
+    says = "time.sleep(1.0); print('failed: rank 0 did not finish', file=sys.stderr); sys.exit(1)"
+    assert run(says, once_all_run(tmp_path, 2, "sys.exit(workers.LOST_PEER)")) == 1
+    assert capfd.readouterr().err == "failed: rank 0 did not finish\n"
+
+
 def test_only_the_last_words_of_a_long_story(run: Any, capfd: pytest.CaptureFixture[str]) -> None:
     story = "[print('line', n, file=sys.stderr) for n in range(500)]; sys.exit(1)"
     assert run("", story) == 1

@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ MARGIN_S = 5.0  # who knows whom it waited for gives up first: the watch before 
 _watches = 0  # of this process: every rank has had as many, so that their keys agree
 _TELL_S = 2.0  # a store that does not answer must not keep the run from ending
 _LINGER_S = 15.0  # of a rank that heard of another's error, for its own to come or the launcher to end it
+_SPEAKING_S = 10.0  # of the rank that says why the run ends, until it leaves; the others leave after it
 
 
 class Watch:
@@ -38,6 +40,7 @@ class Watch:
         _watches += 1
         self._key = f"lens/watch/{_watches}"
         self._end = f"{self._key}/end"
+        self._said = f"{self._key}/said"
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._run_dir, self._timeout_s = run_dir, timeout_s
         self._beat_s = min(2.0, timeout_s / 8)
@@ -125,16 +128,12 @@ class Watch:
 
         def tell() -> None:
             mine = json.dumps([kind, reason, self.rank])
-            with contextlib.suppress(RuntimeError):
-                if self._store.compare_set(self._end, "", mine).decode() != mine:
-                    others_word.set()
+            if self._store.compare_set(self._end, "", mine).decode() != mine:
+                others_word.set()
 
-        telling = threading.Thread(target=tell, daemon=True)
-        if self.ranks > 1:
-            telling.start()
+        telling = _aside(tell if self.ranks > 1 else lambda: None)
         path = self.dump(reason, more)
-        if self.ranks > 1:
-            telling.join(_TELL_S)
+        telling.join(_TELL_S)
         return path, others_word.is_set()
 
     def _told(self, kind: str, reason: str, who: int) -> None:
@@ -142,8 +141,15 @@ class Watch:
             return
         self.dump(reason)
         # another rank's error may be about to arrive here in its own way; a hang will not
-        if kind == "error" and self._closed.wait(_LINGER_S):
-            return
+        if kind != "error":
+            self._leave_after_the_speaker()
+        elif not self._closed.wait(_LINGER_S):
+            _leave(_silently())
+
+    def _leave_after_the_speaker(self) -> None:
+        """Who started the ranks ends all of them soon after the first that leaves: that must be the one that says why."""
+        _aside(lambda: self._store.wait([self._said], timedelta(seconds=_SPEAKING_S))).join(_SPEAKING_S)
+        time.sleep(0.5)
         _leave(_silently())
 
     # the thread that judges
@@ -184,15 +190,29 @@ class Watch:
             return
         path, told = self._say("hang", reason)
         if told:  # two limits at once: the first to say so speaks
-            _leave(_silently())
-        if self.ranks > 1:
-            time.sleep(2 * self._beat_s)  # the others write their stacks
+            self._leave_after_the_speaker()
+            return
         print(
             f"failed: {reason}; stacks of all ranks: {path.parent if path else 'not written'}",
             file=sys.stderr,
             flush=True,
         )
+        if self.ranks > 1:
+            time.sleep(2 * self._beat_s)  # the others write their stacks
+            _aside(lambda: self._store.set(self._said, "yes")).join(_TELL_S)
         _leave(1)
+
+
+def _aside(talk: Callable[[], None]) -> threading.Thread:
+    """Talks to the store in a thread of its own: it may get stuck there, or find it gone."""
+
+    def unless_it_is_gone() -> None:
+        with contextlib.suppress(RuntimeError):
+            talk()
+
+    thread = threading.Thread(target=unless_it_is_gone, daemon=True)
+    thread.start()
+    return thread
 
 
 def _silently() -> int:

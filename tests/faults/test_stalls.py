@@ -265,3 +265,34 @@ def dumped(run_dir: str) -> str:
             sits_here()
         watcher.close()
     return (Path(run_dir) / "logs" / "stacks" / "rank_00000.txt").read_text()
+
+
+@pytest.mark.parametrize("speaker", (0, 1))
+def test_who_says_why_leaves_first(tmp_path: Path, workers: Callable[[int], Any], speaker: int) -> None:
+    """Whoever started the ranks ends all of them at the first exit: it would cut the one line off."""
+    [(code_0, left_0), (code_1, left_1)] = workers(2).run(left, str(tmp_path), speaker)
+    assert (code_0, code_1) == ((1, 75) if speaker == 0 else (75, 1))
+    assert (left_0 < left_1) is (speaker == 0)
+
+
+def left(run_dir: str, speaker: int) -> tuple[int, float]:
+    """The exit code and the time at which this rank would have left."""
+    from unittest.mock import patch
+
+    import torch.distributed as dist
+
+    from lens_megatron.mcore import watch
+
+    ended: list[tuple[int, float]] = []
+    gone = threading.Event()
+
+    def leave(code: int) -> None:
+        ended.append((code, time.monotonic()))
+        gone.set()
+
+    with patch.object(watch, "_leave", leave), patch.object(watch.workers, "is_local_worker", lambda: True):
+        watcher = watch.Watch(Path(run_dir), 16.0)
+        with watcher.doing("sit in a lock", 0.3 if dist.get_rank() == speaker else None):
+            assert gone.wait(30.0)
+        watcher.close()
+    return ended[0]
