@@ -14,6 +14,7 @@ from examples.study.tables import (
     Numbers,
     deletion,
     differences,
+    levels,
     markdown,
     peak_table,
     share,
@@ -78,14 +79,6 @@ def task_pilot(runs: Runs, metric: str) -> str:
         rows.append((str(seed), " ".join(found), share(failing, 2), share(early, 2)))
     head = ("seed", "held out, every 5 steps", "no success among 8, early", "equal rewards, early")
     return markdown(head, rows)
-
-
-def levels(runs: Runs, arms: Sequence[str], numbers: dict[str, Numbers]) -> str:
-    rows = []
-    for arm in arms:
-        shown = [with_interval(analysis.over_seeds(runs[arm], number)) for number in numbers.values()]
-        rows.append((arm, str(len(runs[arm])), *shown))
-    return markdown(("arm", "seeds", *numbers), rows)
 
 
 def lost_signal(runs: Runs, arms: Sequence[str]) -> str:

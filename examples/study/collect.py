@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 DATA = Path(__file__).parent / "data"
-BASES = (Path("runs/study/base.json"), Path("runs/study/base_tasks.json"))  # the base model's success rates, by make.py
+BASES = tuple(  # the base models' success rates, by make.py
+    Path("runs/study") / f"{name}.json" for name in ("base", "base_tasks", "base_programs", "before_programs")
+)
 STUDIES = {"main": Path(__file__).parent / "STUDY.yaml", "pilot": Path(__file__).parent / "PILOT.yaml"}
 # in tables of their own, so that they can be run and collected on another machine than the main study
-BESIDE = {name: Path(__file__).parent / f"{name.upper()}.yaml" for name in ("graded", "control", "tune")}
+BESIDE = {name: Path(__file__).parent / f"{name.upper()}.yaml" for name in ("graded", "control", "tune", "programs")}
 METRICS = (
-    *("eval/noisy", "eval/clean", "eval/unseen", "eval/graded", "eval/bare"),
+    *("eval/noisy", "eval/clean", "eval/unseen", "eval/graded", "eval/bare", "eval/decoy", "eval/plain"),
     *("success", "reward", "zero_reward_ratio", "zero_reward_ratio_trained", "zero_signal_ratio", "success_trained"),
     *("groups_destroyed", "groups_revived", "purified_ratio", "improved_ratio", "deleted_tokens_per_prompt"),
     *("rescue/signal_window", "rescue/improvement", "rescue/replaced", "rescue/not_purified"),

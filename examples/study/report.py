@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from examples.study import beside, paper_tables, tables
+from examples.study import beside, beside_programs, paper_tables, tables
 from examples.study.analysis import PRIMARY, Runs, band, load_runs
 from examples.study.collect import DATA
 from examples.study.drawing import Line, figure
@@ -26,7 +26,17 @@ DELETING = ("lens", "lens_plus", "random", "gradient")
 PLACES = {
     arm: place
     for place, arm in enumerate(
-        (*tables.MAIN, "gradient", "chance", "oracle", "no_importance", "lens_strict", "oracle_plus", "oracle_keep")
+        (
+            *tables.MAIN,
+            "gradient",
+            "chance",
+            "oracle",
+            "no_importance",
+            "lens_strict",
+            "oracle_plus",
+            "oracle_keep",
+            "lens_before",
+        )
     )
 }
 
@@ -78,8 +88,14 @@ def figures(runs: Runs) -> dict[str, str]:
 
 
 def figures_beside(data: Path) -> dict[str, str]:
-    graded, control = (load_runs(data / beside.FOLDER, name) for name in ("graded", "control"))
+    graded, control, programs = (load_runs(data / beside.FOLDER, name) for name in ("graded", "control", "programs"))
     drawn = {
+        "programs": over_steps(
+            programs,
+            beside_programs.DECOY,
+            "List programs with a strong decoy: held-out success",
+            [arm for arm in beside_programs.ARMS if arm in programs],
+        ),
         "graded": over_steps(
             graded,
             beside.CREDIT,
@@ -111,6 +127,7 @@ def report(data: Path, page: Path, images: Path) -> None:
     for name, text in {**figures(runs), **figures_beside(data)}.items():
         (images / name).write_text(text, encoding="utf-8")
     blocks = {**tables.blocks(runs, pilot, data), **paper_tables.blocks(runs, data), **beside.blocks(data, pilot)}
+    blocks |= beside_programs.blocks(data)
     filled = fill(page.read_text(encoding="utf-8"), blocks)
     page.write_text(filled, encoding="utf-8")
 

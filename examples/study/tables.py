@@ -111,19 +111,19 @@ def base(data: Path) -> str:
     return markdown(("held-out set", "prompts", "success", "zero-reward ratio at n = 8"), rows)
 
 
-def pilot_table(pilot: Runs) -> str:
+def pilot_table(pilot: Runs, metric: str = PRIMARY) -> str:
     rows = []
     for name in sorted(pilot, key=lambda name: float(name.removeprefix("lr "))):
         for seed, run in sorted(pilot[name].items()):
-            at, level = contrasts.peak(contrasts.smoothed(run.curve(PRIMARY)))
+            at, level = contrasts.peak(contrasts.smoothed(run.curve(metric)))
             rows.append(
                 (
                     name.removeprefix("lr "),
                     str(seed),
-                    share(analysis.area(run)),
+                    share(analysis.area(run, metric)),
                     f"{at:.0f}",
                     share(level),
-                    share(analysis.end(run)),
+                    share(analysis.end(run, metric)),
                 )
             )
     return markdown(
@@ -182,6 +182,14 @@ def others(runs: Runs, arms: Sequence[str]) -> str:
             shown = [with_interval(one, 3, signed=True) for one in (area, *ends)]
             rows.append((arm, str(area.pairs), *shown))
     return markdown(("arm - grpo", "pairs", "area, noisy", *(f"end, {name}" for name in SETS)), rows)
+
+
+def levels(runs: Runs, arms: Sequence[str], numbers: dict[str, Numbers]) -> str:
+    rows = []
+    for arm in arms:
+        shown = [with_interval(analysis.over_seeds(runs[arm], number)) for number in numbers.values()]
+        rows.append((arm, str(len(runs[arm])), *shown))
+    return markdown(("arm", "seeds", *numbers), rows)
 
 
 def differences(runs: Runs, pairs: Sequence[tuple[str, str]], numbers: dict[str, Numbers]) -> str:
