@@ -29,6 +29,7 @@ from lens_megatron.mcore import agreement
 
 MARGIN_S = 5.0  # who knows whom it waited for gives up first: the watch before a collective, a save before the watch
 _watches = 0  # of this process: every rank has had as many, so that their keys agree
+_BROKEN_OFF = "lens_megatron_broken_off"  # of an error: what the main thread did
 _TELL_S = 2.0  # a store that does not answer must not keep the run from ending
 _LINGER_S = 15.0  # of a rank that heard of another's error, for its own to come or the launcher to end it
 _SPEAKING_S = 10.0  # of the rank that says why the run ends, until it leaves; the others leave after it
@@ -65,6 +66,9 @@ class Watch:
         self._doing = (what, time.monotonic(), limit_s)
         try:
             yield
+        except Exception as error:
+            error.__dict__.setdefault(_BROKEN_OFF, self._doing)
+            raise
         finally:
             outermost = before[0] in ("start", "go on")
             self._doing = ("go on" if outermost else before[0], time.monotonic(), before[2])
@@ -77,6 +81,8 @@ class Watch:
         except (UsageError, KeyboardInterrupt, SystemExit):
             raise
         except Exception as error:
+            what, since, _ = error.__dict__.get(_BROKEN_OFF, self._doing)
+            self._doing = (what, since, None)
             self._say("error", f"rank {self.rank} failed: {error}", "".join(traceback.format_exception(error)))
             raise
 

@@ -267,6 +267,25 @@ def dumped(run_dir: str) -> str:
     return (Path(run_dir) / "logs" / "stacks" / "rank_00000.txt").read_text()
 
 
+def test_an_error_says_what_it_broke_off(tmp_path: Path, workers: Callable[[int], Any]) -> None:
+    [text] = workers(1).run(broken_off, str(tmp_path))
+    assert "doing: choose prompts" in text
+    assert "reason: rank 0 failed: no prompt is left" in text
+
+
+def broken_off(run_dir: str) -> str:
+    from lens_megatron.mcore.watch import Watch
+
+    watcher = Watch(Path(run_dir), 2.0)
+    with contextlib.suppress(RunError), watcher.reporting():
+        with contextlib.suppress(RunError), watcher.doing("score"):
+            raise RunError("one that is dealt with")
+        with watcher.doing("begin the step"), watcher.doing("choose prompts", 60.0):
+            raise RunError("no prompt is left")
+    watcher.close()
+    return (Path(run_dir) / "logs" / "stacks" / "rank_00000.txt").read_text()
+
+
 @pytest.mark.parametrize("speaker", (0, 1))
 def test_who_says_why_leaves_first(tmp_path: Path, workers: Callable[[int], Any], speaker: int) -> None:
     """Whoever started the ranks ends all of them at the first exit: it would cut the one line off."""
