@@ -24,25 +24,17 @@ from examples.study.tables import (
 
 DECOY, PLAIN = "eval/decoy", "eval/plain"
 ARMS = (
-    "grpo",
-    "resample",
-    "random",
-    "lens",
-    "lens_plus",
-    "lens_before",
-    "gamma_1",
-    "gamma_1_keep",
-    "oracle",
-    "oracle_keep",
+    *("grpo", "resample", "resample_plus", "random", "lens", "lens_plus", "lens_before"),
+    *("gamma_1", "gamma_1_keep", "gamma_1_plus", "gamma_1_no_ratio"),
+    *("oracle", "oracle_keep", "oracle_plus", "oracle_no_ratio"),
 )
+DRAWN = ("grpo", "resample", "lens", "gamma_1", "gamma_1_no_ratio", "oracle", "oracle_no_ratio")
 PAIRS = (
     *((arm, "grpo") for arm in ARMS[1:]),
-    *((arm, "resample") for arm in ("lens", "lens_before", "gamma_1", "gamma_1_keep")),
-    ("lens", "random"),
-    ("lens_before", "lens"),
-    ("gamma_1", "lens"),
-    ("gamma_1_keep", "gamma_1"),
-    ("oracle_keep", "oracle"),
+    *((arm, "resample") for arm in ("lens", "gamma_1", "gamma_1_no_ratio")),
+    *(("gamma_1_no_ratio", arm) for arm in ("resample_plus", "gamma_1_plus", "lens")),
+    *(("gamma_1_plus", "gamma_1_keep"), ("gamma_1_keep", "gamma_1"), ("gamma_1", "lens")),
+    *(("lens_before", "lens"), ("lens", "random"), ("oracle_keep", "oracle"), ("oracle_no_ratio", "oracle_plus")),
 )
 STEPS = 48  # of the runs; GRPO's pilot took more
 

@@ -35,10 +35,11 @@ PLACES = {
             "lens_strict",
             "oracle_plus",
             "oracle_keep",
-            "lens_before",
         )
     )
 }
+# of the list programs, which no other figure shows
+PLACES |= {"gamma_1": 6, "gamma_1_no_ratio": 5, "oracle_no_ratio": 3}
 
 
 def over_steps(
@@ -94,7 +95,7 @@ def figures_beside(data: Path) -> dict[str, str]:
             programs,
             beside_programs.DECOY,
             "List programs with a strong decoy: held-out success",
-            [arm for arm in beside_programs.ARMS if arm in programs],
+            [arm for arm in beside_programs.DRAWN if arm in programs],
         ),
         "graded": over_steps(
             graded,

@@ -21,6 +21,9 @@ OTHERS = (
         "oracle",
         "oracle_plus",
         "oracle_keep",
+        "no_ratio",
+        "gamma_1_no_ratio",
+        "oracle_no_ratio",
         "gradient",
         "no_benefit_check",
         "no_importance",
@@ -37,6 +40,8 @@ VARIANTS = (
     ("oracle_keep", "oracle"),
     ("oracle_plus", "oracle"),
     ("oracle_plus", "lens_plus"),
+    ("no_ratio", "lens_plus"),
+    ("oracle_no_ratio", "oracle_plus"),
 )
 SETS = ("noisy", "unseen", "clean")
 ANOTHER = "grpo, another seed"
