@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lens_megatron.algorithms.advantages import AdvantageConfig, group_advantages, overlong_penalty
 from lens_megatron.algorithms.rescue import RebuiltGroup
-from lens_megatron.types import Sample
+from lens_megatron.types import Rollout, Sample
 
 T = TypeVar("T")
 
@@ -20,18 +20,13 @@ T = TypeVar("T")
 def samples_of_group(group: RebuiltGroup, config: AdvantageConfig, max_response_tokens: int) -> list[Sample]:
     """One sample a member of G, in the members' order."""
     rollouts = [member.rollout for member in group.members]
-    rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
-    originals = [rollout.reward for rollout in group.group.originals]
-    if config.overlong is not None:
-        lengths = torch.tensor([len(rollout.response) for rollout in rollouts])
-        rewards = rewards + overlong_penalty(lengths, max_response_tokens, config.overlong)
     advantages, weights = group_advantages(
-        rewards,
+        _shaped_rewards(rollouts, config, max_response_tokens),
         torch.tensor([member.success for member in group.members]),
         torch.tensor([rollout.purified for rollout in rollouts]),
         group.success_rate,
         config,
-        original_mean=sum(originals) / len(originals),
+        original_mean=_shaped_rewards(group.group.originals, config, max_response_tokens).mean().item(),
     )
     prompt, purified = group.group.prompt, group.group.purified_prompt
     return [
@@ -49,6 +44,15 @@ def samples_of_group(group: RebuiltGroup, config: AdvantageConfig, max_response_
         )
         for rollout, advantage, weight in zip(rollouts, advantages.tolist(), weights.tolist(), strict=True)
     ]
+
+
+def _shaped_rewards(rollouts: Sequence[Rollout], config: AdvantageConfig, max_response_tokens: int) -> Tensor:
+    """What the advantage sees of them, members and originals alike: the verifier's, less the length penalty."""
+    rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
+    if config.overlong is None:
+        return rewards
+    lengths = torch.tensor([len(rollout.response) for rollout in rollouts])
+    return rewards + overlong_penalty(lengths, max_response_tokens, config.overlong)
 
 
 def split_groups(groups: Sequence[list[T]], parts: int) -> list[list[list[T]]]:

@@ -57,7 +57,7 @@ class AdvantageConfig:
 class BaselineTerms(NamedTuple):
     rewards_M: Float[Tensor, " M"]
     weights_M: Float[Tensor, " M"]  # w~, not normalised
-    original_mean: float  # mean reward of Y, the rollouts of the original prompt
+    original_mean: float  # mean of Y, the rollouts of the original prompt, with the same length penalty as rewards_M
 
 
 def group_baseline(terms: BaselineTerms) -> Float[Tensor, " M"]:
@@ -115,7 +115,7 @@ def group_advantages(
     """Eq. 6 on one rebuilt group.
 
     `success_rate` is a of Eq. 4: the share of successes among the original rollouts Y, before anything was replaced.
-    `original_mean` is the mean reward of Y, which differs from it when rewards are graded.
+    `original_mean` is the mean of Y's rewards, shaped as `rewards_M` are; it differs from a when they are graded or shaped.
 
     Computed in float64: in float32 a weighted mean near 1 is off by 6e-8, which the division by a small std + 1e-6 would
     blow up to an advantage of 0.06 for equal rewards.
