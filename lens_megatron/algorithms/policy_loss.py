@@ -64,12 +64,17 @@ def policy_loss(inputs: LossInputs, config: LossConfig, denominators: Denominato
 
 def policy_mask(inputs: LossInputs, config: LossConfig) -> Tensor:
     """The tokens that carry the policy gradient."""
+    selected_T = selected_tokens(inputs, config)
+    return selected_T if inputs.trusted_T is None else selected_T & inputs.trusted_T
+
+
+def selected_tokens(inputs: LossInputs, config: LossConfig) -> Tensor:
+    """The response tokens that the entropy split trains on, trusted or not: those left out keep their place in means."""
     split = config.entropy_split
-    response_T = inputs.response_mask_T if inputs.trusted_T is None else inputs.response_mask_T & inputs.trusted_T
     if split is None or split.train_on == "all":
-        return response_T
+        return inputs.response_mask_T
     assert inputs.high_entropy_T is not None
-    return response_T & (inputs.high_entropy_T if split.train_on == "high" else ~inputs.high_entropy_T)
+    return inputs.response_mask_T & (inputs.high_entropy_T if split.train_on == "high" else ~inputs.high_entropy_T)
 
 
 def token_surrogate(inputs: LossInputs, config: LossConfig) -> Surrogate:
@@ -120,7 +125,7 @@ def policy_scale(mask_T: Tensor, inputs: LossInputs, config: LossConfig, denomin
     split = config.entropy_split
     lengths_S = inputs.response_lengths_S
     if split is not None and split.train_on != "all" and split.denominator == "selected":
-        lengths_S = inputs.per_sample(scale_T)
+        lengths_S = inputs.per_sample(selected_tokens(inputs, config).to(scale_T.dtype))
     scale_T = scale_T / inputs.to_tokens(lengths_S.clamp(min=1))
     # a sequence's one surrogate, under `sum`, counts once however many tokens carry it
     return scale_T / max(denominators.groups if config.aggregation == "sum" else denominators.sequences, 1.0)

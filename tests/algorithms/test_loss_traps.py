@@ -221,6 +221,23 @@ def test_engine_mismatch_never_enters_the_ppo_ratio() -> None:
     assert loss == 0 and grad.item() == 0 and metrics["engine_dropped"] == 1.0
 
 
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sum"])
+@pytest.mark.parametrize("split", [None, "selected", "full"])
+def test_a_token_left_out_makes_no_other_louder(aggregation: str, split: str | None) -> None:
+    """One of two selected tokens is not trusted: the other's gradient stays what it was."""
+    entropy_split = split and EntropySplitConfig(train_on="high", denominator=split)  # type: ignore[arg-type]
+    config = replace(NO_KL, aggregation=aggregation, entropy_split=entropy_split)  # type: ignore[arg-type]
+    made, current = sample([0.1] * 4, high=[False, True, True, False])
+    gradients = []
+    for trusted in ([True] * 4, [True, True, False, True]):
+        logprobs = as_parameters([current])
+        inputs = pack([made], logprobs, config, trusted_T=torch.tensor([True, True, *trusted, True]))  # prompt, padding
+        gradients.append(gradient(policy_loss(inputs, config, denominators_of([made], config))[0], logprobs))
+    everything, left_out = gradients
+    assert everything[1] != 0 and everything[2] != 0 and left_out[2] == 0
+    assert left_out[[0, 1, 3]].tolist() == everything[[0, 1, 3]].tolist()
+
+
 def test_the_mismatch_is_reported_without_a_correction() -> None:
     batch, current = random_minibatch(0, NO_KL)
     behaviour = pack(batch, as_parameters(current), LossConfig(engine_correction=EngineCorrectionConfig("truncate")))
