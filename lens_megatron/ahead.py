@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lens_megatron import strict
 from lens_megatron.errors import UsageError
+from lens_megatron.purification.scores import from_optional, to_optional
 from lens_megatron.purification.strategies import Signals
 from lens_megatron.rollout.sampling import SampleResult
 from lens_megatron.types import Prompt
@@ -55,8 +55,8 @@ class Ahead:
 
 
 def _listed(values_T: Tensor | None) -> list[float | None] | None:
-    return None if values_T is None else [None if value != value else value for value in values_T.tolist()]
+    return None if values_T is None else to_optional(values_T)
 
 
 def _tensor(values: Sequence[float | None] | None) -> Tensor | None:
-    return None if values is None else torch.tensor([float("nan") if value is None else value for value in values])
+    return None if values is None else from_optional(values)

@@ -94,6 +94,24 @@ class RunConfig:
                 "rollout.staleness 1 trains on rollouts of older weights: correct for it with "
                 "algorithm.loss.engine_correction.mode: truncate, or update.old_logprobs: engine"
             )
+        purified_ratio = self.algorithm.loss.purified.kind
+        if (
+            self.update.old_logprobs == "engine"
+            and purified_ratio in ("none", "mixture")
+            and self.algorithm.rescue.strategy != "resample"
+        ):
+            raise ValueError(
+                f"update.old_logprobs: engine is of the prompt that was rolled out, and loss.purified_ratio {purified_ratio} "
+                "asks for a purified rollout's under the original one: leave old_logprobs at megatron, with "
+                "algorithm.loss.engine_correction.mode: truncate where a mismatch is to be corrected"
+            )
+        overlong = self.algorithm.advantage.overlong
+        if overlong is not None and overlong.buffer_tokens >= self.rollout.max_response_tokens:
+            raise ValueError(
+                f"algorithm.advantage.overlong.buffer_tokens {overlong.buffer_tokens} punishes every length: "
+                f"rollout.max_response_tokens is {self.rollout.max_response_tokens}. Set it to a fifth of that, as DAPO "
+                "(4096 of 20480), or overlong: null"
+            )
         if self.update.old_logprobs == "engine" and self.algorithm.loss.engine_correction.mode != "none":
             raise ValueError(
                 "update.old_logprobs: engine leaves loss.engine_correction nothing to correct: set one of them off"

@@ -40,7 +40,7 @@ def samples_of_group(group: RebuiltGroup, config: AdvantageConfig, max_response_
             purified=rollout.purified,
             advantage=advantage,
             weight=weight,
-            purified_tokens=purified.tokens if purified else None,
+            purified_tokens=purified.tokens if purified and group.rescued else None,  # else G is Y, drawn from x alone
         )
         for rollout, advantage, weight in zip(rollouts, advantages.tolist(), weights.tolist(), strict=True)
     ]

@@ -80,7 +80,8 @@ def evaluate_samples(
     reused = [current_is_proximal(s, place < first, loss, update, staleness) for place, s in enumerate(samples)]
     scored = [] if update.old_logprobs == "engine" else samples
     under_roll = [(s.roll_tokens, s.response) for s, reuse in zip(scored, reused, strict=False) if not reuse]
-    under_x = [(s.prompt_tokens, s.response) for s in samples] if "proximal_original_logprobs_T" in needed else []
+    asks_for_x = "proximal_original_logprobs_T" in needed
+    under_x = [(s.prompt_tokens, s.response) for s in samples if asks_for_x and s.roll_tokens != s.prompt_tokens]
     under_x_prime = (
         [(s.purified_tokens or s.prompt_tokens, s.response) for s in samples]
         if "proximal_purified_logprobs_T" in needed
@@ -100,11 +101,13 @@ def evaluate_samples(
         return None if reuse else proximal[s.roll_tokens, s.response]
 
     def evaluated(s: Sample, reuse: bool) -> Evaluated:
+        under_roll_R = proximal_of(s, reuse)
+        under_x_R = under_roll_R if s.roll_tokens == s.prompt_tokens else proximal.get((s.prompt_tokens, s.response))
         return Evaluated(
             sample=s,
-            proximal_R=proximal_of(s, reuse),
+            proximal_R=under_roll_R,
             reference_R=of_reference[s.prompt_tokens, s.response] if of_reference else None,
-            proximal_original_R=proximal[s.prompt_tokens, s.response] if under_x else None,
+            proximal_original_R=under_x_R if asks_for_x else None,  # the engine's, where pi_old is the engine's
             proximal_purified_R=(proximal[s.purified_tokens or s.prompt_tokens, s.response] if under_x_prime else None),
         )
 

@@ -96,3 +96,24 @@ def test_nothing_is_scored_where_the_engine_stands_for_pi_old() -> None:
     [[evaluated]] = evaluate_samples(groups, policy, Scorer(), loss, update, 1.0)  # type: ignore[arg-type]
     assert not policy.asked and evaluated.proximal_R is not None
     assert evaluated.proximal_R.tolist() == [-1.0, -2.0]
+
+
+def test_where_the_engine_stands_for_pi_old_it_does_so_under_x_too() -> None:
+    """`resample` asks for pi_old under x; every rollout of it was drawn from x, and the engine said with what log-probs."""
+    policy = Scorer()
+    groups = [[replace(sample(0, i, False), purified=i == N - 1, purified_tokens=None) for i in range(N)]]
+    loss = load_algorithm("lens_resample").loss
+    [evaluated] = evaluate_samples(groups, policy, Scorer(), loss, UpdateConfig(old_logprobs="engine"), 1.0)  # type: ignore[arg-type]
+    assert not policy.asked
+    for e in evaluated:
+        assert e.proximal_original_R is not None and e.proximal_original_R.tolist() == [-1.0, -2.0]
+
+
+def test_pi_old_under_x_is_scored_for_those_drawn_from_x_prime_and_kept_for_the_others() -> None:
+    policy = Scorer()
+    groups = [[sample(0, i, i == N - 1) for i in range(N)]]
+    loss = load_algorithm("lens_no_importance").loss
+    [evaluated] = evaluate_samples(groups, policy, Scorer(), loss, UpdateConfig(), 1.0)  # type: ignore[arg-type]
+    for e in evaluated:
+        assert (*e.sample.prompt_tokens, *e.sample.response) in policy.asked and e.proximal_original_R is not None
+        assert (e.proximal_original_R is e.proximal_R) == (not e.sample.purified)

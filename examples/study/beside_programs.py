@@ -20,6 +20,7 @@ from examples.study.tables import (
     pilot_table,
     share,
     signal,
+    transfer,
 )
 
 DECOY, PLAIN = "eval/decoy", "eval/plain"
@@ -58,6 +59,7 @@ def blocks(data: Path) -> dict[str, Callable[[], str]]:
         "programs-lost": lambda: lost_signal(runs, there),
         "programs-deletion": lambda: deletion(runs, rolling_again),
         "programs-signal": lambda: signal(runs, rolling_again),
+        "programs-transfer": lambda: transfer(runs, rolling_again),
     }
 
 

@@ -65,6 +65,11 @@ def _refuse_rescue_conflicts(rescue: RescueConfig, loss: LossConfig) -> None:
             "loss.purified_ratio mixture weighs draws from half x, half x': a group of chosen successes is not such a "
             "draw. Set rescue.replacement: union, which trains on all rollouts of both"
         )
+    if rescue.replacement == "union" and loss.imitation_coef > 0:
+        raise ValueError(
+            "loss.imitation_coef imitates every purified rollout, and rescue.replacement union keeps failures among them: "
+            "set it to 0, or replacement: all"
+        )
     if rescue.replacement == "union" and kind != "mixture" and rescue.strategy != "resample":
         raise ValueError(
             "rescue.replacement union trains on failures under x' too, which only loss.purified_ratio mixture(token) "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lens_megatron.algorithms.loss_config import LossConfig
 from lens_megatron.algorithms.loss_inputs import Denominators, LossInputs
-from lens_megatron.algorithms.ratios import bounded_exp
+from lens_megatron.algorithms.ratios import MAX_LOG_RATIO, bounded_exp
 
 
 def kl_estimate(
@@ -25,7 +26,9 @@ def kl_estimate(
         return log_ratio_T
     if kind == "k2":
         return 0.5 * log_ratio_T**2
-    return bounded_exp(-log_ratio_T) + log_ratio_T - 1
+    # beyond the bound the exponential goes on as a straight line: a clamp's gradient would push away from the reference
+    beyond_T = (-log_ratio_T - MAX_LOG_RATIO).clamp(min=0.0)
+    return bounded_exp(-log_ratio_T) + math.exp(MAX_LOG_RATIO) * beyond_T + log_ratio_T - 1
 
 
 def token_kl(inputs: LossInputs, kind: Literal["k1", "k2", "k3"]) -> Tensor | None:

@@ -132,6 +132,10 @@ class LossConfig:
             raise ValueError(
                 f"loss.surrogate {self.surrogate!r} weighs each token by its own ratio: it needs ratio: token"
             )
+        if self.surrogate == "aspo" and self.dual_clip is None:
+            raise ValueError(
+                "loss.surrogate aspo turns the ratio over, which nothing bounds: set loss.dual_clip (Archer 2: 3.0)"
+            )
         if self.surrogate == "cispo" and self.dual_clip is not None:
             raise ValueError("loss.dual_clip has nothing to bound with cispo, whose weight is clipped already")
         split = self.entropy_split

@@ -6,9 +6,10 @@ speculative   Y' starts when slots are free, likeliest rescues first, and is can
               it moot.
 
 A schedule decides when, never whether: Y' is cancelled by what Y alone came to, and is otherwise awaited whole, so the
-groups are samples of the same distribution, and the same samples under a deterministic engine. Admission is done here:
-nothing is submitted beyond the engine's free slots, originals enter first, certain rescues next, and speculation gives
-way to both.
+groups are samples of the same distribution, and the same samples under an engine that heeds a request's seed. (Under one
+that does not, a speculation that gave way and starts again is drawn afresh, which favours short ones a little.)
+Admission is done here: nothing is submitted beyond the engine's free slots, originals enter first, certain rescues next,
+and speculation gives way to both.
 """
 
 from __future__ import annotations

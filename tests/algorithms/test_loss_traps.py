@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lens_megatron.algorithms.kl import kl_estimate
 from lens_megatron.algorithms.loss_config import EngineCorrectionConfig, EntropySplitConfig, LossConfig
 from lens_megatron.algorithms.loss_metrics import finish_metrics
 from lens_megatron.algorithms.policy_loss import policy_loss
@@ -267,6 +268,15 @@ def test_mixture_has_the_ratio_to_the_mixture_at_the_first_update() -> None:
     ]
     assert grad.tolist() == pytest.approx([-value / 2 for value in expected])
     assert expected[0] > 1.2  # what a clip of the product would have cut off
+
+
+@pytest.mark.parametrize("apart", [19.0, 25.0, 80.0])
+def test_k3_pulls_towards_the_reference_however_far_away_it_is(apart: float) -> None:
+    """A clamped exponential has no gradient beyond its bound, and what is left of k3 pushes the other way."""
+    log_pi_T = torch.tensor([-apart], requires_grad=True)
+    kl_estimate(log_pi_T, torch.tensor([0.0]), "k3").sum().backward()
+    assert log_pi_T.grad is not None and torch.isfinite(log_pi_T.grad).all()
+    assert log_pi_T.grad.item() == pytest.approx(1 - math.exp(min(apart, 20.0)), rel=1e-5)
 
 
 def test_effective_size_of_purified_rollouts_by_hand() -> None:

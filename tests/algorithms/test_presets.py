@@ -149,6 +149,15 @@ REFUSED = [
     ({"preset": "lens", "loss": {"purified_ratio": "mixture(token)"}}, "replacement: union"),
     ({"preset": "lens", "rescue": {"replacement": "union"}}, "mixture"),
     ({"preset": "grpo", "loss": {"imitation_coef": 0.001}}, "imitation_coef"),
+    (
+        {
+            "preset": "lens",
+            "rescue": {"replacement": "union"},
+            "loss": {"purified_ratio": "mixture(token)", "imitation_coef": 0.001},
+        },
+        "keeps failures among them",
+    ),
+    ({"preset": "grpo", "loss": {"surrogate": "aspo"}}, "set loss.dual_clip"),
     ({"preset": "grpo", "loss": {"kl_scope": "original"}}, "kl_scope"),
     ({"preset": "grpo", "advantage": {"weights": "rescued_only"}}, "rescued groups"),
     ({"preset": "gspo", "loss": {"surrogate": "cispo"}}, "needs ratio: token"),

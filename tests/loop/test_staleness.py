@@ -78,6 +78,24 @@ def test_it_must_be_corrected_for(task: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"rollout\.staleness 1 trains on rollouts of older weights"):
         load_run(path, [])
     assert load_run(path, ["update.old_logprobs=engine"]).rollout.staleness == 1
+    assert load_run(path, ["update.old_logprobs=engine", "algorithm=lens_resample"]).rollout.staleness == 1
+    # the engine never saw a purified rollout's original prompt: these would train uncorrected
+    mixture = "algorithm={preset: lens, rescue: {replacement: union}, loss: {purified_ratio: mixture(token)}}"
+    for algorithm in ("algorithm=lens_no_importance", mixture):
+        with pytest.raises(UsageError, match=r"update\.old_logprobs: engine is of the prompt that was rolled out"):
+            load_run(path, ["update.old_logprobs=engine", algorithm])
+
+
+def test_a_length_penalty_leaves_some_lengths_alone(task: Path, tmp_path: Path) -> None:
+    path = tmp_path / "RUN.yaml"
+    path.write_text(yaml.safe_dump(run_tree(task, tmp_path / "run", algorithm="dapo")))  # 12 tokens at most
+    with pytest.raises(
+        UsageError, match=r"buffer_tokens 4096 punishes every length: rollout.max_response_tokens is 12"
+    ):
+        load_run(path, [])
+    with pytest.raises(UsageError, match="buffer_tokens 12 punishes every length"):
+        load_run(path, ["algorithm.advantage.overlong.buffer_tokens=12"])
+    assert load_run(path, ["algorithm.advantage.overlong.buffer_tokens=11"]).algorithm.advantage.overlong is not None
 
 
 def test_weights_during_generation_are_for_servers_only(task: Path, tmp_path: Path) -> None:
