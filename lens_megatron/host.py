@@ -166,7 +166,8 @@ class Host:
         if algorithm.rescue.mode != "none":
             self._outcomes += self._purify(prompts, signals, self.step)
             self._signals.update({p.id: signal for p, signal in zip(prompts, signals, strict=True)})
-        rebuilt = [rebuild_group(group, algorithm.rescue, seed, self.step) for group in result.groups]
+        against_original = algorithm.advantage.against_original
+        rebuilt = [rebuild_group(group, algorithm.rescue, seed, self.step, against_original) for group in result.groups]
         self.prompt_filter.accept(rebuilt)
         self._groups += rebuilt
         self._counts.append(result.counts)

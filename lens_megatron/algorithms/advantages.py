@@ -53,6 +53,11 @@ class AdvantageConfig:
                 "advantage.baseline 'original' has no std to divide by (the group's mixes x and x'): set std: none"
             )
 
+    @property
+    def against_original(self) -> bool:
+        """Rewards are compared with the mean of Y: a group of equal ones may teach (an all-success rescue does)."""
+        return self.baseline == "original"
+
 
 class BaselineTerms(NamedTuple):
     rewards_M: Float[Tensor, " M"]
@@ -122,7 +127,7 @@ def group_advantages(
     """
     rewards = rewards_M.to(torch.float64)
     weights = group_weights(success_M, purified_M, success_rate, config.weights)
-    if config.baseline != "original" and bool(rewards.max() - rewards.min() <= SAME_REWARD):
+    if not config.against_original and bool(rewards.max() - rewards.min() <= SAME_REWARD):
         # no spread, no signal: exactly 0, whatever the rounding and the epsilon
         return GroupAdvantages(torch.zeros_like(rewards_M), weights.to(rewards_M.dtype))
     terms = BaselineTerms(rewards, weights, success_rate if original_mean is None else original_mean)

@@ -13,13 +13,14 @@ One interface for all modes:
     groups = prompts.finish()
 
 none            one batch, all of it trains.
-dynamic         DAPO's dynamic sampling: batches of size_factor x the prompts per step, groups without variance
+dynamic         DAPO's dynamic sampling: batches of size_factor x the prompts per step, groups without a signal
                 dropped, until enough are kept; the surplus is cut.
-greso           GRESO: skips before the rollout, drops groups without variance after it, sizes later batches by need,
+greso           GRESO: skips before the rollout, drops groups without a signal after it, sizes later batches by need,
                 and trains short if the last one brings too few.
 greso_dynamic   GRESO's skipping with dynamic sampling's full batches.
 
-Variance is judged on the rebuilt group, after the rescue, and on the verifier's rewards, before any length penalty.
+A signal is RebuiltGroup.has_signal (variance, for all baselines but `original`): it is judged after the rescue, and on
+the verifier's rewards, before any length penalty.
 A batch is judged whole and groups stand in the order their prompts were drawn: whatever is cut is not the slowest.
 """
 
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
@@ -58,7 +59,7 @@ class FilterConfig:
             raise ValueError(f"max_batches is 1 or more: got {self.max_batches}")
 
     @property
-    def drops_zero_variance(self) -> bool:
+    def drops_zero_signal(self) -> bool:
         return self.mode != "none"
 
     @property
@@ -67,7 +68,7 @@ class FilterConfig:
 
 
 class NotEnoughGroups(RuntimeError):
-    """Batch after batch without variance: the data is too easy or too hard for this policy."""
+    """Batch after batch without a signal: the data is too easy or too hard for this policy."""
 
 
 class _Step:
@@ -91,23 +92,12 @@ class _Step:
 
 
 class PromptFilter:
-    """Chooses prompts and groups for one step at a time; only GRESO remembers anything between steps.
+    """Chooses prompts and groups for one step at a time; only GRESO remembers anything between steps."""
 
-    `has_signal` says whether a rebuilt group can teach. The default, reward variance, is right for every advantage
-    with a group mean; with `advantage.baseline: original` an all-success rescue has a signal too.
-    """
-
-    def __init__(
-        self,
-        config: FilterConfig,
-        prompts_per_step: int,
-        seed: int,
-        has_signal: Callable[[RebuiltGroup], bool] = lambda group: group.has_signal,
-    ) -> None:
+    def __init__(self, config: FilterConfig, prompts_per_step: int, seed: int) -> None:
         self.config = config
         self.prompts_per_step = prompts_per_step
         self._seed = seed
-        self._has_signal = has_signal
         self._history = GresoHistory(config.greso) if config.skips_before_rollout else None
         self._step = _Step(0, 0)
 
@@ -185,7 +175,7 @@ class PromptFilter:
             if self._history is not None:
                 self._history.observe(prompt_id, now.means[-1])
             now.judged_in_batch += 1
-            if not self.config.drops_zero_variance or self._has_signal(group):
+            if not self.config.drops_zero_signal or group.has_signal:
                 now.kept_in_batch += 1
                 now.kept[place] = group
                 kept.append(group)

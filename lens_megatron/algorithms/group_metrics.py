@@ -137,7 +137,7 @@ def in_signal_window(group: RebuiltGroup) -> bool:
 
 
 def zero_signal_kind(group: RebuiltGroup, outcomes: Mapping[str, Outcome] | None = None) -> ZeroSignal | None:
-    """Why all rewards of G are equal, or None where they differ."""
+    """Why G has no signal, or None where it has one."""
     if group.has_signal:
         return None
     if group.rescued:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
-from lens_megatron.algorithms.outcomes import is_success, success_count, zero_variance
+from lens_megatron.algorithms.outcomes import SAME_REWARD, is_success, success_count, zero_variance
 from lens_megatron.purification.config import PurificationConfig
 from lens_megatron.purification.seeds import choose, seed_for
 from lens_megatron.types import Group, Rollout
@@ -31,7 +31,7 @@ class RescueConfig(PurificationConfig):
                        included (the group that the `mixture` ratio needs).
     keep_failures      f > 0: at most |Y-| - f join, so that f failures stay.
     max_success_share  s < 1: at most floor(s m) successes in G.
-    zero_signal        keep: a rescued group may end with equal rewards and teach nothing.  original: it then falls
+    zero_signal        keep: a rescued group may end without a signal and teach nothing.  original: it then falls
                        back to Y if a > 0, where Y still teaches.
     """
 
@@ -92,6 +92,7 @@ class RebuiltGroup:
     successes: int  # |Y+|
     purified_successes: int = 0  # |P|, before any limit on how many join
     removed: tuple[Rollout, ...] = ()  # R
+    against_original: bool = False  # AdvantageConfig.against_original
 
     @property
     def rescued(self) -> bool:
@@ -115,8 +116,12 @@ class RebuiltGroup:
 
     @property
     def has_signal(self) -> bool:
-        """Whether rewards differ in G. (An advantage without a group mean may find a signal where this is False.)"""
-        return not zero_variance([member.rollout.reward for member in self.members])
+        """Whether G can teach: its rewards differ, or, against the mean of Y, one of them differs from that."""
+        rewards = [member.rollout.reward for member in self.members]
+        if not self.against_original:
+            return not zero_variance(rewards)
+        mean = sum(rollout.reward for rollout in self.group.originals) / len(self.group.originals)
+        return any(abs(reward - mean) > SAME_REWARD for reward in rewards)
 
 
 def needs_rescue(rewards: Sequence[float], config: RescueConfig) -> bool:
@@ -154,8 +159,13 @@ def rescue_cannot_help(
     return best <= (success_count(finished_rewards, config.success_threshold) if config.benefit_check else 0)
 
 
-def rebuild_group(group: Group, config: RescueConfig, seed: int, step: int) -> RebuiltGroup:
-    """Eq. 2 and 3. Who leaves Y- and, under a limit, who of P joins is drawn uniformly, by prompt and step."""
+def rebuild_group(
+    group: Group, config: RescueConfig, seed: int, step: int, against_original: bool = False
+) -> RebuiltGroup:
+    """Eq. 2 and 3. Who leaves Y- and, under a limit, who of P joins is drawn uniformly, by prompt and step.
+
+    `against_original` decides what is a signal, for `zero_signal` and for whoever asks the group later.
+    """
     _check_complete(group)
     originals = sorted(group.originals, key=lambda rollout: rollout.index)
     prime = sorted(group.purified, key=lambda rollout: rollout.index)
@@ -167,7 +177,8 @@ def rebuild_group(group: Group, config: RescueConfig, seed: int, step: int) -> R
     def result(why: Why, members: Sequence[Member] = Y) -> RebuiltGroup:
         staying = {member.rollout.index for member in members if not member.rollout.purified}
         removed = tuple(rollout for rollout in originals if rollout.index not in staying)
-        return RebuiltGroup(group, tuple(members), why, successes / len(Y), successes, len(P), removed)
+        a = successes / len(Y)
+        return RebuiltGroup(group, tuple(members), why, a, successes, len(P), removed, against_original)
 
     if not needs_rescue([y.reward for y in originals], config):
         return result("off" if config.mode == "none" else "enough_success")

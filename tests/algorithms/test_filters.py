@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from lens_megatron.algorithms.filters import FilterConfig, NotEnoughGroups, PromptFilter
 from lens_megatron.algorithms.greso import GresoConfig
 from lens_megatron.algorithms.rescue import RebuiltGroup, RescueConfig, rebuild_group
+from lens_megatron.config import RunConfig
+from lens_megatron.data.config import DataConfig
 from lens_megatron.errors import UsageError
+from lens_megatron.guards.config import GuardConfig
+from lens_megatron.host import Host
+from lens_megatron.presets import load_algorithm
+from lens_megatron.rollout.sampling import SampleCounts, SampleResult
+from lens_megatron.samples import samples_of_group
 from lens_megatron.strict import build
 
 from .rescue_groups import group
@@ -208,11 +215,28 @@ def test_streaks_count_original_rollouts() -> None:
     assert prompts.state_dict()["greso"]["streaks"] == {f"p{i}": -1 for i in range(6)}
 
 
-def test_another_meaning_of_signal_can_be_given() -> None:
-    """With the baseline of the original group, an all-success rescue teaches."""
-    prompts = PromptFilter(replace(DYNAMIC, size_factor=1.0), 2, 0, has_signal=lambda one: one.rescued)
-    groups, _ = run_step(prompts, endless(), lambda p: [0.0, 0.0], again=lambda p: [1.0, 1.0], rescue=LENS)
-    assert len(groups) == 2
+@pytest.mark.parametrize("mode", ["dynamic", "greso", "greso_dynamic"])
+@pytest.mark.parametrize(("baseline", "kept"), [("group", 0), ("leave_one_out", 0), ("original", 1)])
+def test_the_run_keeps_what_its_own_baseline_learns_from(mode: str, baseline: str, kept: int) -> None:
+    """An all-success rescue of a group of failures: nothing against its own mean, 1 for all against that of Y."""
+    advantage = {"baseline": baseline, "std": "none", "weights": "none", "overlong": None}
+    algorithm = load_algorithm({"preset": "lens_dapo", "advantage": advantage, "filter": {"mode": mode}})
+    groups = [group([0.0] * 4, [1.0] * 4, "solved"), group([0.0] * 4, [0.0] * 4, "failed")]
+    prompts = PromptFilter(algorithm.filter, 2, 0)
+    prompts.begin_step(0, 0)
+    prompts.next_batch_size()
+    prompts.propose(["solved", "failed"])
+    host = Host.__new__(Host)  # its part that rebuilds and filters, without data, engine and run folder
+    host.config = replace(RunConfig("m", "r", DataConfig("d"), algorithm), guards=GuardConfig(engine_weights=False))
+    host.prompt_filter, host.step, host._batch = prompts, 0, 0
+    host._signals, host._groups, host._outcomes, host._counts = {}, [], [], []
+    host._purify = lambda *args: []  # type: ignore[method-assign]
+    host._take_in([], [], SampleResult(groups, SampleCounts()))
+    assert prompts.metrics()["filter/dropped"] == 2 - kept
+    teaches = [
+        any(sample.advantage for sample in samples_of_group(one, algorithm.advantage, 99)) for one in host._groups
+    ]
+    assert [one.has_signal for one in host._groups] == teaches == [bool(kept), False]
 
 
 # ----------------------------------------------------------------------------------------------------------- GRESO
