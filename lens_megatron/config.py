@@ -116,6 +116,18 @@ class RunConfig:
             raise ValueError(
                 "update.old_logprobs: engine leaves loss.engine_correction nothing to correct: set one of them off"
             )
+        if self.guards.leaves_out and self.update.old_logprobs == "engine":
+            raise ValueError(
+                f"guards.on_logprob_diff {self.guards.on_logprob_diff} leaves out what trainer and engine disagree on, and "
+                "with update.old_logprobs: engine there is nothing to compare: set on_logprob_diff: report, or old_logprobs: "
+                "megatron"
+            )
+        dropping = self.guards.on_logprob_diff == "drop_sequences"
+        if dropping and self.rollout.staleness and self.guards.logprob_diff is None:
+            raise ValueError(
+                "guards.on_logprob_diff drop_sequences has no bound with rollout.staleness 1, where log-probs differ by what "
+                "was learnt since: set guards.logprob_diff"
+            )
 
 
 @dataclass(frozen=True)

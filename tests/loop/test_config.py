@@ -87,6 +87,7 @@ def test_keys_with_common_names_are_read_off_their_own_section() -> None:
             assert owners & (handed_on | {section}), f"{section}.{key} is read off {owners}"
 
 
+CORRECTION = "algorithm.loss.engine_correction.mode"
 MINIMAL = {"model": "qwen3-8b-base", "run_dir": "runs/x", "data": {"train": "prompts.jsonl"}}
 
 
@@ -109,6 +110,32 @@ def test_the_runs_own_values_stand_above_the_presets(tmp_path: Path) -> None:
     assert config.update.minibatches == 16  # DAPO's
     with pytest.raises(UsageError, match=r"rollout\.stalenes"):
         load_run(given, ["rollout.stalenes=1"])
+
+
+@pytest.mark.parametrize(
+    ("on_logprob_diff", "others", "reason"),
+    [
+        ("mask_tokens", ["update.old_logprobs=engine"], "nothing to compare"),
+        ("drop_sequences", ["update.old_logprobs=engine", "guards.logprob_diff=0.5"], "nothing to compare"),
+        ("drop_sequences", ["rollout.staleness=1", f"{CORRECTION}=truncate"], r"no bound.* set guards\.logprob_diff"),
+        ("drop_sequences", ["rollout.staleness=1", f"{CORRECTION}=truncate", "guards.logprob_diff=0.5"], None),
+        ("mask_tokens", ["rollout.staleness=1", f"{CORRECTION}=truncate"], None),  # token_diff is a bound
+        ("drop_sequences", [], None),
+        ("stop", ["update.old_logprobs=engine"], None),
+        ("report", ["update.old_logprobs=engine", "rollout.staleness=1"], None),
+    ],
+)
+def test_what_could_never_be_left_out_is_refused(
+    tmp_path: Path, on_logprob_diff: str, others: list[str], reason: str | None
+) -> None:
+    given = tmp_path / "RUN.yaml"
+    given.write_text(yaml.safe_dump({**MINIMAL, "algorithm": "grpo"}))
+    overrides = [f"guards.on_logprob_diff={on_logprob_diff}", *others]
+    if reason is None:
+        assert load_run(given, overrides).guards.on_logprob_diff == on_logprob_diff
+    else:
+        with pytest.raises(UsageError, match=rf"guards\.on_logprob_diff {on_logprob_diff}.*{reason}"):
+            load_run(given, overrides)
 
 
 def test_the_run_folders_config_is_the_runs(base: Path) -> None:
