@@ -20,8 +20,11 @@ def epoch_order(ids: Sequence[str], seed: int, epoch: int) -> list[int]:
 
 
 class PromptOrder:
-    """Indices, batch by batch, epoch after epoch. A batch never spans two epochs (no prompt twice in one): what is
-    left over when an epoch cannot fill it is skipped, other prompts each time."""
+    """Indices, batch by batch, epoch after epoch; no prompt twice in a batch.
+
+    Shuffled, a batch never spans two epochs: what is left over when an epoch cannot fill it is skipped, other prompts each
+    time. In the data's own order the same ones would be, each time: there the next epoch's first prompts complete it.
+    """
 
     def __init__(self, ids: Sequence[str], seed: int, shuffle: bool = True) -> None:
         self._ids, self._seed, self._shuffle = list(ids), seed, shuffle
@@ -31,12 +34,14 @@ class PromptOrder:
     def take(self, count: int) -> list[int]:
         if count > len(self._ids):
             raise UsageError(f"{count} prompts a step from a data set of {len(self._ids)}: lower data.prompts_per_step")
+        carried: list[int] = []
         if self.position + count > len(self._order):
+            if not self._shuffle:
+                carried = self._order[self.position :]
             self.epoch, self.position = self.epoch + 1, 0
             self._order = self._of_epoch(self.epoch)
-        taken = self._order[self.position : self.position + count]
-        self.position += count
-        return taken
+        start, self.position = self.position, self.position + count - len(carried)
+        return carried + self._order[start : self.position]
 
     def checksum(self) -> str:
         """Of the ids in this epoch's order."""

@@ -165,6 +165,22 @@ def test_each_epoch_visits_every_prompt_once_in_another_order() -> None:
     assert epochs[0] != PromptOrder(ids, seed=4).take(50)
 
 
+def test_in_the_datas_own_order_every_prompt_has_its_turn() -> None:
+    """Ten prompts by three: the tenth opens a batch that the second epoch completes, as often as the others come."""
+    order = PromptOrder([f"p{i}" for i in range(10)], seed=3, shuffle=False)
+    batches = [order.take(3) for _ in range(10)]
+    assert [i for batch in batches for i in batch] == list(range(10)) * 3
+    assert batches[3] == [9, 0, 1] and (order.epoch, order.position) == (2, 10)
+
+
+def test_a_shuffled_batch_never_spans_two_epochs() -> None:
+    ids = [f"p{i}" for i in range(10)]
+    order = PromptOrder(ids, seed=3)
+    batches = [order.take(3) for _ in range(6)]
+    epochs = [epoch_order(ids, 3, epoch) for epoch in (0, 1)]
+    assert batches == [epoch[start : start + 3] for epoch in epochs for start in (0, 3, 6)]
+
+
 def test_the_order_is_the_same_everywhere() -> None:
     assert epoch_order(["a", "b", "c", "d", "e"], seed=0, epoch=0) == [3, 2, 0, 4, 1]
 
@@ -175,16 +191,18 @@ def test_adding_rows_moves_no_row_past_another() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 20), st.lists(st.integers(1, 20), min_size=1, max_size=12), st.integers(0, 11))
-def test_a_resumed_order_goes_on_as_if_never_stopped(size: int, takes: list[int], stop_after: int) -> None:
+@given(st.integers(1, 20), st.lists(st.integers(1, 20), min_size=1, max_size=12), st.integers(0, 11), st.booleans())
+def test_a_resumed_order_goes_on_as_if_never_stopped(
+    size: int, takes: list[int], stop_after: int, shuffle: bool
+) -> None:
     takes = [min(take, size) for take in takes]
     ids = [f"p{i}" for i in range(size)]
-    whole = PromptOrder(ids, 0)
+    whole = PromptOrder(ids, 0, shuffle)
     expected = [whole.take(take) for take in takes]
     assert all(len(set(batch)) == len(batch) for batch in expected), "no prompt twice in one batch"
-    first = PromptOrder(ids, 0)
+    first = PromptOrder(ids, 0, shuffle)
     got = [first.take(take) for take in takes[:stop_after]]
-    second = PromptOrder(ids, 0)
+    second = PromptOrder(ids, 0, shuffle)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     got += [second.take(take) for take in takes[stop_after:]]
     assert got == expected
