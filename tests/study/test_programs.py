@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from examples.study import beside_programs, programs
-from examples.study.analysis import Run
+from examples.study.analysis import Run, load_runs
+from examples.study.collect import DATA
 from lens_megatron import strict
 from lens_megatron.data import toy
 from lens_megatron.data.config import DataConfig
@@ -137,3 +138,28 @@ def test_pilots_are_read_up_to_the_runs_steps() -> None:
     )
     (rate, seeds), *others = beside_programs.pilots({"pilot lr 5e-05": {100: run}, "grpo": {0: run}}).items()
     assert rate == "lr 5e-05" and not others and seeds[100].rows[-1]["step"] == 48
+
+
+def test_parts_without_data_say_so(tmp_path: Path) -> None:
+    for name, made in beside_programs.blocks(tmp_path).items():
+        assert made() == "No run has these values yet.", name
+
+
+def test_differences_of_the_committed_runs_computed_another_way() -> None:
+    runs = load_runs(DATA / beside_programs.FOLDER, "programs")
+    table = beside_programs.blocks(DATA)["programs-contrasts"]()
+    rows = {
+        cells[0]: cells[1:]
+        for cells in ([c.strip() for c in line.strip("|").split("|")] for line in table.splitlines())
+    }
+    for arm in ("lens", "gamma_1_no_ratio"):
+        gains = []
+        for seed in runs[arm].keys() & runs["grpo"].keys():
+            heights = [[row[beside_programs.DECOY] for row in runs[name][seed].rows if beside_programs.DECOY in row]
+                       for name in (arm, "grpo")]  # fmt: skip
+            own, grpo = (
+                (sum(h) - (h[0] + h[-1]) / 2) / (len(h) - 1) for h in heights
+            )  # evenly spaced: ends count half
+            gains.append(own - grpo)
+        assert rows[f"{arm} - grpo"][0] == str(len(gains))
+        assert float(rows[f"{arm} - grpo"][1].split()[0]) == pytest.approx(sum(gains) / len(gains), abs=6e-4)
