@@ -102,10 +102,14 @@ class Reach:
     censored: bool
 
 
-def reach_peak(runs: Runs, arm: str, baseline: str = "grpo", metric: str = PRIMARY) -> list[Reach]:
+def reach_peak(runs: Runs, arm: str, baseline: str = "grpo", metric: str = PRIMARY, share: float = 1.0) -> list[Reach]:
+    """`share`: of the height, for a plateau that curves touch anywhere."""
     found = []
     for seed in sorted(runs.get(arm, {}).keys() & runs.get(baseline, {}).keys()):
-        at, level = contrasts.peak(contrasts.smoothed(runs[baseline][seed].curve(metric)))
+        of_baseline = contrasts.smoothed(runs[baseline][seed].curve(metric))
+        at, level = contrasts.peak(of_baseline)
+        level *= share
+        at = at if share == 1.0 else contrasts.first_reach(of_baseline, level) or at
         curve: Curve = contrasts.smoothed(runs[arm][seed].curve(metric))
         step = contrasts.first_reach(curve, level)
         found.append(Reach(seed, at, curve[-1][0] if step is None else step, step is None))
@@ -123,10 +127,12 @@ ROLLOUTS = ("sampling/original_rollouts", "sampling/purified_rollouts")
 COSTS: dict[str, tuple[str, ...]] = {"rollouts": ROLLOUTS, "tokens": ("tokens",), "seconds": ("time/step",)}
 
 
-def cost_to_peak(runs: Runs, arm: str, cost: str, baseline: str = "grpo", metric: str = PRIMARY) -> float | None:
+def cost_to_peak(
+    runs: Runs, arm: str, cost: str, baseline: str = "grpo", metric: str = PRIMARY, share: float = 1.0
+) -> float | None:
     """Geometric mean over seeds of the arm's cost to the baseline's peak over the baseline's."""
     logs = []
-    for one in reach_peak(runs, arm, baseline, metric):
+    for one in reach_peak(runs, arm, baseline, metric, share):
         own = runs[arm][one.seed].cost_until(one.step, COSTS[cost])
         base = runs[baseline][one.seed].cost_until(one.baseline_step, COSTS[cost])
         if own > 0 and base > 0:

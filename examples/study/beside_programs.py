@@ -34,6 +34,7 @@ PAIRS = (
     *((arm, "grpo") for arm in ARMS[1:]),
     *((arm, "resample") for arm in ("lens", "gamma_1", "gamma_1_no_ratio")),
     *(("gamma_1_no_ratio", arm) for arm in ("resample_plus", "gamma_1_plus", "lens")),
+    ("oracle_no_ratio", "resample_plus"),
     *(("gamma_1_plus", "gamma_1_keep"), ("gamma_1_keep", "gamma_1"), ("gamma_1", "lens")),
     *(("lens_before", "lens"), ("lens", "random"), ("oracle_keep", "oracle"), ("oracle_no_ratio", "oracle_plus")),
 )
@@ -54,7 +55,7 @@ def blocks(data: Path) -> dict[str, Callable[[], str]]:
         "programs-pilot": lambda: pilot_table(pilots(runs), DECOY),
         "programs": lambda: levels(runs, there, numbers),
         "programs-contrasts": lambda: differences(runs, PAIRS, numbers),
-        "programs-peak": lambda: peak_table(runs, there, DECOY),
+        "programs-half": lambda: peak_table(runs, there, DECOY, part=0.5),
         "programs-failing": lambda: failing(runs, there),
         "programs-lost": lambda: lost_signal(runs, there),
         "programs-deletion": lambda: deletion(runs, rolling_again),

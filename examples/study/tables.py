@@ -207,21 +207,21 @@ def differences(runs: Runs, pairs: Sequence[tuple[str, str]], numbers: dict[str,
     return markdown(("", "pairs", *numbers, "t: p of the area"), rows)
 
 
-def peak_table(runs: Runs, arms: Sequence[str], metric: str = PRIMARY) -> str:
+def peak_table(runs: Runs, arms: Sequence[str], metric: str = PRIMARY, part: float = 1.0) -> str:
     """The row of GRPO against itself in another seed shows what picking the peak of a noisy curve does by itself."""
     rows = []
     if len(seeds := sorted(runs.get("grpo", {}))) > 1:
         shifted = {seed: runs["grpo"][other] for seed, other in zip(seeds, seeds[1:] + seeds[:1], strict=True)}
         runs, arms = {**runs, ANOTHER: shifted}, [*arms[:1], ANOTHER, *arms[1:]]
     for arm in arms:
-        reaches = analysis.reach_peak(runs, arm, metric=metric)
+        reaches = analysis.reach_peak(runs, arm, metric=metric, share=part)
         speed = analysis.log_speed(reaches)
         if speed is None:
             continue
         ratio = f"{math.exp(speed.mean):.2f}"
         if speed.low is not None and speed.high is not None:
             ratio += f" [{math.exp(speed.low):.2f}, {math.exp(speed.high):.2f}]"
-        costs = [analysis.cost_to_peak(runs, arm, cost, metric=metric) for cost in analysis.COSTS]
+        costs = [analysis.cost_to_peak(runs, arm, cost, metric=metric, share=part) for cost in analysis.COSTS]
         never = sum(one.censored for one in reaches)
         rows.append((arm, str(len(reaches)), ratio, f"{never} of {len(reaches)}", *(share(cost, 2) for cost in costs)))
     head = (
@@ -229,7 +229,7 @@ def peak_table(runs: Runs, arms: Sequence[str], metric: str = PRIMARY) -> str:
         "seeds",
         "speed-up in steps",
         "never reached",
-        *(f"{cost} to the peak, x grpo" for cost in analysis.COSTS),
+        *(f"{cost} to {'the peak' if part == 1.0 else 'there'}, x grpo" for cost in analysis.COSTS),
     )
     return markdown(head, rows)
 

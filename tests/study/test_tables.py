@@ -90,6 +90,8 @@ def test_steps_to_the_peak_of_another_measure() -> None:
     # smoothed over three evaluations: the whole height is reached one evaluation after the corner
     assert table["grpo"][:3] == ["1", "1.00", "0 of 1"] and table["lens"][:3] == ["1", f"{45 / 25:.2f}", "0 of 1"]
     assert cells(tables.peak_table(runs, ["lens"]))[0][3] == "1 of 1"
+    half = {row[0]: row[1:] for row in cells(tables.peak_table(runs, ["grpo", "lens"], "eval/graded", part=0.5))}
+    assert half["grpo"][1] == "1.00" and half["lens"][1:3] == ["2.00", "0 of 1"]  # in 10 steps instead of 20
 
 
 def test_parts_without_data_say_so(tmp_path: Path) -> None:
