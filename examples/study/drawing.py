@@ -12,7 +12,7 @@ from lens_megatron.reporting import charts
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 360, 56, 16, 30, 44
 LEGEND_LINE = 18
-LEGEND_WIDTH = 150
+LETTER_WIDTH = 7  # of the legend, about
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,15 @@ def colours() -> list[str]:
 def figure(lines: Sequence[Line], title: str, x_label: str, from_zero: bool = True) -> str:
     lines = [line for line in lines if line.points]
     paint = colours()
-    rows = -(-len(lines) // 4)
+    legend_width = max([150, *(36 + LETTER_WIDTH * len(line.label) for line in lines)])
+    a_row = (WIDTH - LEFT + RIGHT) // legend_width
+    rows = -(-len(lines) // a_row)
     height = HEIGHT + rows * LEGEND_LINE
     if not lines:
         return _svg(height, title, ['<text x="20" y="60" class="tick">no run has these values yet</text>'])
     xs = [x for line in lines for x, *_ in line.points]
-    ys = [y for line in lines for _, *values in line.points for y in values]
+    # what starts from zero is a share: an interval that goes on below it is cut there
+    ys = [max(0.0, y) if from_zero else y for line in lines for _, *values in line.points for y in values]
     low, high = charts.value_range([*ys, 0.0] if from_zero else ys)
     x_axis = charts.Axis(min(xs), max(max(xs), min(xs) + 1), LEFT, WIDTH - RIGHT)
     y_axis = charts.Axis(low, high, HEIGHT - BOTTOM, TOP)
@@ -59,12 +62,12 @@ def figure(lines: Sequence[Line], title: str, x_label: str, from_zero: bool = Tr
         colour = paint[tone % len(paint)]
         dash = ' stroke-dasharray="6 4"' if tone >= len(paint) else ""
         upper = [f"{x_axis.pixel(x)},{y_axis.pixel(h)}" for x, _, _, h in line.points]
-        lower = [f"{x_axis.pixel(x)},{y_axis.pixel(lo)}" for x, _, lo, _ in reversed(line.points)]
+        lower = [f"{x_axis.pixel(x)},{y_axis.pixel(max(lo, low))}" for x, _, lo, _ in reversed(line.points)]
         if any(lo != hi for _, _, lo, hi in line.points):
             parts.append(f'<polygon fill="{colour}" opacity="0.13" points="{" ".join([*upper, *lower])}"/>')
         route = " ".join(f"{x_axis.pixel(x)},{y_axis.pixel(y)}" for x, y, _, _ in line.points)
         parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2"{dash} points="{route}"/>')
-        x, y = LEFT + (place % 4) * LEGEND_WIDTH, HEIGHT + (place // 4) * LEGEND_LINE + 4
+        x, y = LEFT + (place % a_row) * legend_width, HEIGHT + (place // a_row) * LEGEND_LINE + 4
         parts.append(f'<line x1="{x}" x2="{x + 18}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="3"{dash}/>')
         parts.append(f'<text class="tick" x="{x + 24}" y="{y + 4}">{escape(line.label)}</text>')
     return _svg(height, title, parts)
