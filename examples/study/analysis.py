@@ -109,7 +109,8 @@ def reach_peak(runs: Runs, arm: str, baseline: str = "grpo", metric: str = PRIMA
         of_baseline = contrasts.smoothed(runs[baseline][seed].curve(metric))
         at, level = contrasts.peak(of_baseline)
         level *= share
-        at = at if share == 1.0 else contrasts.first_reach(of_baseline, level) or at
+        if share < 1.0 and (reached := contrasts.first_reach(of_baseline, level)) is not None:
+            at = reached
         curve: Curve = contrasts.smoothed(runs[arm][seed].curve(metric))
         step = contrasts.first_reach(curve, level)
         found.append(Reach(seed, at, curve[-1][0] if step is None else step, step is None))

@@ -36,7 +36,13 @@ PAIRS = (
     *(("gamma_1_no_ratio", arm) for arm in ("resample_plus", "gamma_1_plus", "lens")),
     ("oracle_no_ratio", "resample_plus"),
     *(("gamma_1_plus", "gamma_1_keep"), ("gamma_1_keep", "gamma_1"), ("gamma_1", "lens")),
-    *(("lens_before", "lens"), ("lens", "random"), ("oracle_keep", "oracle"), ("oracle_no_ratio", "oracle_plus")),
+    *(
+        ("lens_before", "lens"),
+        ("lens", "random"),
+        ("oracle_keep", "oracle"),
+        ("oracle_plus", "oracle_keep"),
+        ("oracle_no_ratio", "oracle_plus"),
+    ),
 )
 STEPS = 48  # of the runs; GRPO's pilot took more
 
@@ -55,6 +61,7 @@ def blocks(data: Path) -> dict[str, Callable[[], str]]:
         "programs-pilot": lambda: pilot_table(pilots(runs), DECOY),
         "programs": lambda: levels(runs, there, numbers),
         "programs-contrasts": lambda: differences(runs, PAIRS, numbers),
+        "programs-peak": lambda: peak_table(runs, there, DECOY),
         "programs-half": lambda: peak_table(runs, there, DECOY, part=0.5),
         "programs-failing": lambda: failing(runs, there),
         "programs-lost": lambda: lost_signal(runs, there),

@@ -128,7 +128,9 @@ def test_the_run_differs_from_the_main_ones_in_task_and_pace_alone() -> None:
     main, other = (strict.read_yaml(STUDY / name) for name in ("RUN.yaml", "PROGRAMS_RUN.yaml"))
     assert other["steps"] == beside_programs.STEPS
     for section, keys in {"rollout": {"max_response_tokens"}, "optimizer": {"lr"}, "update": set()}.items():
-        assert {key for key in main[section] if main[section][key] != other[section].get(key)} == keys
+        assert {
+            key for key in {**main[section], **other[section]} if main[section].get(key) != other[section].get(key)
+        } == keys
     assert other["data"]["prompts_per_step"] == main["data"]["prompts_per_step"]
 
 
