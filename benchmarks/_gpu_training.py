@@ -25,7 +25,7 @@ def step(bench: Bench) -> list[Row]:
     rows: list[Row] = []
     for name in bench.size.models:
         for budget in bench.size.budgets:
-            for recompute in ("none", "selective", "full"):
+            for recompute in ("none", "light", "selective", "full"):
                 found = guarded_rows(partial(_train, bench, name, budget, recompute))
                 free()
                 if any("out of memory" in row for row in found) and recompute != "full":

@@ -66,7 +66,7 @@ def random_policy(
     layout, memory = ParallelConfig(), MemoryConfig(recompute=recompute, head=head)
     runtime.initialize(spec, layout)
     config = transformer_config(spec, layout, dtype or runtime.default_dtype(), memory)
-    chunks = build_chunks(spec, config, memory.head)
+    chunks = build_chunks(spec, config, memory)
     with torch.no_grad():
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():

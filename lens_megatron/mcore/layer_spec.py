@@ -12,7 +12,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from lens_megatron.mcore import made_again
 from lens_megatron.mcore.attention import PackedAttention
+from lens_megatron.mcore.norm import PlainRMSNorm
+from lens_megatron.mcore.settings import Recompute
 
 
 def transformer_engine_available() -> bool:
@@ -20,21 +23,10 @@ def transformer_engine_available() -> bool:
     return torch.cuda.is_available() and HAVE_TE
 
 
-class PlainRMSNorm(torch.nn.RMSNorm):
-    """Megatron-Core's torch norm refuses sequence parallelism, which only needs this mark on the weight.
-
-    The mark tells finalize_model_grads to sum the gradient over the tensor-parallel ranks; without it the norms' weights
-    drift apart silently.
-    """
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-def block_spec(config: Any, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(config: Any, vp_stage: int | None, recompute: Recompute = "none") -> TransformerBlockSubmodules:
     """The layers of one pipeline chunk, and its last norm."""
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    lean = recompute == "light"
     if transformer_engine_available():
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -43,12 +35,19 @@ def block_spec(config: Any, vp_stage: int | None) -> TransformerBlockSubmodules:
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
+        if lean and not config.num_moe_experts:  # norms are fused into the products that read them
+            layer.submodules.mlp = made_again.gated_mlp(layer.submodules.mlp.submodules)
         return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = PlainRMSNorm
+    if lean:
+        parts.input_layernorm = parts.pre_mlp_layernorm = made_again.Norm
+        parts.self_attention.submodules.linear_qkv = made_again.ColumnLinear
+        if not config.num_moe_experts:
+            parts.mlp = made_again.gated_mlp(parts.mlp.submodules)
     parts.self_attention.submodules.core_attention = PackedAttention
     if config.qk_layernorm:
         parts.self_attention.submodules.q_layernorm = PlainRMSNorm

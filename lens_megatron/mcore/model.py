@@ -18,7 +18,7 @@ from lens_megatron.mcore.head import token_logprobs_and_entropy
 from lens_megatron.mcore.layer_spec import block_spec, transformer_engine_available
 from lens_megatron.mcore.layout import ParallelConfig, padded_vocab_size
 from lens_megatron.mcore.runtime import cuda_literals
-from lens_megatron.mcore.settings import HeadKind, MemoryConfig
+from lens_megatron.mcore.settings import MemoryConfig
 from lens_megatron.model_spec import ModelSpec
 
 
@@ -34,15 +34,13 @@ class HeadRequest:
 class TokenModel(GPTModel):
     """A GPT model chunk. On the last stage forward gives [2, T]: log p(label) and entropy of every token of this rank."""
 
-    def __init__(
-        self, spec: ModelSpec, config: TransformerConfig, vp_stage: int | None, head: HeadKind = "torch"
-    ) -> None:
+    def __init__(self, spec: ModelSpec, config: TransformerConfig, vp_stage: int | None, memory: MemoryConfig) -> None:
         scaling = spec.rope_scaling
         if not config.apply_rope_fusion:
             rotary.install()
         super().__init__(
             config,
-            block_spec(config, vp_stage),
+            block_spec(config, vp_stage, memory.recompute),
             vocab_size=padded_vocab_size(spec, config.tensor_model_parallel_size),
             max_sequence_length=spec.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -56,7 +54,7 @@ class TokenModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.spec = spec
-        self.head = head
+        self.head = memory.head
 
     def head_weight(self) -> Tensor:
         return self.shared_embedding_or_output_weight() if self.spec.tied else self.output_layer.weight
@@ -150,6 +148,8 @@ def transformer_config(
         options.update(overlap_p2p_comm=True, batch_p2p_comm=False)
     if memory.recompute == "full":
         options.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif memory.recompute == "light" and engine and spec.moe is not None:
+        options.update(recompute_granularity="selective", recompute_modules=["layernorm", "moe_act"])
     elif memory.recompute == "selective":
         # Flash attention never stores its scores, so what is left to save is the MLP's (or the experts') inner activations.
         options.update(recompute_granularity="selective", recompute_modules=["moe" if spec.moe else "mlp"])
@@ -168,13 +168,13 @@ def transformer_config(
         return TransformerConfig(**options)
 
 
-def build_chunks(spec: ModelSpec, config: TransformerConfig, head: HeadKind = "torch") -> list[torch.nn.Module]:
+def build_chunks(spec: ModelSpec, config: TransformerConfig, memory: MemoryConfig) -> list[torch.nn.Module]:
     """This rank's part of the model, one chunk per virtual stage. The weights are not set."""
     stages = config.virtual_pipeline_model_parallel_size
     chunks: list[torch.nn.Module] = []
     for stage in range(stages or 1):
         with cuda_literals():
-            chunk = TokenModel(spec, config, stage if stages else None, head)
+            chunk = TokenModel(spec, config, stage if stages else None, memory)
         _mark_parallel_tensors(chunk)
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 HeadKind = Literal["torch", "triton"]
-Recompute = Literal["none", "selective", "full"]
+Recompute = Literal["none", "light", "selective", "full"]
 
 
 @dataclass(frozen=True)

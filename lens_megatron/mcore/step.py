@@ -83,7 +83,7 @@ def build_frozen(
     check_folder(folder, spec)
     memory = memory or MemoryConfig()
     config = transformer_config(spec, layout, dtype or default_dtype(), memory)
-    chunks = build_chunks(spec, config, memory.head)
+    chunks = build_chunks(spec, config, memory)
     load_hf(chunks, spec, folder)
     for chunk in chunks:
         chunk.requires_grad_(False)
@@ -103,7 +103,7 @@ def build_trainable(
     check_folder(folder, spec)
     memory = memory or MemoryConfig()
     config = transformer_config(spec, layout, dtype or default_dtype(), memory)
-    chunks = build_chunks(spec, config, memory.head)
+    chunks = build_chunks(spec, config, memory)
     load_hf(chunks, spec, folder)
     wrapped = with_gradient_buffers(chunks, config, layout.overlap_grad_reduce)
     return Trainable(spec, config, wrapped, build_optimizer(wrapped, config, optimizer, memory, steps))

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lens_megatron.mcore.layout import ParallelConfig
+from lens_megatron.mcore.settings import Recompute
 from lens_megatron.model_spec import ModelSpec
 from lens_megatron.planning.shards import layers_of_chunk
 
-Recompute = Literal["none", "selective", "full"]
 _LOSS_BYTES = 64  # a token: the loss's own tensors, fp32 and masks
 
 
@@ -55,6 +55,8 @@ class Kept:
     attention: int  # all of a layer but its MLP or experts, its input included
     mlp: int
     mlp_input: int  # what a recomputed MLP needs
+    light: int  # of a layer, what norms and the MLP's activation give
+    light_again: int  # the largest of these
     head: int  # final norm, head and loss
     embedding: int
     shared: int  # by all layers of a chunk, once
@@ -64,12 +66,18 @@ class Kept:
         return self.attention + self.mlp
 
     def in_layers(self, layers: int, recompute: Recompute) -> int:
-        of_one = {"full": self.layer_input, "selective": self.attention + self.mlp_input, "none": self.layer}[recompute]
+        of_one = {
+            "none": self.layer,
+            "light": self.layer - self.light,
+            "selective": self.attention + self.mlp_input,
+            "full": self.layer_input,
+        }[recompute]
         return layers * of_one + self.shared
 
     def computed_again(self, recompute: Recompute) -> int:
         """What one layer holds while the backward pass is in it, beside what was kept."""
-        return {"none": 0, "selective": self.mlp - self.mlp_input, "full": self.layer}[recompute]
+        again = {"none": 0, "light": self.light_again, "selective": self.mlp - self.mlp_input, "full": self.layer}
+        return again[recompute]
 
 
 def kept_by_one_pass(spec: ModelSpec, layout: ParallelConfig, one: Pass, element: int, kernels: Kernels) -> Kept:
@@ -83,7 +91,18 @@ def kept_by_one_pass(spec: ModelSpec, layout: ParallelConfig, one: Pass, element
     head = norm_h + t * h * element + t * 16 + t * _LOSS_BYTES
     shared = 0 if kernels.fused_rope else 2 * t * spec.head_dim * element  # cosines and sines
     shared += 8 * _seen(layout, one) if _gathers(layout, kernels) else 0  # the order of the keys
-    return Kept(s * h * element, attention + norm_h, mlp, mlp_input, head, embedding=8 * t, shared=shared)
+    light, light_again = _light(spec, layout, t, s, element, kernels)
+    return Kept(
+        layer_input=s * h * element,
+        attention=attention + norm_h,
+        mlp=mlp,
+        mlp_input=mlp_input,
+        light=light,
+        light_again=light_again,
+        head=head,
+        embedding=8 * t,
+        shared=shared,
+    )
 
 
 def _gathers(layout: ParallelConfig, kernels: Kernels) -> bool:
@@ -136,6 +155,21 @@ def _mlp(spec: ModelSpec, layout: ParallelConfig, t: int, s: int, element: int, 
     copies = s * chosen * layout.expert_tp
     experts = copies * (h + f * (3 if kernels.fused_swiglu else 6)) * element + 4 * copies
     return mlp_input + routing + experts, mlp_input
+
+
+def _light(spec: ModelSpec, layout: ParallelConfig, t: int, s: int, element: int, kernels: Kernels) -> tuple[int, int]:
+    """(what `recompute: light` does not keep, the largest tensor of it). Transformer Engine fuses dense layers' norms."""
+    norm = s * spec.hidden_size * element
+    if spec.moe is not None:
+        if kernels.attention != "engine":
+            return norm, norm  # experts are Megatron-Core's own, and the router keeps the other norm
+        copies = s * spec.moe.experts_per_token * layout.expert_tp
+        product = copies * (spec.moe.expert_ffn_size // layout.expert_tp) * element
+        return norm + product, product
+    product = t * (spec.ffn_size // layout.tp) * element
+    if kernels.attention == "engine":
+        return product, product
+    return 2 * norm + product * (1 if kernels.fused_swiglu else 2), product  # unfused, Megatron-Core keeps a half twice
 
 
 def chunks_in_flight(layout: ParallelConfig, stage: int, microbatches: int) -> int:

@@ -9,8 +9,9 @@ from operator import add
 import numpy as np
 
 from lens_megatron.mcore.layout import ParallelConfig, padded_vocab_size
+from lens_megatron.mcore.settings import Recompute
 from lens_megatron.model_spec import AdvisedLayout, ModelSpec
-from lens_megatron.planning.activations import CUDA, Kernels, Pass, Recompute, activation_bytes, kept_by_one_pass
+from lens_megatron.planning.activations import CUDA, Kernels, Pass, activation_bytes, kept_by_one_pass
 from lens_megatron.planning.buffers import Buffer, Owned, chunk_buffers, default_bucket_size
 from lens_megatron.planning.shards import chunks_of_stage, kinds_of_stages
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lens_megatron.mcore.layout import ParallelConfig, check_layout
+from lens_megatron.mcore.settings import Recompute
 from lens_megatron.model_spec import ModelSpec
-from lens_megatron.planning.activations import CUDA, Kernels, Recompute
+from lens_megatron.planning.activations import CUDA, Kernels
 from lens_megatron.planning.generation import Generation, generate
 from lens_megatron.planning.gpus import Gpu, Rates
 from lens_megatron.planning.memory import OTHER_BYTES, ROOM, EngineBytes, TrainerBytes, trainer_bytes

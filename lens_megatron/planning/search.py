@@ -9,14 +9,20 @@ from dataclasses import dataclass
 
 from lens_megatron.errors import UsageError
 from lens_megatron.mcore.layout import ParallelConfig, check_layout
+from lens_megatron.mcore.settings import Recompute
 from lens_megatron.model_spec import ModelSpec
-from lens_megatron.planning.activations import CUDA, Kernels, Recompute
+from lens_megatron.planning.activations import CUDA, Kernels
 from lens_megatron.planning.gpus import ROOM_FOR_ENGINE, Gpu, Rates
 from lens_megatron.planning.parameters import count_parameters
 from lens_megatron.planning.plans import Placement, Plan, Setup, make_plan
 from lens_megatron.planning.work import Workload
 
-_CHEAPEST_FIRST: tuple[Recompute, ...] = ("none", "selective", "full")  # in time; the first that fits is the best
+_CHEAPEST_FIRST: tuple[Recompute, ...] = (
+    "none",
+    "light",
+    "selective",
+    "full",
+)  # in time; the first that fits is the best
 
 
 @dataclass(frozen=True)

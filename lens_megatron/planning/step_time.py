@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 from lens_megatron.mcore.layout import ParallelConfig
+from lens_megatron.mcore.settings import Recompute
 from lens_megatron.model_spec import ModelSpec
-from lens_megatron.planning.activations import Kernels, Pass, Recompute, kept_by_one_pass
+from lens_megatron.planning.activations import Kernels, Pass, kept_by_one_pass
 from lens_megatron.planning.gpus import Gpu, Rates
 from lens_megatron.planning.memory import StateBytes, state_bytes
 from lens_megatron.planning.parameters import count_parameters
@@ -72,6 +73,10 @@ class PassTimes:
         traffic = _TRAFFIC * self.layers * self.kept.layer / self.rates.bandwidth
         return layers + attention + traffic
 
+    def _made_again(self) -> float:
+        """Norms and activations once more: memory traffic alone."""
+        return _TRAFFIC * self.layers * self.kept.light / self.rates.bandwidth
+
     def _head(self) -> float:
         return self.t * self.flops.head / self.layout.tp / self.rates.matmul
 
@@ -128,23 +133,24 @@ class PassTimes:
         count = microbatch_count(layout, self.world, tokens, work.tokens_per_microbatch)
         share = min(1.0, tokens / dp / (count * work.tokens_per_microbatch))
         compute = self._compute(self.mean_length / 2)
-        again = {"none": 0.0, "selective": self.flops.mlp / self.flops.layers, "full": 1.0}[recompute]
+        again = {"selective": self.flops.mlp / self.flops.layers, "full": 1.0}.get(recompute, 0.0)
+        made_again = self._made_again() if recompute == "light" else 0.0
         exchange = self._context() + self._experts()
-        arithmetic = share * count * (3 + again) * compute
+        arithmetic = share * count * ((3 + again) * compute + made_again)
+        recomputed = share * count * (again * compute + made_again)
         head = share * count * 4 * self._head()  # the backward pass makes the logits again
         # backward: as much again, and inputs gathered once more for the weights' gradients
         tensor = share * count * ((1 + 1.5 + again) * self._tensor() + (2 + again) * exchange + 2 * self._handed_on())
         bubble = (layout.pp - 1) / layout.vpp / count * (arithmetic + tensor)
         parts = {
-            "arithmetic": arithmetic,
-            "recomputed": arithmetic * again / (3 + again),
+            "arithmetic": arithmetic - recomputed,
+            "recomputed": recomputed,
             "head": head,
             "exchange inside the model": tensor,
             "pipeline bubble": bubble,
             "data-parallel exchange": self._data_parallel(),
             "optimizer": self._optimizer(),
         }
-        parts["arithmetic"] -= parts["recomputed"]
         parts = {name: updates * seconds for name, seconds in parts.items()}
         return TrainerTimes(sum(parts.values()), parts)
 

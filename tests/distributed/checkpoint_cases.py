@@ -95,7 +95,7 @@ def resumed(folder: Path, layout: ParallelConfig, source: Path, spoil: str = "")
 
 def resumed_with_states_of_the_engine(folder: Path, layout: ParallelConfig, source: Path) -> Answer:
     """As with Transformer Engine, whose norms ask a checkpoint for a state, empty without FP8, that plain ones never wrote."""
-    from lens_megatron.mcore.layer_spec import PlainRMSNorm
+    from lens_megatron.mcore.norm import PlainRMSNorm
 
     PlainRMSNorm.get_extra_state = lambda self: torch.Tensor()  # type: ignore[method-assign,misc,assignment]
     PlainRMSNorm.set_extra_state = lambda self, state: None  # type: ignore[method-assign,misc,assignment]

@@ -88,7 +88,7 @@ def allocated(
     memory = MemoryConfig(recompute=recompute)  # type: ignore[arg-type]
     if bucket_size is not None:
         config = transformer_config(spec, layout, dtype, memory)
-        buffers = _bucketed(build_chunks(spec, config), config, bucket_size)
+        buffers = _bucketed(build_chunks(spec, config, memory), config, bucket_size)
         return _of_buffers(buffers)
     policy = build_trainable(spec, layout, folder, ours.OptimizerConfig(), steps=2, memory=memory, dtype=dtype)
     buffers = [b for chunk in policy.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]

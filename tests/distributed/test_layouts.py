@@ -149,7 +149,7 @@ def test_overlapped_gradient_sums_change_nothing(kind: str, layout: str, workers
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", ["light", "selective", "full"])
 def test_recomputed_activations_change_nothing(kind: str, recompute: str, workers: Any, hf_folder: Any) -> None:
     folder = hf_folder(kind)
     answer = workers(2).run(
@@ -157,6 +157,18 @@ def test_recomputed_activations_change_nothing(kind: str, recompute: str, worker
     )[0]
     error, worst = largest_relative_error(answer[1], expected_gradients(folder)[1])
     assert error < 1e-4, worst
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("qwen2", "tp2+sp"), ("qwen3_moe", "pp2")])
+def test_light_recomputation_gives_the_same_bits(kind: str, layout: str, workers: Any, hf_folder: Any) -> None:
+    world, parallel = LAYOUTS[layout]
+    kept, again = (
+        workers(world).run(cases.gradients, hf_folder(kind), parallel, SEQUENCES, DATA, BUDGET, recompute=recompute)[0]
+        for recompute in ("none", "light")
+    )
+    assert kept[0] == again[0]
+    for name, gradient in kept[1].items():
+        assert torch.equal(gradient, again[1][name]), name
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "qwen3_tied", "qwen3_moe"])

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.distributed
 SEQUENCES = random_sequences(12, seed=4)
 DATA = reference.loss_data(SEQUENCES)
 BUDGET = 96
-WITHIN = {"none": 0.02, "selective": 0.02, "full": 0.05}
+# what `light` makes again is planned for, and not seen by the hooks that count
+WITHIN = {"none": 0.02, "light": 0.05, "selective": 0.02, "full": 0.05}
 # layouts that show everything there is to show about 16-bit weights, recomputation and long sequences
 BF16 = [pair for pair in COMBINATIONS if pair[0] in ("qwen3_tied", "qwen3_moe") and pair[1] != "1"]
 RECOMPUTE = [("llama", "1"), ("llama", "tp2+sp"), ("llama", "pp2"), ("qwen3_moe", "ep2"), ("qwen3_moe", "tp2+sp")]
@@ -86,7 +87,7 @@ def test_the_same_in_bf16(kind: str, layout: str, workers: Any, hf_folder: Any) 
 
 
 @pytest.mark.parametrize(("kind", "layout"), RECOMPUTE)
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", ["light", "selective", "full"])
 def test_activations_when_some_are_computed_again(
     kind: str, layout: str, recompute: str, workers: Any, hf_folder: Any
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def test_all_ranks_together_keep_every_parameters_state_once(model: str) -> None
 
 @pytest.mark.parametrize("layout", [ParallelConfig(), ParallelConfig(tp=2, pp=2), ParallelConfig(tp=8)])
 def test_parts_add_up_to_the_peak_and_phases_to_the_step(layout: ParallelConfig) -> None:
-    for recompute in ("none", "selective", "full"):
+    for recompute in ("none", "light", "selective", "full"):
         one = plan(layout, recompute=recompute)
         assert sum(one.trainer.parts().values()) == one.trainer.peak == max(one.trainer.moments.values())
         assert set(one.seconds) == set(PHASES)
@@ -76,9 +77,11 @@ def test_parts_add_up_to_the_peak_and_phases_to_the_step(layout: ParallelConfig)
 
 
 def test_recomputing_trades_time_for_memory() -> None:
-    none, some, all_ = (plan(ParallelConfig(tp=2), recompute=kind) for kind in ("none", "selective", "full"))
-    assert none.trainer.activations > some.trainer.activations > all_.trainer.activations
-    assert none.seconds["train"] < some.seconds["train"] < all_.seconds["train"]
+    kinds = ("none", "light", "selective", "full")
+    plans = [plan(ParallelConfig(tp=2), recompute=kind) for kind in kinds]
+    for less, more in itertools.pairwise(plans):
+        assert less.trainer.activations > more.trainer.activations
+        assert less.seconds["train"] < more.seconds["train"]
 
 
 def test_more_gpus_take_less_time_and_no_more_memory() -> None:
@@ -119,7 +122,7 @@ def test_the_search_returns_the_fastest_that_fit() -> None:
     found = search(SPEC, GPU, RATES, WORK, 8, ("colocated",), most=3)
     slow = []
     for layout in _layouts(SPEC, 8, 8):
-        for recompute in ("none", "selective", "full"):
+        for recompute in ("none", "light", "selective", "full"):
             one = plan(layout, recompute=recompute)
             if one.trainer.peak <= ROOM * GPU.memory:
                 slow.append(one.step_seconds)
