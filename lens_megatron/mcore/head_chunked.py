@@ -88,7 +88,7 @@ def gradients(
         sum_TH = torch.empty_like(hidden_TH, dtype=log_total_T.dtype)
     if sum_TH is not None:
         sum_TH.zero_()
-    with_entropy = bool(grad_entropy_T.any())
+    with_entropy = grad_entropy_T.is_cuda or bool(grad_entropy_T.any())  # a GPU would have to be waited for
     scale_T, entropy_scale_T = grad_logprob_T / temperature, grad_entropy_T / temperature
     for start, stop in _tiles(weight_VH.size(0)):
         tile_CH = weight_VH[start:stop]

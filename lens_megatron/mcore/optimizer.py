@@ -15,9 +15,9 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer import clip_grads, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import local_multi_tensor_l2_norm
 
 from lens_megatron.errors import UsageError
 from lens_megatron.mcore.runtime import cuda_literals
@@ -46,9 +46,10 @@ class Optimizer:
             # The schedule moves first: with warm-up over w steps, the first step takes lr/w, not 0.
             self.scheduler.step(increment=int(advance_schedule))
             for part in getattr(self.inner, "chained_optimizers", [self.inner]):
-                parameters = part.get_parameters()
-                if part.config.clip_grad > 0 and parameters:
-                    clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+                gradients = [p.grad for p in part.get_parameters() if p.grad is not None]
+                share = part.config.clip_grad / (norm + 1e-6)
+                if 0 < share < 1 and gradients:
+                    torch._foreach_mul_(gradients, share)
             self.inner.step_with_ready_grads()
         return norm, self.learning_rate(), True
 
@@ -118,6 +119,8 @@ def build_optimizer(
         params_dtype=config.params_dtype,
         use_distributed_optimizer=True,
     )
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:  # neither Transformer Engine nor apex
+        clip_grads.l2_norm_impl = _norm_on_the_device
     with cuda_literals():
         inner = get_megatron_optimizer(mcore, list(wrapped), config_overrides=get_standard_config_overrides(mcore))
         _set_fused(inner, settings.fused)
@@ -138,6 +141,13 @@ def build_optimizer(
         )
     config.grad_scale_func = inner.scale_loss
     return Optimizer(inner, scheduler)
+
+
+def _norm_on_the_device(
+    chunk_size: int, overflow: Any, lists: Sequence[Sequence[torch.Tensor]], per_tensor: bool
+) -> tuple[torch.Tensor, None]:
+    """Instead of Megatron-Core's own norm, which fetches one number a parameter from the GPU and waits for each."""
+    return torch.nn.utils.get_total_norm(list(lists[0])).view(1), None
 
 
 def _set_fused(inner: Any, fused: bool | None) -> None:

@@ -89,7 +89,7 @@ def kept_by_one_pass(spec: ModelSpec, layout: ParallelConfig, one: Pass, element
     attention = norm_h + s * h * element + _attention(spec, layout, t, one, element, kernels)
     mlp, mlp_input = _mlp(spec, layout, t, s, element, kernels)
     head = norm_h + t * h * element + t * 16 + t * _LOSS_BYTES
-    shared = 0 if kernels.fused_rope else 2 * t * spec.head_dim * element  # cosines and sines
+    shared = 0 if kernels.fused_rope else t * spec.head_dim * element  # a cosine and a sine for each pair
     shared += 8 * _seen(layout, one) if _gathers(layout, kernels) else 0  # the order of the keys
     light, light_again = _light(spec, layout, t, s, element, kernels)
     return Kept(
