@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:  # the head's benchmarks run where Megatron-Core is missing
+    from lens_megatron.mcore.layout import ParallelConfig
     from lens_megatron.mcore.packing import Pack
     from lens_megatron.mcore.settings import HeadKind, Recompute
     from lens_megatron.mcore.step import Trainable
@@ -53,9 +54,13 @@ def padded_packs(lengths: Sequence[int], budget: int) -> list[Pack]:
 
 
 def random_policy(
-    spec: ModelSpec, recompute: Recompute = "none", head: HeadKind = "torch", dtype: torch.dtype | None = None
+    spec: ModelSpec,
+    recompute: Recompute = "none",
+    head: HeadKind = "torch",
+    dtype: torch.dtype | None = None,
+    layout: ParallelConfig | None = None,
 ) -> Trainable:
-    """A policy of that shape on one process, its weights drawn instead of loaded."""
+    """A policy of that shape, by default on one process; its weights are drawn instead of loaded."""
     from lens_megatron.mcore import runtime
     from lens_megatron.mcore.layout import ParallelConfig
     from lens_megatron.mcore.model import build_chunks, transformer_config
@@ -63,7 +68,7 @@ def random_policy(
     from lens_megatron.mcore.settings import MemoryConfig, OptimizerConfig
     from lens_megatron.mcore.step import Trainable
 
-    layout, memory = ParallelConfig(), MemoryConfig(recompute=recompute, head=head)
+    layout, memory = layout or ParallelConfig(), MemoryConfig(recompute=recompute, head=head)
     runtime.initialize(spec, layout)
     config = transformer_config(spec, layout, dtype or runtime.default_dtype(), memory)
     chunks = build_chunks(spec, config, memory)
