@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,14 @@ def forecast(
     *,
     tokens: int = 16_384,
     packs: int = 2,
+    layers: int | None = None,
     recompute: str = "none",
     gpu: str = "h200",
     rank: int = 0,
     world: int = 1,
     **layout: Any,
 ) -> Forecast:
-    """One of these a process: the fake device is for good. `device.load()` comes before."""
+    """`device.load()` comes before, and all in one process have one rank and world. `layers`: only so many of the model's."""
     mode, waits = device.start(rank, world)
     from benchmarks._work import math_lengths, random_policy, random_sequences, train_flops
     from benchmarks.fake_cuda import exchange, fused
@@ -69,13 +70,14 @@ def forecast(
     from lens_megatron.planning.gpus import GPUS, assumed_rates
 
     spec, parallel = load_model_spec(model), ParallelConfig(**layout)
+    spec = replace(spec, layers=layers or spec.layers)
     lengths = math_lengths(packs * tokens * (world // parallel.model_ranks), tokens // 4)
     sequences = random_sequences(lengths, spec.vocab_size)
 
     def loss(logprobs_T: Any, entropy_T: Any, pack: Any) -> Any:
         return -logprobs_T.where(pack.target_T >= 0, 0.0).sum() / sum(lengths), {}
 
-    trace = Trace()
+    trace = Trace(waits)
     fused.install(trace.count)
     exchange.experts()
     with mode, trace:
@@ -84,10 +86,9 @@ def forecast(
         held = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
         exchange.pipeline([(pack.tokens // held, 1, spec.hidden_size) for pack in mine])
         trace.attended = sum(n * n / 2 for pack in mine for n in pack.padded_lengths) / len(mine) / parallel.cp
-        for _ in range(2):  # the first allocates the optimizer's moments
-            waits.clear()
-            trace.begin()
-            step.train_step(policy, sequences, loss, tokens_per_microbatch=tokens)
+        policy.optimizer.step()  # the first allocates the moments
+        trace.begin()
+        step.train_step(policy, sequences, loss, tokens_per_microbatch=tokens)
     state, gib = trace.memory.now, 2.0**30
     rates, sheet = assumed_rates(GPUS[gpu]), GPUS[gpu].matmul
     lines = []
@@ -136,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="a training step counted on a device that computes nothing")
     parser.add_argument("--model", default="qwen3-4b-base")
     parser.add_argument("--tokens", type=int, default=16_384, help="budget of a micro-batch")
+    parser.add_argument("--layers", type=int, help="only so many of the model's")
     parser.add_argument("--recompute", default="none", choices=["none", "light", "selective", "full"])
     parser.add_argument("--gpu", default="h200")
     parser.add_argument("--world", type=int, default=1)
@@ -147,6 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     found = forecast(
         given.model,
         tokens=given.tokens,
+        layers=given.layers,
         recompute=given.recompute,
         gpu=given.gpu,
         world=given.world,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -22,7 +23,7 @@ def pipeline(shapes: Sequence[tuple[int, ...]]) -> None:
         )
 
     p2p_communication.P2PCommunicator._communicate_shapes = arriving
-    torch.distributed.batch_isend_irecv = lambda operations: []
+    torch.distributed.batch_isend_irecv = lambda p2p_op_list: []
 
 
 def experts() -> None:
@@ -30,7 +31,6 @@ def experts() -> None:
     sent_on = 0
     from megatron.core.transformer.moe import token_dispatcher
     from torch._subclasses import fake_impls
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     def counted(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
         if point != self.cuda_dtoh_point:
@@ -38,16 +38,17 @@ def experts() -> None:
         nonlocal sent_on
         sent_on = copies = self.routing_map.size(0) * self.config.moe_router_topk
         local, ranks = self.num_local_experts, self.ep_size * self.tp_size
-        with unset_fake_temporarily():  # numbers, which fakes do not hold
-            if self.ep_size > 1 or self.tp_size > 1:
-                self.input_splits = self.output_splits = torch.tensor(list(_evenly(copies, self.ep_size))).numpy()
-                self.output_splits_tp = torch.full((self.tp_size,), copies).numpy()
-            self.num_out_tokens = copies
-            if local > 1:
-                sent = [list(_evenly(part, local)) for part in _evenly(copies * self.tp_size, ranks)]
-                self.num_global_tokens_per_local_expert = torch.tensor(sent)
-                return torch.tensor(sent).sum(0)
-            return torch.tensor([copies * self.tp_size])
+        if ranks > 1:
+            self.input_splits = self.output_splits = _evenly(copies, self.ep_size)
+            self.output_splits_tp = np.full(self.tp_size, copies)
+        self.num_out_tokens = copies
+        sent = np.stack([_evenly(part, local) for part in _evenly(copies * self.tp_size, ranks)])
+        if local > 1:
+            self.num_global_tokens_per_local_expert = sent
+            order = np.arange(ranks * local)
+            self.sort_input_by_local_experts = order.reshape(-1, local).T.ravel()
+            self.restore_output_by_local_experts = order.reshape(local, -1).T.ravel()
+        return sent.sum(0)
 
     token_dispatcher.MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = counted
     # which copies: only their number matters here
@@ -56,5 +57,6 @@ def experts() -> None:
     )
 
 
-def _evenly(count: int, parts: int) -> Iterator[int]:
-    return (count * (number + 1) // parts - count * number // parts for number in range(parts))
+def _evenly(count: int, parts: int) -> np.ndarray:
+    """Whole numbers; of numpy, since a tensor made on the fake device has none."""
+    return np.diff(np.arange(parts + 1) * count // parts)

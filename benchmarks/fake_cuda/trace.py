@@ -6,6 +6,7 @@ Memory is what is asked of the allocator: a real one also rounds up and leaves g
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks.fake_cuda.device import place
+
 _NOTHING_RUNS = {
     "prim::device",
     "aten::empty",
@@ -23,6 +26,9 @@ _NOTHING_RUNS = {
     "aten::new_empty",
     "aten::detach",
 }
+
+
+_COPIES = {"aten::_to_copy", "aten::copy_"}
 
 
 @dataclass
@@ -55,16 +61,16 @@ class Memory:
 class Trace(TorchDispatchMode):
     """Under it every operation on the device is counted."""
 
-    def __init__(self, attended: float = 0.0) -> None:
+    def __init__(self, waits: Counter[str]) -> None:
         super().__init__()
+        self.waits = waits
         self.kernels: dict[str, Kernels] = {}
         self.memory = Memory()
-        self.attended = (
-            attended  # pairs of query and key in a pack, a head: causal attention's share depends on lengths
-        )
+        self.attended = 0.0  # pairs of query and key in a pack, a head: causal attention's share depends on lengths
 
     def begin(self) -> None:
         """From here on, with what is held already."""
+        self.waits.clear()
         self.kernels.clear()
         self.memory.peak = self.memory.now
 
@@ -81,6 +87,8 @@ class Trace(TorchDispatchMode):
         for tensor in written:
             self.memory.see(tensor)
         name = function._schema.name
+        if name in _COPIES and read and not written:
+            self.waits[place()] += 1  # to the host
         if name not in _NOTHING_RUNS and written and not _only_looks(function, read, written):
             self.count(
                 name.split("::")[1], self._flops(function, args, kwargs, result), sum(map(_bytes, read + written))

@@ -39,14 +39,14 @@ def score_sequences(
     """log p(token | tokens before it) and, unless told not to, the entropy of the distribution it was drawn from."""
     packs = plan_for_this_layout([len(sequence) for sequence in sequences], tokens_per_microbatch, config)
     offsets = flat_offsets(sequences)
-    flat_2F = torch.zeros(2, offsets[-1])
+    flat_2F = torch.zeros(2, offsets[-1] + 1, device=device())  # one place more, for what belongs nowhere
 
-    def collect(output_2T: Tensor, batch: PackedBatch) -> None:
-        there_T = batch.target_T >= 0
-        flat_2F[:, batch.target_T[there_T].cpu()] = output_2T[:, there_T].float().cpu()
+    def collect(output_2T: Tensor, batch: PackedBatch) -> None:  # a GPU is not waited for
+        place_T = torch.where(batch.target_T >= 0, batch.target_T, offsets[-1])
+        flat_2F.index_copy_(1, place_T, output_2T.float())
 
     forward_only(chunks, config, packs, sequences, temperature, collect, entropy)
-    flat_2F = share_from_last_stage(flat_2F)
+    flat_2F = share_from_last_stage(flat_2F[:, :-1].contiguous())
     starts = torch.tensor(offsets[:-1], dtype=torch.long)
     flat_2F[:, starts] = torch.nan
     lengths = [len(sequence) for sequence in sequences]

@@ -159,11 +159,10 @@ def sum_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
         chosen = [name for name in names if name.endswith("/max") == largest]
         if not chosen:
             continue
-        values = torch.full((len(chosen),), -torch.inf if largest else 0.0, dtype=torch.float64)
+        values = torch.full((len(chosen),), -torch.inf if largest else 0.0, dtype=torch.float64, device=device())
         if last:
-            stacked = torch.stack([torch.stack([part[name].double().cpu() for name in chosen]) for part in parts])
+            stacked = torch.stack([torch.stack([part[name].double() for name in chosen]) for part in parts])
             values = stacked.amax(0) if largest else stacked.sum(0)
-        values = values.to(device())
         operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
         dist.all_reduce(values, operation, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
