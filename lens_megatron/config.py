@@ -14,7 +14,7 @@ from lens_megatron.data.config import DataConfig, SupervisedDataConfig
 from lens_megatron.errors import UsageError
 from lens_megatron.evaluation.config import EvaluationConfig
 from lens_megatron.guards.config import GuardConfig, ModelGuardConfig
-from lens_megatron.mcore.layout import ParallelConfig
+from lens_megatron.mcore.layout import ParallelConfig, check_budget
 from lens_megatron.mcore.settings import MemoryConfig, OptimizerConfig
 from lens_megatron.rewards.config import RewardConfig
 from lens_megatron.rollout.sampling import SamplingConfig
@@ -75,6 +75,8 @@ class RunConfig:
             raise ValueError("rollout.temperature 0 leaves no log-probs to train on: set it above 0")
         if self.rollout.servers < 1:
             raise ValueError(f"rollout.servers is at least 1 (got {self.rollout.servers})")
+        longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
+        check_budget("update.tokens_per_microbatch", self.update.tokens_per_microbatch, longest, self.parallel)
         corrected = self.algorithm.loss.engine_correction.mode != "none" or self.update.old_logprobs == "engine"
         if self.rollout.sync.transport == "distributed" and self.placement == "colocated":
             raise ValueError(

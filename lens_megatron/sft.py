@@ -18,6 +18,7 @@ from lens_megatron.guards.run_guards import ModelGuards
 from lens_megatron.mcore import runtime
 from lens_megatron.mcore.batch import PackedBatch
 from lens_megatron.mcore.hf_files import write_hf_folder
+from lens_megatron.mcore.layout import check_budget
 from lens_megatron.mcore.step import LossFunction, Trainable, build_trainable, train_step
 from lens_megatron.mcore.watch import MARGIN_S, Watch
 from lens_megatron.model_spec import find_weights, load_model_config
@@ -36,6 +37,7 @@ def train_supervised(config: SftConfig, folder: RunFolder | None) -> Path:
         tokenizer = load_tokenizer(str(weights))
         check_tokenizer(tokenizer, model.spec.vocab_size)
         examples, too_long = load_supervised(config.data, tokenizer, model.template)
+        check_lengths(examples, config, model.spec.max_positions)
         order = PromptOrder([example.id for example in examples], config.seed, config.data.shuffle)
         runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s + MARGIN_S)
     watch = Watch(run_dir, config.timeout_s)
@@ -71,6 +73,15 @@ def train_supervised(config: SftConfig, folder: RunFolder | None) -> Path:
             return _exported(policy, run_dir / "hf", weights, folder)
     finally:
         watch.close()
+
+
+def check_lengths(examples: Sequence[SupervisedExample], config: SftConfig, positions: int) -> None:
+    longest = max(examples, key=lambda example: len(example.prompt) + len(example.response))
+    tokens = len(longest.prompt) + len(longest.response)
+    if tokens > positions:
+        where = f"{config.data.train}: row {longest.id}"
+        raise UsageError(f"{where} has {tokens} tokens, more than the model's {positions} positions")
+    check_budget("tokens_per_microbatch", config.tokens_per_microbatch, tokens, config.parallel)
 
 
 def _step(policy: Trainable, batch: Sequence[SupervisedExample], config: SftConfig) -> dict[str, float]:

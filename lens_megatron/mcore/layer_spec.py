@@ -23,11 +23,16 @@ def transformer_engine_available() -> bool:
     return torch.cuda.is_available() and HAVE_TE
 
 
+def runs_on_engine(dtype: torch.dtype) -> bool:
+    """Transformer Engine's packed attention is for half precision."""
+    return transformer_engine_available() and dtype != torch.float32
+
+
 def block_spec(config: Any, vp_stage: int | None, recompute: Recompute = "none") -> TransformerBlockSubmodules:
     """The layers of one pipeline chunk, and its last norm."""
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     lean = recompute == "light"
-    if transformer_engine_available():
+    if runs_on_engine(config.params_dtype):
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer = get_gpt_layer_with_transformer_engine_spec(

@@ -56,6 +56,29 @@ class ParallelConfig:
         return math.lcm(self.model_ranks, expert_ranks)
 
 
+def sequence_unit(cp: int) -> int:
+    """Each context-parallel rank holds two chunks of a sequence."""
+    return 2 * cp if cp > 1 else 1
+
+
+def pack_unit(cp: int, tp: int) -> int:
+    """Every tensor-parallel rank holds as many tokens of a pack."""
+    return math.lcm(sequence_unit(cp), cp * tp)
+
+
+def padding_reserved(cp: int, tp: int) -> int:
+    """Tokens of a pack's budget that its own padding may take, beside that of its sequences."""
+    return pack_unit(cp, tp) - sequence_unit(cp)
+
+
+def check_budget(key: str, budget: int, longest: int, layout: ParallelConfig) -> None:
+    """`budget` must hold a sequence of `longest` tokens. Known before a run starts: the last prompts must not end it."""
+    unit = sequence_unit(layout.cp)
+    least = -(-longest // unit) * unit + padding_reserved(layout.cp, layout.tp)
+    if budget < least:
+        raise UsageError(f"{key}: {budget} tokens cannot hold a sequence of {longest}; set at least {least}")
+
+
 _VOCAB_MULTIPLE = 128
 
 

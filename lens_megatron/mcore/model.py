@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lens_megatron.mcore import rotary
 from lens_megatron.mcore.head import token_logprobs_and_entropy
-from lens_megatron.mcore.layer_spec import block_spec, transformer_engine_available
+from lens_megatron.mcore.layer_spec import block_spec, runs_on_engine
 from lens_megatron.mcore.layout import ParallelConfig, padded_vocab_size
 from lens_megatron.mcore.runtime import cuda_literals
 from lens_megatron.mcore.settings import MemoryConfig
@@ -98,7 +98,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron-Core's configuration of this model in this layout."""
     memory = memory or MemoryConfig()
-    engine = transformer_engine_available()
+    engine = runs_on_engine(dtype)
     options: dict[str, Any] = {
         "num_layers": spec.layers,
         "hidden_size": spec.hidden_size,

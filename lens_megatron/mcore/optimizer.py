@@ -125,7 +125,7 @@ def build_optimizer(
         inner = get_megatron_optimizer(mcore, list(wrapped), config_overrides=get_standard_config_overrides(mcore))
         _set_fused(inner, settings.fused)
         # one more than the run has, or its last step would train at min_lr, and a run of one step not at all
-        decay_steps = settings.decay_steps or max(steps, settings.warmup_steps) + 1
+        decay_steps = (settings.decay_steps or max(steps, settings.warmup_steps)) + 1
         scheduler = OptimizerParamScheduler(
             inner,
             init_lr=0.0,

@@ -10,7 +10,6 @@ that gives every tensor-parallel rank the same number of tokens.
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lens_megatron.errors import UsageError
+from lens_megatron.mcore.layout import ParallelConfig, check_budget, pack_unit, padding_reserved, sequence_unit
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,9 @@ def plan_packs(
 
     `budget` counts a micro-batch's tokens over all its context-parallel ranks, padding included.
     """
-    padded = [_round_up(length, _sequence_unit(cp)) for length in lengths]
-    room = budget - (_pack_unit(cp, tp) - _sequence_unit(cp))  # the pack's own padding must fit too
-    if padded and max(padded) > room:
-        raise UsageError(
-            f"update.tokens_per_microbatch: {budget} tokens cannot hold a sequence of {max(lengths)} "
-            f"({max(padded)} after padding); set at least {max(padded) + budget - room}"
-        )
+    check_budget("update.tokens_per_microbatch", budget, max(lengths, default=0), ParallelConfig(tp=tp, cp=cp))
+    padded = [_round_up(length, sequence_unit(cp)) for length in lengths]
+    room = budget - padding_reserved(cp, tp)
     if room < 1:
         raise UsageError(f"update.tokens_per_microbatch: {budget} tokens hold no sequence in this layout; set more")
     bins = _fewest_bins(padded, room, dp * multiple)
@@ -91,17 +87,9 @@ def _spread(padded: Sequence[int], count: int) -> list[tuple[int, list[int]]]:
 
 
 def _pack(members: list[int], padded: Sequence[int], cp: int, tp: int) -> Pack:
-    lengths = [padded[index] for index in members] or [_pack_unit(cp, tp)]
-    lengths[-1] += _round_up(sum(lengths), _pack_unit(cp, tp)) - sum(lengths)
+    lengths = [padded[index] for index in members] or [pack_unit(cp, tp)]
+    lengths[-1] += _round_up(sum(lengths), pack_unit(cp, tp)) - sum(lengths)
     return Pack(tuple(members), tuple(lengths))
-
-
-def _sequence_unit(cp: int) -> int:
-    return 2 * cp if cp > 1 else 1
-
-
-def _pack_unit(cp: int, tp: int) -> int:
-    return math.lcm(_sequence_unit(cp), cp * tp)
 
 
 def _round_up(value: int, unit: int) -> int:

@@ -176,6 +176,33 @@ def _moe_on_cpu() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = split_sizes
+    _uneven_parts_on_gloo()
+
+
+def _uneven_parts_on_gloo() -> None:
+    """tensor_parallel/mappings.py gathers and scatters parts of unequal size between the ranks that share an expert; NCCL
+    takes them, gloo wants all alike."""
+    from megatron.core.tensor_parallel import mappings
+
+    gather_even, scatter_even = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(part: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather_even(part, group, output_split_sizes, use_global_buffer)
+        padded = part.new_zeros((max(output_split_sizes), *part.shape[1:]))
+        padded[: part.size(0)] = part
+        parts = [torch.empty_like(padded) for _ in range(group.size())]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
+
+    def scatter(whole: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter_even(whole, group, input_split_sizes, use_global_buffer)
+        total = whole.clone()
+        dist.all_reduce(total, group=group)
+        return total.split(list(input_split_sizes))[group.rank()].clone()
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, scatter
 
 
 def world_size_from_environment() -> int | None:

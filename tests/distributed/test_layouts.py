@@ -29,16 +29,33 @@ LAYOUTS = {
     "tp2 cp2": (4, ParallelConfig(tp=2, cp=2)),
     "ep2 pp2": (4, ParallelConfig(ep=2, pp=2)),
     "tp2 ep2": (2, ParallelConfig(tp=2, ep=2)),
+    "ep2 etp2": (4, ParallelConfig(ep=2, etp=2)),
+    "tp2 ep2 etp2": (4, ParallelConfig(tp=2, ep=2, etp=2)),
+    "pp3 with ends": (3, ParallelConfig(pp=3, ends_count_as_layers=True)),
+    "pp2 vpp3 with ends": (2, ParallelConfig(pp=2, vpp=3, ends_count_as_layers=True)),
 }
 DENSE = ["1", "tp2", "tp2+sp", "pp2", "pp2 vpp2", "cp2", "dp2", "tp2 pp2"]
-MOE = ["1", "tp2+sp", "pp2", "pp2 vpp2", "cp2", "dp2", "ep2", "tp2 pp2", "ep2 pp2", "tp2 ep2"]
+MOE = [
+    "1",
+    "tp2+sp",
+    "pp2",
+    "pp2 vpp2",
+    "cp2",
+    "dp2",
+    "ep2",
+    "tp2 pp2",
+    "ep2 pp2",
+    "tp2 ep2",
+    "ep2 etp2",
+    "tp2 ep2 etp2",
+]
 # by layout, so that a layout's process groups serve every family
 COMBINATIONS = sorted(
     [
         *[("llama", name) for name in [*DENSE, "tp2 cp2"]],
         *[("qwen2", name) for name in DENSE],
         *[("qwen3", name) for name in DENSE],
-        *[("qwen3_tied", name) for name in DENSE],
+        *[("qwen3_tied", name) for name in [*DENSE, "pp3 with ends", "pp2 vpp3 with ends"]],
         *[("qwen3_moe", name) for name in MOE],
     ],
     key=lambda pair: list(LAYOUTS).index(pair[1]),

@@ -138,6 +138,28 @@ def test_what_could_never_be_left_out_is_refused(
             load_run(given, overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "least"),
+    [
+        (["rollout.max_response_tokens=20480"], 20992),
+        (["rollout.max_response_tokens=15873", "data.max_prompt_tokens=512"], 16385),
+        (["rollout.max_response_tokens=100", "update.tokens_per_microbatch=600", "parallel.cp=2"], 612),
+        (["algorithm=dapo", "update.tokens_per_microbatch=16384"], 20992),
+    ],
+)
+def test_a_budget_that_the_longest_rollout_would_not_fit_is_refused(
+    tmp_path: Path, overrides: list[str], least: int
+) -> None:
+    """Not hours later, by the first response that is as long as it may be."""
+    given = tmp_path / "RUN.yaml"
+    given.write_text(yaml.safe_dump({**MINIMAL, "algorithm": "grpo"}))
+    with pytest.raises(
+        UsageError, match=rf"update\.tokens_per_microbatch: \d+ tokens cannot hold .* set at least {least}$"
+    ):
+        load_run(given, overrides)
+    load_run(given, [*overrides, f"update.tokens_per_microbatch={least}"])
+
+
 def test_the_run_folders_config_is_the_runs(base: Path) -> None:
     again = load_run(base / "config.yaml", [])
     assert yaml.safe_load((base / "config.yaml").read_text()) == strict.to_tree(RunConfig, again)

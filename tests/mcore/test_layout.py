@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from lens_megatron.errors import UsageError
-from lens_megatron.mcore.layout import ParallelConfig, check_layout, padded_vocab_size
+from lens_megatron.mcore.layout import ParallelConfig, check_budget, check_layout, padded_vocab_size
+from lens_megatron.mcore.packing import plan_packs
 from lens_megatron.model_spec import ModelSpec, MoESpec, load_model_spec, shipped_models
 
 DENSE = ModelSpec(
@@ -181,3 +182,24 @@ def test_padded_vocabulary(tp: int, vocabulary: int) -> None:
 @pytest.mark.parametrize("name", shipped_models())
 def test_shipped_models_fit_on_one_process(name: str) -> None:
     check_layout(load_model_spec(name), ParallelConfig(), 1)
+
+
+@pytest.mark.parametrize(
+    "layout", [ParallelConfig(), ParallelConfig(tp=4), ParallelConfig(cp=2), ParallelConfig(cp=4, tp=3)]
+)
+@pytest.mark.parametrize("longest", [1, 7, 64, 101])
+def test_the_least_budget_that_is_accepted_is_the_least_that_packs(layout: ParallelConfig, longest: int) -> None:
+    for budget in range(longest, longest + 40):
+        try:
+            check_budget("update.tokens_per_microbatch", budget, longest, layout)
+        except UsageError as error:
+            assert f"{budget} tokens cannot hold a sequence of {longest}; set at least" in str(error)
+            least = int(str(error).split()[-1])
+            continue
+        assert budget == longest or budget >= least
+        for packs in plan_packs([longest, 1], budget, cp=layout.cp, tp=layout.tp):
+            assert all(pack.tokens <= budget for pack in packs)
+        if budget > longest:
+            assert budget == least
+        return
+    raise AssertionError("no budget was accepted")
