@@ -229,6 +229,9 @@ def tile_candidates() -> list[Any]:
         for stages in (3, 4)
         for group in (8, 16)
     ] + [
+        # small enough for two blocks a processor: one's last kernel part beside the other's products
+        Tiles(128, 128, 64, warps=8, stages=3, group=16, descriptors=True),
+        Tiles(128, 128, 64, warps=4, stages=3, group=16, descriptors=True),
         Tiles(128, 128, 64, warps=4, stages=4, group=16, descriptors=True),
         Tiles(128, 128, 64, warps=8, stages=4, group=16, descriptors=True),
         Tiles(256, 128, 64, warps=8, stages=3, group=8, descriptors=True),
