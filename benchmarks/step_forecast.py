@@ -1,7 +1,7 @@
 """What a training step asks of a GPU, counted without one: kernels, bytes, FLOPs, memory held, waits of the host.
 
-    python -m benchmarks.step_forecast --model qwen3-4b-base [--tokens 16384] [--recompute light] [--tp 2 --world 2]
-                                       [--gpu h200] [--json F]
+    python -m benchmarks.step_forecast [--model qwen3-4b-base,...] [--tokens 4096,16384] [--recompute none,light]
+                                       [--tp 2 --world 2] [--gpu h200] [--json benchmarks/results/step_forecast_h200.json]
 
 The real step of the real model runs on a device that holds no data (benchmarks/fake_cuda). Counts are exact; seconds are
 arithmetic over rates that are assumed (lens_megatron/planning/gpus.py): a FORECAST, nothing of it was measured. Exchange
@@ -135,10 +135,10 @@ def show(found: Forecast, most: int = 16) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="a training step counted on a device that computes nothing")
-    parser.add_argument("--model", default="qwen3-4b-base")
-    parser.add_argument("--tokens", type=int, default=16_384, help="budget of a micro-batch")
+    parser.add_argument("--model", default="qwen3-4b-base", help="one or several, with commas")
+    parser.add_argument("--tokens", default="16384", help="budget of a micro-batch; one or several")
+    parser.add_argument("--recompute", default="none", help="of none, light, selective, full; one or several")
     parser.add_argument("--layers", type=int, help="only so many of the model's")
-    parser.add_argument("--recompute", default="none", choices=["none", "light", "selective", "full"])
     parser.add_argument("--gpu", default="h200")
     parser.add_argument("--world", type=int, default=1)
     for name in ("tp", "cp", "pp", "ep"):
@@ -146,21 +146,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="F")
     given = parser.parse_args(argv)
     device.load()
-    found = forecast(
-        given.model,
-        tokens=given.tokens,
-        layers=given.layers,
-        recompute=given.recompute,
-        gpu=given.gpu,
-        world=given.world,
-        tp=given.tp,
-        cp=given.cp,
-        pp=given.pp,
-        ep=given.ep,
-    )
-    print(show(found))
+    from benchmarks._machine import machine
+
+    layout = {name: getattr(given, name) for name in ("tp", "cp", "pp", "ep")}
+    found = []
+    for model in given.model.split(","):
+        for tokens in map(int, given.tokens.split(",")):
+            for recompute in given.recompute.split(","):
+                found.append(
+                    forecast(
+                        model,
+                        tokens=tokens,
+                        layers=given.layers,
+                        recompute=recompute,
+                        gpu=given.gpu,
+                        world=given.world,
+                        **layout,
+                    )
+                )
+                print(show(found[-1]), end="\n\n", flush=True)
     if given.json:
-        Path(given.json).write_text(json.dumps(asdict(found), indent=1) + "\n")
+        rows = [asdict(one) for one in found]
+        Path(given.json).write_text(json.dumps({**machine(), "gpu": given.gpu, "forecasts": rows}, indent=1) + "\n")
     return 0
 
 
