@@ -16,9 +16,8 @@ from lens_megatron.errors import UsageError
 Order = Literal["make room", "stop"]
 # of `train`: 85 asks the batch script to queue the job again, 86 says that nobody should
 EXIT_CODES: dict[Order, int] = {"make room": 85, "stop": 86}
-NOTICE = (
-    "LENS_MEGATRON_NOTICE"  # a file that a launched job makes of the signal, also of one that comes too early for us
-)
+# a file that a launched job makes of the signal, also of one that comes too early for us
+NOTICE = "LENS_MEGATRON_NOTICE"
 _SIGNAL = signal.SIGUSR1
 
 

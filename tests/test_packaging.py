@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("lens_megatron", "model_configs", "launchers", "checkpoints_tools")
-DATA = (".yaml", ".json", ".jsonl", ".html", ".jinja", ".sh", ".css", ".js")
+DATA = (".typed", ".yaml", ".json", ".jsonl", ".html", ".jinja", ".sh", ".css", ".js")
 
 pytestmark = pytest.mark.slow
 

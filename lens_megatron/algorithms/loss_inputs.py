@@ -10,7 +10,7 @@ the mini-batch. No average over a micro-batch is taken anywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -71,7 +71,7 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class Denominators:
-    """Counts over the global mini-batch. Counts of ranks add up (`as_tensor`, all-reduce, `from_tensor`)."""
+    """Counts over the global mini-batch, which every rank holds whole."""
 
     groups: float
     sequences: float
@@ -82,13 +82,6 @@ class Denominators:
     high_kl_tokens: float
     low_kl_tokens: float
     purified_tokens: float
-
-    def as_tensor(self, device: torch.device | str = "cpu") -> Float[Tensor, " 9"]:
-        return torch.tensor(astuple(self), dtype=torch.float64, device=device)
-
-    @classmethod
-    def from_tensor(cls, counts: Float[Tensor, " 9"]) -> Denominators:
-        return cls(*counts.tolist())
 
 
 def count_denominators(

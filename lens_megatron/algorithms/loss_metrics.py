@@ -88,22 +88,6 @@ def metric_sums(
     return sums
 
 
-def is_max(name: str) -> bool:
-    """Whether a sum is reduced by maximum instead of addition."""
-    return name.endswith("/max")
-
-
-def merge_sums(total: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Two micro-batches' sums as one."""
-    merged = dict(total)
-    for name, value in more.items():
-        if name not in merged:
-            merged[name] = value
-        else:
-            merged[name] = torch.maximum(merged[name], value) if is_max(name) else merged[name] + value
-    return merged
-
-
 def finish_metrics(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
     """All-reduced sums as metrics. A mean over nothing is nan: there were no purified rollouts, say."""
     values = {name: float(value) for name, value in sums.items()}

@@ -20,9 +20,8 @@ from torch import Tensor
 class SurrogateTerms:
     """Per-token material of a surrogate; ratio and log-probs carry the gradient."""
 
-    ratio_T: Float[
-        Tensor, " T"
-    ]  # pi_theta / pi_old at the loss's level, one value for all tokens of a sample if by sequence
+    # pi_theta / pi_old at the loss's level, one value for all tokens of a sample if by sequence
+    ratio_T: Float[Tensor, " T"]
     current_logprobs_T: Float[Tensor, " T"]
     advantages_T: Float[Tensor, " T"]
     clip_low_T: Float[Tensor, " T"]

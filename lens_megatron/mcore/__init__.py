@@ -2,14 +2,15 @@
 
 layout.py, settings.py   which ranks hold what, refused with the reason before anything is allocated; memory and optimizer
 runtime.py               process groups, devices, and what Megatron-Core needs to run without CUDA
-rendezvous.py, agreement.py                      rank 0 works while others wait; ranks that fail together
-attention.py, rotary.py, layer_spec.py, model.py   the sharded model
+rendezvous.py, agreement.py, watch.py            rank 0 works while others wait; ranks that fail together; signs of life
+attention.py, rotary.py, norm.py, made_again.py, layer_spec.py, model.py   the sharded model; activations made again
 head.py, head_chunked.py, head_triton.py, head_kernels.py   from its hidden states to token log-probs and entropies
 hf_names.py, hf_slices.py, hf_bridge.py          HF weights in and out, slice by slice; one table for both directions
 hf_index.py, hf_files.py, hf_companions.py, hf_copies.py   HF folders: looked at, read and written; copies while training
 packing.py, batch.py, context.py                 ragged sequences into equal micro-batches for every rank
 pipeline.py, logprobs.py, noise.py, routing.py   passes over Megatron's schedules; experts recorded and replayed
 embedding_gradients.py                           what each prompt token's embedding weighs
+checksums.py                                     of weights and optimizer, whatever the layout
 optimizer.py, step.py, offload.py                training steps; off the device and back, for an engine that takes turns
 checkpoint.py, checkpoint_optimizer.py, checkpoint_writer.py, checkpoint_run.py   saved and loaded in any layout
 checkpoint_index.py, safe_pickle.py, stored_dtypes.py   what is in a checkpoint, read without running anything of it

@@ -100,9 +100,8 @@ def statistics_kernel(
     token = first_token + tl.arange(0, BLOCK_T)
     here = token < tokens
     wanted = tl.load(label + token, mask=here, other=-1)
-    wanted = tl.where(
-        wanted < rows, wanted, -1
-    )  # or a label of the next rank would be found in the last tile's padding
+    # or a label of the next rank would be found in the last tile's padding
+    wanted = tl.where(wanted < rows, wanted, -1)
     maximum = tl.full((BLOCK_T,), _NEVER, dtype=tl.float32)
     total = tl.zeros((BLOCK_T,), dtype=tl.float32)
     moment = tl.zeros((BLOCK_T,), dtype=tl.float32)

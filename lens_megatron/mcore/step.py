@@ -72,6 +72,16 @@ class StepResult:
     metrics: dict[str, float]
 
 
+def _loaded(
+    spec: ModelSpec, layout: ParallelConfig, folder: Path, memory: MemoryConfig, dtype: torch.dtype | None
+) -> tuple[Any, list[torch.nn.Module]]:
+    check_folder(folder, spec)
+    config = transformer_config(spec, layout, dtype or default_dtype(), memory)
+    chunks = build_chunks(spec, config, memory)
+    load_hf(chunks, spec, folder)
+    return config, chunks
+
+
 def build_frozen(
     spec: ModelSpec,
     layout: ParallelConfig,
@@ -80,11 +90,7 @@ def build_frozen(
     dtype: torch.dtype | None = None,
 ) -> ShardedModel:
     """A model that only scores."""
-    check_folder(folder, spec)
-    memory = memory or MemoryConfig()
-    config = transformer_config(spec, layout, dtype or default_dtype(), memory)
-    chunks = build_chunks(spec, config, memory)
-    load_hf(chunks, spec, folder)
+    config, chunks = _loaded(spec, layout, folder, memory or MemoryConfig(), dtype)
     for chunk in chunks:
         chunk.requires_grad_(False)
     return ShardedModel(spec, config, chunks)
@@ -100,11 +106,8 @@ def build_trainable(
     memory: MemoryConfig | None = None,
     dtype: torch.dtype | None = None,
 ) -> Trainable:
-    check_folder(folder, spec)
     memory = memory or MemoryConfig()
-    config = transformer_config(spec, layout, dtype or default_dtype(), memory)
-    chunks = build_chunks(spec, config, memory)
-    load_hf(chunks, spec, folder)
+    config, chunks = _loaded(spec, layout, folder, memory, dtype)
     wrapped = with_gradient_buffers(chunks, config, layout.overlap_grad_reduce)
     return Trainable(spec, config, wrapped, build_optimizer(wrapped, config, optimizer, memory, steps))
 

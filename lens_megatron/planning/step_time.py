@@ -16,9 +16,8 @@ from lens_megatron.planning.work import Workload, token_flops
 
 _ELEMENT = 2
 _TRAFFIC = 3.0  # bytes moved for each byte kept of a layer: written, read again, and what is not kept; assumed
-_OPTIMIZER_TRAFFIC = (
-    38.0  # bytes an element: gradient, main weight and moments read, the three written, 16-bit copy; norm
-)
+# bytes an element: gradient, main weight and moments read, the three written, 16-bit copy; norm
+_OPTIMIZER_TRAFFIC = 38.0
 _BUCKET_BYTES, _BUCKET_SECONDS = 256 * 1024**2, 0.01  # of a weight sync: a request and an answer for each; assumed
 _GRADES_A_SECOND = 800.0  # of one worker; benchmarks/results/grading.json: 1,902 a second with two workers, on 2 cores
 _REWARD_WORKERS = 8

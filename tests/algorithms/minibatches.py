@@ -13,7 +13,6 @@ from torch import Tensor
 from lens_megatron.algorithms.advantages import AdvantageConfig, group_advantages
 from lens_megatron.algorithms.loss_config import LossConfig, required_inputs
 from lens_megatron.algorithms.loss_inputs import Denominators, LossInputs, count_denominators
-from lens_megatron.algorithms.loss_metrics import merge_sums
 from lens_megatron.algorithms.policy_loss import policy_loss
 from lens_megatron.algorithms.token_masks import high_entropy_masks
 
@@ -202,3 +201,14 @@ def spread_over_ranks(
 def gradient(loss: Tensor, logprobs: Logprobs) -> Tensor:
     grads = torch.autograd.grad(loss, logprobs, allow_unused=True)
     return torch.cat([torch.zeros_like(p) if g is None else g for p, g in zip(logprobs, grads, strict=True)])
+
+
+def merge_sums(total: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Two micro-batches' sums as one."""
+    merged = dict(total)
+    for name, value in more.items():
+        if name not in merged:
+            merged[name] = value
+        else:
+            merged[name] = torch.maximum(merged[name], value) if name.endswith("/max") else merged[name] + value
+    return merged

@@ -1,1 +1,1 @@
-"""New weights from the trainer to the SGLang servers after every step: one interface (transport.py), one file a transport."""
+"""New weights from the trainer to the SGLang servers after every step: one interface (delivery.py), one file a transport."""
