@@ -9,6 +9,7 @@ local layer spec; what Transformer Engine keeps is taken from its sources and ha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -172,12 +173,28 @@ def _light(spec: ModelSpec, layout: ParallelConfig, t: int, s: int, element: int
     return 2 * norm + product * (1 if kernels.fused_swiglu else 2), product  # unfused, Megatron-Core keeps a half twice
 
 
-def chunks_in_flight(layout: ParallelConfig, stage: int, microbatches: int) -> int:
-    """Forward passes of a chunk whose backward pass is still to come, at the fullest moment of 1F1B or its interleaved form."""
-    if layout.vpp == 1:
-        return min(layout.pp - stage, microbatches)
-    warm_up = 2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp
-    return min(warm_up + 1, microbatches * layout.vpp)
+def chunks_in_flight(layout: ParallelConfig, stage: int, microbatches: int) -> Iterator[tuple[int, ...]]:
+    """Of each chunk, how many forward passes still wait for their backward pass: 1F1B or its interleaved form, at each moment
+    before a backward pass begins."""
+    # it repeats itself after a round of all chunks; four rounds show the fullest moment
+    microbatches = min(microbatches, 4 * layout.pp)
+    starts = range(0, microbatches, layout.pp)  # the schedule goes round the chunks, `pp` micro-batches in each
+    order = [
+        virtual
+        for start in starts
+        for virtual in range(layout.vpp)
+        for _ in range(min(layout.pp, microbatches - start))
+    ]
+    warm_up = layout.pp - stage - 1
+    if layout.vpp > 1:
+        warm_up = 2 * warm_up + (layout.vpp - 1) * layout.pp
+    warm_up = min(warm_up, len(order) - 1)
+    counts = [0] * layout.vpp
+    for number, virtual in enumerate(order):
+        counts[virtual] += 1
+        if number >= warm_up:
+            yield tuple(counts)
+            counts[layout.vpp - 1 - order[number - warm_up]] -= 1
 
 
 def activation_bytes(
@@ -193,17 +210,14 @@ def activation_bytes(
 ) -> int:
     """The most that is kept at once on a rank of this stage, with what is computed again in the backward pass."""
     kept = kept_by_one_pass(spec, layout, one, element, kernels)
-    flying = chunks_in_flight(layout, stage, microbatches)
-    # interleaved: the schedule goes round the chunks, `pp` micro-batches in each before the next
-    counts = [0] * layout.vpp
-    for number in range(flying):
-        counts[number // layout.pp % layout.vpp] += 1
-    total, last_chunk_flies = 0, False
-    for virtual, count in enumerate(counts):
-        layers = layers_of_chunk(spec, layout, stage, virtual)
-        total += count * kept.in_layers(layers, recompute)
-        if stage == 0 and virtual == 0:
-            total += count * kept.embedding
-        last_chunk_flies |= count > 0 and virtual == layout.vpp - 1
-    ends = stage == layout.pp - 1 and last_chunk_flies
-    return total + max(kept.head if ends else 0, kept.computed_again(recompute))
+    of_chunk = [
+        kept.in_layers(layers_of_chunk(spec, layout, stage, virtual), recompute)
+        + (kept.embedding if (stage, virtual) == (0, 0) else 0)
+        for virtual in range(layout.vpp)
+    ]
+    again, largest = kept.computed_again(recompute), 0
+    for counts in chunks_in_flight(layout, stage, microbatches):
+        total = sum(count * one_pass for count, one_pass in zip(counts, of_chunk, strict=True))
+        at_the_head = stage == layout.pp - 1 and counts[-1] > 0
+        largest = max(largest, total + max(kept.head if at_the_head else 0, again))
+    return largest
