@@ -59,6 +59,7 @@ def random_policy(
     head: HeadKind = "torch",
     dtype: torch.dtype | None = None,
     layout: ParallelConfig | None = None,
+    offload_optimizer: float = 0.0,
 ) -> Trainable:
     """A policy of that shape, by default on one process; its weights are drawn instead of loaded."""
     from lens_megatron.mcore import runtime
@@ -68,7 +69,8 @@ def random_policy(
     from lens_megatron.mcore.settings import MemoryConfig, OptimizerConfig
     from lens_megatron.mcore.step import Trainable
 
-    layout, memory = layout or ParallelConfig(), MemoryConfig(recompute=recompute, head=head)
+    layout = layout or ParallelConfig()
+    memory = MemoryConfig(recompute=recompute, head=head, offload_optimizer=offload_optimizer)
     runtime.initialize(spec, layout)
     config = transformer_config(spec, layout, dtype or runtime.default_dtype(), memory)
     chunks = build_chunks(spec, config, memory)

@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor
 
 from lens_megatron.errors import RunError
+from lens_megatron.mcore.host_moments import MomentsOnHost
 from lens_megatron.mcore.optimizer import Optimizer, is_torch_adam
 from lens_megatron.mcore.runtime import device
 
@@ -54,7 +55,7 @@ def load_optimizer(optimizer: Optimizer, model_state: dict[str, Any], folder: Pa
     stepped: list[dict[str, Any]] = []
     step_devices: dict[int, torch.device] = {}
     for part in optimizer_parts(optimizer):
-        _ensure_moments(part, may_step=True)
+        _ensure_moments(part)
         # Megatron-Core's setter wants every entry of a state, and the step is no tensor of the file
         for state in part.optimizer.state.values():
             step = state.pop("step", None)
@@ -70,8 +71,6 @@ def load_optimizer(optimizer: Optimizer, model_state: dict[str, Any], folder: Pa
         if not is_torch_adam(part.optimizer):
             for group in part.optimizer.param_groups:
                 group["step"] = adam_step
-        if _is_offloaded(part.optimizer):
-            part.optimizer._sync_hdo_state_to_sub_optimizers()
 
 
 def adam_step(optimizer: Optimizer) -> int:
@@ -143,17 +142,14 @@ def _stored(kind: str, place: Any) -> Any:
     return replace(place, **options)
 
 
-def _ensure_moments(part: Any, may_step: bool = False) -> None:
+def _ensure_moments(part: Any) -> None:
     """Before the first update there are none; with zeros the first update is the same."""
     inner = part.optimizer
-    if _is_offloaded(inner):
-        if not inner.state and not may_step:
-            raise RunError("optimizer: nothing to save before the first update when its state is offloaded to the host")
-        if not inner.state:
-            inner.dummy_step()  # moves the weights, which are about to be loaded
-        return
     for group in inner.param_groups:
         for parameter in group["params"]:
+            if isinstance(inner, MomentsOnHost):
+                inner.first_state(parameter, group)
+                continue
             state = inner.state[parameter]
             if "exp_avg" not in state:
                 state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
@@ -162,10 +158,6 @@ def _ensure_moments(part: Any, may_step: bool = False) -> None:
                     # one fused kernel counts on the GPU, the others on the host
                     where = parameter.device if group["fused"] else None
                     state["step"] = torch.zeros((), dtype=torch.float32, device=where)
-
-
-def _is_offloaded(inner: Any) -> bool:
-    return hasattr(inner, "sub_optimizers")
 
 
 def _adam_steps(inner: Any) -> set[int]:

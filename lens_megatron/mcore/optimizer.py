@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import local_multi_tensor_l2_norm
 
 from lens_megatron.errors import UsageError
+from lens_megatron.machine import free_memory_bytes
+from lens_megatron.mcore.host_moments import MomentsOnHost
 from lens_megatron.mcore.runtime import cuda_literals
 from lens_megatron.mcore.settings import MemoryConfig, OptimizerConfig
 
@@ -103,9 +106,6 @@ def _finish_gradients(chunks: list[torch.nn.Module], num_tokens: torch.Tensor | 
 def build_optimizer(
     wrapped: Sequence[torch.nn.Module], config: Any, settings: OptimizerConfig, memory: MemoryConfig, steps: int
 ) -> Optimizer:
-    if memory.offload_optimizer > 0 and torch.cuda.is_available():
-        # Megatron-Core's hybrid optimizer wants its precision-aware path, and loses weights that are loaded into it
-        raise UsageError("memory.offload_optimizer: not supported yet: set it to 0, and use more GPUs or recompute")
     mcore = McoreOptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -123,6 +123,8 @@ def build_optimizer(
         clip_grads.l2_norm_impl = _norm_on_the_device
     with cuda_literals():
         inner = get_megatron_optimizer(mcore, list(wrapped), config_overrides=get_standard_config_overrides(mcore))
+        if memory.offload_optimizer > 0:
+            _moments_to_host(inner, memory.offload_optimizer)
         _set_fused(inner, settings.fused)
         # one more than the run has, or its last step would train at min_lr, and a run of one step not at all
         decay_steps = (settings.decay_steps or max(steps, settings.warmup_steps)) + 1
@@ -148,6 +150,20 @@ def _norm_on_the_device(
 ) -> tuple[torch.Tensor, None]:
     """Instead of Megatron-Core's own norm, which fetches one number a parameter from the GPU and waits for each."""
     return torch.nn.utils.get_total_norm(list(lists[0])).view(1), None
+
+
+def _moments_to_host(inner: Any, share: float) -> None:
+    """Megatron-Core's own way, its hybrid optimizer, wants a path of its own and loses weights that are loaded into it."""
+    from lens_megatron.mcore.offload import room_to_pin
+
+    for part in getattr(inner, "chained_optimizers", [inner]):
+        if getattr(part, "optimizer", None) is None:  # a rank without experts
+            continue
+        elements = sum(p.numel() for group in part.optimizer.param_groups for p in group["params"])
+        sizes = [round(share * 8 * elements)]
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        pinned = torch.cuda.is_available() and room_to_pin(sizes, ranks, free_memory_bytes())
+        part.optimizer = MomentsOnHost(part.optimizer, share, pinned)
 
 
 def _set_fused(inner: Any, fused: bool | None) -> None:

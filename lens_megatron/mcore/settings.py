@@ -15,7 +15,7 @@ class MemoryConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
     recompute: Recompute = "none"  # activations
-    offload_optimizer: float = 0.0  # share of the optimizer's state on the host; refused on CUDA until it is verified
+    offload_optimizer: float = 0.0  # share of Adam's moments that live on the host and visit the GPU for the update
     offload_reference: bool = True  # the reference lives on the host between uses
     # the vocabulary's logits are never held whole: in chunks by torch, or by fused triton kernels (unmeasured on a GPU)
     head: HeadKind = "torch"

@@ -181,6 +181,7 @@ def trainer_bytes(
     offload_reference: bool,
     element: int = 2,
     engine: int = 0,
+    offload_optimizer: float = 0.0,
 ) -> TrainerBytes:
     """The fullest rank. A pack is counted full, of sequences as long as can be."""
     one = Pass(tokens_per_microbatch, (longest,) * max(1, tokens_per_microbatch // longest))
@@ -195,12 +196,15 @@ def trainer_bytes(
         working = max(kept.layer, head)
         forward = max(kept.layer, head_scoring_bytes(spec, layout, tokens, element) if last else 0)
         owned = state.fullest
+        at_home = int(offload_optimizer * owned.moments)
+        # AdamW's square roots are as large as one moment; a tensor at a time when moments visit
+        temporary = _visiting(spec, layout, stage, owned.moments) if at_home else owned.moments // 2
         stages.append(
             TrainerBytes(
                 stage=stage,
                 weights=state.weights,
                 gradients=state.gradients,
-                optimizer=owned.total,
+                optimizer=owned.total - at_home,
                 reference=state.weights if reference else 0,
                 reference_stays=reference and not offload_reference,
                 activations=activation_bytes(
@@ -210,11 +214,31 @@ def trainer_bytes(
                 working=working,
                 head=head if head == working else 0,
                 scoring=forward,
-                optimizer_working=owned.moments // 2,  # AdamW's square roots, as large as one moment
+                optimizer_working=temporary,
                 engine=engine,
             )
         )  # fmt: skip
     return max(stages, key=lambda held: held.peak)
+
+
+def _visiting(spec: ModelSpec, layout: ParallelConfig, stage: int, moments: int) -> int:
+    """Moments of three tensors: one arrives, one is in use, one leaves; and the square roots of one."""
+    largest = max(
+        max((*chunk.dense, *chunk.expert)) for chunk in chunks_of_stage(spec, layout, stage) if chunk.elements
+    )
+    tensor = min(_MOMENT_BYTES * largest, moments)
+    return 3 * tensor + tensor // 2
+
+
+def host_bytes(
+    spec: ModelSpec, layout: ParallelConfig, world: int, offload_reference: bool, offload_optimizer: float
+) -> int:
+    """Host memory of all nodes together: every GPU keeps its own part of the reference and of Adam's moments there."""
+    total = 0
+    for stage in range(layout.pp):
+        state = state_bytes(spec, layout, world, stage, element=2)
+        total += (state.weights if offload_reference else 0) + int(offload_optimizer * state.fullest.moments)
+    return total * (world // layout.pp)
 
 
 def advised_bytes(spec: ModelSpec, layout: AdvisedLayout) -> TrainerBytes:
@@ -234,12 +258,7 @@ def advised_bytes(spec: ModelSpec, layout: AdvisedLayout) -> TrainerBytes:
 
 
 def advised_host_bytes(spec: ModelSpec, layout: AdvisedLayout) -> int:
-    """Host memory of all nodes together, for an offloaded reference: each GPU keeps its own part there."""
-    if not layout.offload_reference:
-        return 0
-    parallel = advised_parallel(layout)
-    stages = [state_bytes(spec, parallel, layout.gpus, stage, element=2) for stage in range(layout.pp)]
-    return sum(stage.weights for stage in stages) * (layout.gpus // layout.pp)
+    return host_bytes(spec, advised_parallel(layout), layout.gpus, layout.offload_reference, 0.0)
 
 
 def advised_parallel(layout: AdvisedLayout) -> ParallelConfig:

@@ -43,6 +43,7 @@ class Setup:
     engine_tp: int
     recompute: Recompute = "none"
     offload_reference: bool = True
+    offload_optimizer: float = 0.0  # share of Adam's moments on the host
     slots: int = _MOST_ROWS
     kernels: Kernels = CUDA
 
@@ -127,6 +128,7 @@ def make_plan(setup: Setup) -> Plan:
         microbatches=count,
         reference=work.scores_prompts or work.scores_responses,
         offload_reference=setup.offload_reference,
+        offload_optimizer=setup.offload_optimizer,
         engine=engine.total if setup.placement == "embedded" else 0,
     )
     slots = _slots(setup, engine)
@@ -201,7 +203,7 @@ def _seconds(setup: Setup, trainer: TrainerBytes, generation: Generation) -> tup
         logprobs += passes.forward_seconds(samples)
     if work.scores_responses:
         logprobs += passes.forward_seconds(samples) + moves
-    training = passes.training(setup.recompute)
+    training = passes.training(setup.recompute, setup.offload_optimizer)
     train = training.seconds + (work.epochs * passes.forward_seconds(samples) if work.scores_entropies else 0.0)
     if setup.placement == "embedded":
         sync = embedded_sync_seconds(setup.spec, setup.rates)
@@ -230,6 +232,7 @@ def as_tree(plan: Plan) -> dict[str, Any]:
         "parallel": {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp, "ep": layout.ep,
                      "etp": layout.expert_tp, "dp": setup.dp, "ends_count_as_layers": layout.ends_count_as_layers},
         "recompute": setup.recompute,
+        "offload_optimizer": setup.offload_optimizer,
         "fits": plan.fits,
         "complaint": plan.complaint or None,
         "memory": {

@@ -24,8 +24,6 @@ def setup_of_run(
     config: RunConfig, spec: ModelSpec, gpu: Gpu, rates: Rates, work: Workload, gpus: int, engine_kernels: bool = False
 ) -> Setup:
     """The run's own layout on `gpus` GPUs in all; engine servers, where it has any, on their part of them."""
-    if config.memory.offload_optimizer > 0:
-        raise UsageError("memory.offload_optimizer: refused on CUDA until it is verified: set it to 0 to plan this run")
     run = Setup(
         spec,
         gpu,
@@ -38,6 +36,7 @@ def setup_of_run(
         engine_tp=1,
         recompute=config.memory.recompute,
         offload_reference=config.memory.offload_reference,
+        offload_optimizer=config.memory.offload_optimizer,
         slots=config.rollout.slots,
         kernels=ENGINE if engine_kernels else CUDA,
     )

@@ -123,7 +123,7 @@ class PassTimes:
         bubble = (self.layout.pp - 1) / self.layout.vpp
         return share * (count * last + bubble * layers)
 
-    def training(self, recompute: Recompute) -> TrainerTimes:
+    def training(self, recompute: Recompute, offload_optimizer: float = 0.0) -> TrainerTimes:
         """All updates of a step, by part."""
         work, layout = self.work, self.layout
         updates = work.minibatches * work.epochs
@@ -150,6 +150,8 @@ class PassTimes:
             "data-parallel exchange": self._data_parallel(),
             "optimizer": self._optimizer(),
         }
+        if offload_optimizer:  # there and back; not hidden behind the arithmetic here, which is far shorter
+            parts["moments from the host"] = 2 * offload_optimizer * self._state().fullest.moments / self.rates.host
         parts = {name: updates * seconds for name, seconds in parts.items()}
         return TrainerTimes(sum(parts.values()), parts)
 

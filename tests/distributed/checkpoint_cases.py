@@ -30,8 +30,9 @@ class Answer:
     rates: tuple[float, ...] = ()
 
 
-def policy(folder: Path, layout: ParallelConfig, dtype: torch.dtype | None = None) -> Any:
-    from lens_megatron.mcore.settings import OptimizerConfig
+def policy(folder: Path, layout: ParallelConfig, dtype: torch.dtype | None = None, on_host: float = 0.0) -> Any:
+    """`on_host`: share of Adam's moments."""
+    from lens_megatron.mcore.settings import MemoryConfig, OptimizerConfig
     from lens_megatron.mcore.step import build_trainable
 
     spec = cases.start(folder, layout)
@@ -40,7 +41,8 @@ def policy(folder: Path, layout: ParallelConfig, dtype: torch.dtype | None = Non
         lr=reference.LR, eps=reference.EPS, clip_grad=reference.CLIP, weight_decay=reference.DECAY,
         warmup_steps=1, schedule="linear", decay_steps=9,
     )  # fmt: skip
-    return build_trainable(spec, layout, folder, settings, steps=9, dtype=dtype)
+    memory = MemoryConfig(offload_optimizer=on_host)
+    return build_trainable(spec, layout, folder, settings, steps=9, dtype=dtype, memory=memory)
 
 
 def train(trainable: Any, steps: int) -> tuple[float, ...]:
@@ -64,11 +66,11 @@ def scramble(seed: int) -> None:
     torch.rand(seed)
 
 
-def uninterrupted(folder: Path, layout: ParallelConfig, target: Path | None) -> Answer:
+def uninterrupted(folder: Path, layout: ParallelConfig, target: Path | None, on_host: float = 0.0) -> Answer:
     """4 steps; saves after 2 when there is a `target`."""
     from lens_megatron.mcore import checkpoint, checkpoint_optimizer
 
-    trainable = policy(folder, layout)
+    trainable = policy(folder, layout, on_host=on_host)
     rates = train(trainable, 2)
     state = None
     if target is not None:
@@ -79,11 +81,11 @@ def uninterrupted(folder: Path, layout: ParallelConfig, target: Path | None) -> 
     return Answer(exported(trainable), random=state, rates=rates)
 
 
-def resumed(folder: Path, layout: ParallelConfig, source: Path, spoil: str = "") -> Answer:
+def resumed(folder: Path, layout: ParallelConfig, source: Path, spoil: str = "", on_host: float = 0.0) -> Answer:
     """2 more steps in fresh objects. `spoil`: what is set wrong on purpose after loading."""
     from lens_megatron.mcore import checkpoint, checkpoint_optimizer
 
-    trainable = policy(folder, layout)
+    trainable = policy(folder, layout, on_host=on_host)
     scramble(7)
     extra = checkpoint.load(trainable, source)
     state = checkpoint_optimizer.random_states()

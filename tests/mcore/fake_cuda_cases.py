@@ -88,6 +88,38 @@ def update(presets: list[str]) -> dict[str, Any]:
     return done
 
 
+def moments_on_the_host(share: float) -> dict[str, Any]:
+    """Two steps of the optimizer alone."""
+    mode, waits = device.start()
+    import torch
+
+    from benchmarks._work import random_policy
+    from benchmarks.fake_cuda import fused
+    from benchmarks.fake_cuda.trace import Trace
+    from lens_megatron.mcore.layout import ParallelConfig
+    from lens_megatron.model_spec import load_model_spec
+
+    trace = Trace(waits)
+    fused.install(trace.count)
+    with mode, trace:
+        policy = random_policy(
+            load_model_spec("tiny-qwen3"), head="triton", layout=ParallelConfig(), offload_optimizer=share
+        )
+        waits.clear()
+        for _ in range(2):
+            for chunk in policy.chunks:
+                chunk.zero_grad_buffer()
+            policy.optimizer.step()
+        parts = getattr(policy.optimizer.inner, "chained_optimizers", [policy.optimizer.inner])
+        states = [state for part in parts for state in part.optimizer.state.values()]
+        held = dict.fromkeys(("cpu", "cuda"), 0)
+        for state in states:
+            for name in ("exp_avg", "exp_avg_sq"):
+                held[state[name].device.type] += state[name].nbytes
+        counts = sorted({state["step"].device.type for state in states})
+    return {"held": held, "counts": counts, "waits": dict(waits), "torch": torch.__version__}
+
+
 def score_and_export(_: None) -> dict[str, Any]:
     """Scoring and export."""
     mode, waits = device.start()

@@ -59,6 +59,16 @@ def test_updates_and_scores_wait_for_the_gpu_once_a_pass() -> None:
     assert done["export"]["tensors"] > 40 and done["export"]["devices"] == ["cpu"]
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_moments_on_the_host_visit_the_gpu(share: float) -> None:
+    done = run("moments_on_the_host", share)
+    total = sum(done["held"].values())
+    assert share * total <= done["held"]["cpu"] <= (0.75 if share == 0.5 else share) * total
+    assert done["counts"] == ["cuda"]  # the update is the GPU's fused kernel, one tensor at a time
+    # the way back is asynchronous (pinned, a stream of its own); the fake device calls every copy to the host a wait
+    assert set(done["waits"]) <= {place for place in done["waits"] if NORM in place or "non_blocking=True" in place}
+
+
 SMALL = {"model": "qwen3-4b-base", "layers": 4, "tokens": 8192}
 
 
