@@ -195,6 +195,10 @@ PAIRS: list[tuple[str, str, str, bool]] = [
     ("percent", "0.5", r"\boxed{0.5\%}", False),
     ("percent", "0.5", r"\boxed{5\%}", False),
     ("percent", r"\frac{1}{4}", r"\boxed{25\%}", True),
+    ("percent", r"73 \%", r"\boxed{73^\circ}", False),
+    ("percent", r"50 \%", r"\boxed{\$50}", False),
+    ("percent", r"20 \%", r"\boxed{20 \text{ sq units}}", False),
+    ("percent", r"20 \%", r"\boxed{20 \text{ students}}", False),
     ("percent", "50", r"\boxed{50\%}", False),  # the strict reading; RewardRule(percent="lenient") takes it
     # degrees
     ("degree", r"30^\circ", r"\boxed{30}", True),
@@ -222,6 +226,9 @@ PAIRS: list[tuple[str, str, str, bool]] = [
     # bases, ratios, times
     ("base", "2516_8", r"\boxed{2516_{8}}", True),
     ("base", "2516_8", r"\boxed{2516}", False),
+    ("base", "-37_8", r"\boxed{-37}", False),
+    ("base", "-37", r"\boxed{-37_8}", False),
+    ("base", "-37_8", r"\boxed{-37_{8}}", True),
     ("base", "2516_8", r"\boxed{2516_7}", False),
     ("base", "1:58 am", r"\boxed{1:58 \text{ am}}", True),
     ("base", "1:58 am", r"\boxed{1:58 \text{ pm}}", False),
