@@ -1,6 +1,6 @@
 """Two LaTeX expressions: are they the same mathematics? Runs in a reward worker only, under its limits.
 
-math-verify's grammar reads them. A value at several points, to 60 digits, then decides: it is faster than simplifying,
+math-verify's grammar reads them. Their values at several points (values.py) then decide: that is faster than simplifying,
 and unlike rounding to a fixed number of decimals it does not take 1e-9 for 2e-9. What cannot be evaluated (a sum, a
 limit, an integral) is left to math-verify's own comparison.
 """
@@ -8,7 +8,6 @@ limit, an integral) is left to math-verify's own comparison.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import lru_cache
 from random import Random
@@ -19,14 +18,10 @@ import sympy  # type: ignore[import-untyped]
 from antlr4 import PredictionMode  # type: ignore[import-untyped]
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy  # type: ignore[import-untyped]
 from math_verify import verify  # type: ignore[import-untyped]
-from sympy.core.function import AppliedUndef  # type: ignore[import-untyped]
 
 from lens_megatron.rewards.latex import nesting
+from lens_megatron.rewards.values import AGREEMENT, PRECISION, NotEvaluable, TooLarge, evaluate, same_value
 
-PRECISION = 60
-AGREEMENT = mpmath.mpf(10) ** -40  # of e^(pi sqrt 163) and the integer next to it: 30 digits
-ZERO = mpmath.mpf(10) ** -55
-MAX_BITS = 1 << 20  # of a power or factorial: beyond, nobody wrote an answer
 MAX_COMPLEXITY = 24
 
 _CONVERSION = ConversionConfig(lowercase_symbols=False)
@@ -35,14 +30,8 @@ _EAGER = re.compile(r"\\(?:binom|gcd|lcm|det|min|max)(?![A-Za-z])")
 _LARGE = re.compile(r"\d{5}|\^|!")
 _LETTER_TO_A_POWER = re.compile(r"(?<![A-Za-z\\_])(?<!_\{)([abcjkm-zA-DF-HJ-Z])\s*\^")
 _LARGE_EXPONENT = re.compile(r"\d[eE][+-]?\d{4}")
-
-
-class NotEvaluable(Exception):
-    """An expression has no number at a point."""
-
-
-class TooLarge(Exception):
-    """Its number has more digits than anyone writes as an answer."""
+_NUMERAL = re.compile(r"\d[\d,]*(?:\.\d*)?|\.\d+")
+_NUMERIC_FRACTION = re.compile(r"\\frac\{(\d+)\}\{(\d+)\}")
 
 
 class _Reader(_Latex2Sympy):
@@ -56,8 +45,31 @@ class _Reader(_Latex2Sympy):
         return parser
 
     def parse_number(self, text: str) -> Any:
-        text = text.replace(",", "").strip()
-        return sympy.Integer(int(text)) if text.isdecimal() else sympy.Float(text, 60)
+        return sympy.Rational(text.replace(",", "").strip())  # 0.1 is one tenth, and not the nearest binary number
+
+    def convert_postfix_list(self, arr: Any, i: int = 0) -> Any:
+        """What stands side by side. The grammar adds an integer and any number behind it: 2(3) would be 5, and so would 2 3."""
+        whole, after = arr[i].getText(), arr[i + 1].getText() if i + 1 < len(arr) else ""
+        if (fraction := _NUMERIC_FRACTION.fullmatch(after)) and _NUMERAL.fullmatch(whole):
+            numerator, denominator = int(fraction[1]), int(fraction[2])
+            if not whole.isdecimal() or not 0 < numerator < denominator:
+                raise ValueError(f"{whole} {after}: a product, or a slip in a mixed number")
+            mixed = int(whole) + sympy.Rational(numerator, denominator)
+            return mixed if i + 2 == len(arr) else self.mul_flat(mixed, self._factors(arr, i + 2))
+        return self._factors(arr, i)
+
+    def _factors(self, arr: Any, i: int) -> Any:
+        """A product of arr[i] and what follows."""
+        first = self.convert_postfix(arr[i])
+        if i + 1 == len(arr) or isinstance(first, list):  # a list: d/dx
+            return super().convert_postfix_list(arr, i)
+        written, after = arr[i].getText(), arr[i + 1].getText()
+        if after[0] in "0123456789." and (_NUMERAL.fullmatch(written) or _NUMERIC_FRACTION.fullmatch(written)):
+            raise ValueError("two numbers side by side are no number")
+        rest = self.convert_postfix_list(arr, i + 1)
+        if isinstance(first, sympy.MatrixBase) or isinstance(rest, sympy.MatrixBase):
+            return self.mat_mul_flat(first, rest)
+        return self.mul_flat(first, rest)
 
 
 class _QuickReader(_Reader):
@@ -152,136 +164,43 @@ def _same_equation(gold: Any, given: Any) -> bool:
             continue
     if len(ratios) < 3:
         return _math_verify_agrees(gold, given)
-    return all(_close(ratio, ratios[0]) for ratio in ratios) and abs(ratios[0]) > AGREEMENT
+    with mpmath.workdps(PRECISION):
+        return (
+            all(abs(ratio - ratios[0]) <= AGREEMENT * abs(ratios[0]) for ratio in ratios) and abs(ratios[0]) > AGREEMENT
+        )
 
 
 def _same_values(gold: Any, given: Any) -> bool | None:
     """None: they cannot be evaluated at enough points."""
-    compared = 0
-    points = _points(gold, given)
+    points, compared = _points(gold, given), 0
     for point in points:
-        values = []
-        for expression in (gold, given):
-            try:
-                values.append(evaluate(expression, point))
-            except (ZeroDivisionError, ValueError):
-                values.append(None)  # a pole
-            except NotEvaluable:
-                return None
-            except TooLarge:
-                return False
-        if None in values:
-            continue
-        if not _close(values[0], values[1]):
+        try:
+            same = same_value(gold, given, point)
+        except NotEvaluable:
+            return None
+        except TooLarge:
             return False
-        compared += 1
+        if same is False:
+            return False
+        compared += same is True
     return True if compared >= min(3, len(points)) else None
 
 
-def _close(left: Any, right: Any) -> bool:
-    with mpmath.workdps(PRECISION):
-        return bool(abs(left - right) <= max(ZERO, AGREEMENT * max(abs(left), abs(right))))
-
-
-def _points(gold: Any, given: Any) -> list[dict[str, Any]]:
+def _points(gold: Any, given: Any) -> list[dict[str, Fraction]]:
     """Values for the symbols: of both signs; and small integers where an expression jumps between them."""
     names = sorted({symbol.name for side in (gold, given) for symbol in side.free_symbols} - {"i"})
     if not names:
         return [{}]
     random = Random(len(names))
 
-    def value(low: float, high: float) -> Any:
-        return mpmath.mpf(random.uniform(low, high))
+    def value(low: float, high: float) -> Fraction:
+        return Fraction(round(random.uniform(low, high) * 99991), 99991)  # a prime: nothing cancels by chance
 
     points = [{name: value(0.2, 3) for name in names} for _ in range(2)]
     points += [{name: value(-3, 3) for name in names} for _ in range(3)]
     points += [{name: value(5, 60) for name in names}]
     stepwise = (sympy.floor, sympy.ceiling, sympy.factorial, sympy.binomial, sympy.Mod)
     if gold.has(*stepwise) or given.has(*stepwise):
-        points = [{name: mpmath.mpf(n + 3 * j) for j, name in enumerate(names)} for n in range(1, 18)]
+        points = [{name: Fraction(n + 3 * j) for j, name in enumerate(names)} for n in range(1, 18)]
         points += [{name: value(1, 40) for name in names} for _ in range(6)]
     return points
-
-
-_FUNCTIONS: Mapping[Any, Callable[..., Any]] = {
-    sympy.exp: mpmath.exp, sympy.sin: mpmath.sin, sympy.cos: mpmath.cos, sympy.tan: mpmath.tan, sympy.cot: mpmath.cot,
-    sympy.sec: mpmath.sec,
-    sympy.csc: mpmath.csc, sympy.asin: mpmath.asin, sympy.acos: mpmath.acos, sympy.atan: mpmath.atan,
-    sympy.sinh: mpmath.sinh,
-    sympy.cosh: mpmath.cosh, sympy.tanh: mpmath.tanh, sympy.Abs: abs, sympy.re: mpmath.re, sympy.im: mpmath.im,
-    sympy.conjugate: mpmath.conj,
-    sympy.floor: mpmath.floor, sympy.ceiling: mpmath.ceil,
-}  # fmt: skip
-
-
-def evaluate(expression: Any, point: Mapping[str, Any]) -> Any:
-    """A value to 60 digits. Sizes are checked before a power or factorial is taken."""
-    with mpmath.workdps(PRECISION):
-        value = _value(expression, point)
-        if not mpmath.isfinite(value):
-            raise ValueError("not finite")
-        return value
-
-
-def _value(node: Any, point: Mapping[str, Any]) -> Any:
-    if isinstance(node, sympy.Symbol):
-        return mpmath.j if node.name == "i" else point[node.name]
-    if isinstance(node, sympy.Rational):
-        return mpmath.mpf(node.p) / node.q
-    if isinstance(node, sympy.Float):
-        return mpmath.mpf(str(node))
-    if node is sympy.I:
-        return mpmath.j
-    if isinstance(node, sympy.NumberSymbol):
-        return mpmath.mpf(node._as_mpf_val(int(PRECISION * 3.4)))
-    if isinstance(node, AppliedUndef):
-        return _unknown_function(node.func.__name__, [_value(argument, point) for argument in node.args])
-    if isinstance(node, sympy.Derivative):
-        return _unknown_function(sympy.srepr(node), [])  # of an unknown: itself an unknown
-    if isinstance(node, (sympy.Add, sympy.Mul, sympy.UnevaluatedExpr)):
-        return _sum_or_product(node, point)
-    if isinstance(node, sympy.Pow):
-        return _power(_value(node.base, point), _value(node.exp, point))
-    if isinstance(node, sympy.exp):
-        return _power(mpmath.e, _value(node.args[0], point))
-    if isinstance(node, sympy.log):
-        return mpmath.log(*(_value(argument, point) for argument in node.args))
-    if isinstance(node, (sympy.factorial, sympy.binomial)):
-        return _combinatorial(node, [_value(argument, point) for argument in node.args])
-    function = _FUNCTIONS.get(node.func)
-    if function is None:
-        raise NotEvaluable(str(node.func))
-    arguments = [_value(argument, point) for argument in node.args]
-    if any(mpmath.mag(argument) > PRECISION for argument in arguments if argument):
-        raise TooLarge("an argument with no digit left after the point")
-    return function(*arguments)
-
-
-def _sum_or_product(node: Any, point: Mapping[str, Any]) -> Any:
-    values = [_value(argument, point) for argument in node.args]
-    if isinstance(node, sympy.Add):
-        return mpmath.fsum(values)
-    return mpmath.fprod(values)
-
-
-def _power(base: Any, exponent: Any) -> Any:
-    if base == 0 and mpmath.re(exponent) <= 0 and exponent != 0:
-        raise ValueError("a pole")
-    if base != 0 and abs(exponent) * max(1, abs(mpmath.mag(base))) > MAX_BITS:
-        raise TooLarge("a power")
-    return mpmath.power(base, exponent)
-
-
-def _combinatorial(node: Any, values: list[Any]) -> Any:
-    if any(abs(value) > 50_000 or mpmath.im(value) for value in values):
-        raise TooLarge("a factorial")
-    return mpmath.factorial(values[0]) if isinstance(node, sympy.factorial) else mpmath.binomial(*values)
-
-
-def _unknown_function(name: str, arguments: list[Any]) -> Any:
-    """f(x) of an f that nobody defined: some fixed smooth function, so that f(x) = g(y) only if they are the same."""
-    random = Random(name)
-    total = mpmath.mpf(random.uniform(1, 2))
-    for argument in arguments:
-        total += mpmath.sin(mpmath.mpf(random.uniform(0.5, 1.5)) * argument + mpmath.mpf(random.uniform(0, 1)))
-    return total

@@ -1,8 +1,8 @@
 r"""Where the answer of a response is. Pure text work in time linear in the response; nothing is evaluated.
 
 The last \boxed{} counts, whatever came before it. A last box that is never closed is no answer: the response was cut
-off while giving it. Without any box, `anywhere` takes what follows the last "answer is" (or "answer:", "####"), else the
-last line, if that ends in an expression or is one.
+off while giving it. Without any box, `anywhere` takes what follows the last "answer is" (or "answer:", "####", a heading
+"Answer"), on its line or below it, else the last line, if that ends in an expression or is one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _BOX_WITHOUT_BRACES = re.compile(r"\\(?:boxed|fbox)\b(?!\s*\{)")
 # C0 controls but tab and newlines, DEL, C1, and the marks that reverse the order of what a reader sees
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_ANNOUNCED = re.compile(r"(?:####|\banswer[ *]{0,4}(?:is|was|equals|:|=)[ :*]{0,4}\n?)", re.IGNORECASE)
+# the last of them: a heading of its own line, "**Final Answer**"
+_ANNOUNCED = re.compile(
+    r"####|\banswer[ *]{0,4}(?:is|was|equals|:|=)[ :*]{0,4}|^[#* \t]{0,8}(?:final )?answer[* \t\r]{0,8}$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_DISPLAY = re.compile(r"\s*(?:\$\$(.{1,500}?)\$\$|\\\[(.{1,500}?)\\\])", re.DOTALL)
+_BELOW = re.compile(r"[ \t*]*(?:\r?\n[ \t]*){1,3}(?=\S)")
 _CONCLUSION = re.compile(
     r"(?<![<>!:=])=|:|\b(?:is|are|equals?|gets?|gives?|obtains?|yields?|has|have|total of|therefore|thus|hence|so)\b",
     re.IGNORECASE,
@@ -66,11 +72,11 @@ def final_answer(response: str, answer_in: str = "anywhere") -> str:
     content = boxed(response)
     if content is not None or answer_in == "boxed":
         return (content or "").strip()
-    announced = None
+    last = None
     for match in _ANNOUNCED.finditer(response):
-        announced = response[match.end() : match.end() + MAX_ANSWER_CHARS].partition("\n")[0]
-    if announced is not None:
-        return _bare(_without_reason(announced))
+        last = match
+    if last is not None and (announced := _announced(response[last.end() : last.end() + MAX_ANSWER_CHARS])) is not None:
+        return announced
     last_line = response.rstrip()[-_LINE_CHARS:].rpartition("\n")[2]
     whole = _bare(last_line)
     if len(response.strip()) <= _LINE_CHARS and "\n" not in response.strip() and not _PROSE.search(whole):
@@ -79,6 +85,17 @@ def final_answer(response: str, answer_in: str = "anywhere") -> str:
     if not conclusions or _SEVERAL_EQUATIONS.search(last_line):
         return ""
     return _bare(last_line[conclusions[-1].end() :])
+
+
+def _announced(text: str) -> str | None:
+    """On the same line or below it, in a display or not; None when what stands below is a solution and no answer."""
+    if display := _DISPLAY.match(text):
+        return _bare((display[1] or display[2]).strip())
+    below = _BELOW.match(text)
+    line = text[below.end() if below else 0 :].partition("\n")[0]
+    if below is not None and _PROSE.search(line):
+        return None
+    return _bare(_without_reason(line))
 
 
 _FORMULA_AND_REASON = re.compile(r"\s*\$([^$]{1,500})\$\s*[,;.:]?\s+([A-Za-z ,.']*)")

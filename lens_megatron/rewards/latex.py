@@ -19,6 +19,9 @@ _UNICODE = {
     "\u2009": " ", "\u202f": " ",
     "º": "°", "˚": "°", "√": r"\sqrt",
 }  # fmt: skip
+# 10\,080: a thin space in thousands. A plain space may as well stand between two numbers.
+_THIN = r"(?:\\,|\\thinspace(?![A-Za-z])|[\u00a0\u2009\u202f])"
+_THIN_THOUSANDS = re.compile(rf"(?<![\d.,])\d{{1,3}}(?:{_THIN}\s*\d{{3}})+(?![\d])")
 _UNICODE_TABLE = str.maketrans(_UNICODE)
 _NAMES = {
     r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\dbinom": r"\binom", r"\tbinom": r"\binom",
@@ -52,7 +55,7 @@ _DEGREES = re.compile(r"\^\s*(?:\{\s*)?\\circ(?:\s*\})?")
 
 def clean(answer: str) -> str:
     """One spelling of an answer, whatever the habits of its writer."""
-    text = answer.translate(_UNICODE_TABLE)
+    text = _THIN_THOUSANDS.sub(lambda match: re.sub(_THIN, "", match.group()), answer).translate(_UNICODE_TABLE)
     text = text.replace("<=", r"\leq ").replace(">=", r"\geq ").replace("!=", r"\neq ")
     text = re.sub(r",\s*\\!\s*(?=\d)", "", text)  # 10,\!080
     text = text.replace(r"\$", "\x01").replace("$", " ").replace("\x01", "$").replace(r"\%", "%").replace("{,}", ",")

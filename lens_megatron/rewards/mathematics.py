@@ -18,7 +18,7 @@ Outcome = Literal["same", "different", "not understood"]
 
 _CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?\s*[.)]?")
 _CHOICE_WITH_VALUE = re.compile(r"\(?\s*([A-Z])\s*[).:]+\s*[^A-Za-z]+")
-_BASE = re.compile(r"([0-9A-Fa-f]+)_(?:\{(\d+)\}|(\d+))")
+_BASE = re.compile(r"([+-]?[0-9A-Fa-f]+)_(?:\{(\d+)\}|(\d+))")
 _WORDS = re.compile(r"\\text\s*\{[^{}]*[A-Za-z]{2,}[^{}]*\}|(?<![A-Za-z\\{_])[A-Za-z]{4,}(?![A-Za-z])")
 _PERCENT = re.compile(r"(.*[\d})])\s*%", re.DOTALL)
 _LATIN = re.compile(r"[\x20-\x7e°$€£¥\n\t]*")
@@ -162,6 +162,8 @@ def _percent(with_sign: str, other: str, gold_has_sign: bool, how: Comparison) -
     other_match = _PERCENT.fullmatch(other)
     if other_match is not None:
         return compare_leaves(match[1], other_match[1], how)
+    if split_unit(other)[1] is not None:
+        return "different"  # 73 degrees are not 73%
     readings = [rf"\frac{{{match[1]}}}{{100}}"]
     number = read_number(match[1])
     if number is not None:
@@ -250,7 +252,7 @@ def _rounds(decimal: str, exact: str, how: Comparison) -> bool:
 
 def _base_and_digits(text: str) -> tuple[str, str] | str:
     match = _BASE.fullmatch(text.replace(" ", ""))
-    return (match[1].lower(), match[2] or match[3]) if match else text
+    return (match[1].lower().removeprefix("+"), match[2] or match[3]) if match else text
 
 
 def _unwrapped(text: str) -> str:

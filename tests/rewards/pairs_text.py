@@ -29,6 +29,27 @@ PAIRS: list[tuple[str, str, str, bool]] = [
     ("around", "5", "5", True),
     ("around", "5", "#### 5", True),
     ("around", "5", r"The answer is not 5.", False),
+    # on the line below, or further below
+    *(
+        ("below", "5", response, True)
+        for response in (
+            "Answer:\n5",
+            "Answer:\n\n5",
+            "**Answer:**\n\n5",
+            "The final answer is:\n\n\\[\n5\n\\]",
+            "The answer is:\n\n$$5$$\n\nI hope it is correct.",
+            "The answer is $$\n5\n$$",
+            "2+3.\n\n## Final Answer\n\n**5**",
+            "Final answer\r\n\r\n5",
+            "####\n5",
+            "Answer:\nWe take both numbers and add them.\nSo x = 5.",  # a solution stands below: its last line counts
+        )
+    ),
+    ("below", "5", "Answer:\n\n6\n\nThe other one is 5", False),
+    ("below", "5", "The answer is:\n\n5 or 6", False),
+    ("below", "5", "The answer is 5.\n\n6", True),
+    ("below", "5", "The answer is 6.\n\n5", False),
+    ("below", "5", "There is an answer\nto this, as 2+3 is five of them", False),
     ("around", "5", r"The answer is 5 or 6.", False),
     ("around", "5", r"I tried 5 ways but could not solve it.", False),
     ("around", "5", r"The answer is 6, because the 5 does not fit.", False),

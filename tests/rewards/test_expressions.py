@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lens_megatron.rewards.expressions import (
-    evaluate,
     near,
     parse_fully,
     parse_quickly,
@@ -22,6 +21,7 @@ from lens_megatron.rewards.expressions import (
 )
 from lens_megatron.rewards.extract import boxed
 from lens_megatron.rewards.latex import clean
+from lens_megatron.rewards.values import evaluate
 from tests.rewards.pairs import PAIRS
 
 _texts = {clean(text) for _, gold, response, _ in PAIRS for text in (gold, boxed(response) or "")}
