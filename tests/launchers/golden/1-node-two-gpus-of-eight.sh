@@ -84,11 +84,12 @@ notice() { touch /shared/runs/lens-8b/launch/notice.$life; }
 trap notice USR1  # Slurm's, before the time limit; it may come before the program can hear it
 trap : TERM  # the program ends itself in order
 (trap "" USR1; cd /home/me/project && exec /home/me/project/.venv/bin/python -m lens_megatron.cli train --continue /shared/runs/lens-8b/launch/run.yaml) &
+code=127  # also the shell's own word for a program that it did not find
 while :; do
   wait $!
   now=$?
   case $now in
-    127) break ;;  # it has gone, and its exit code was read
+    127) break ;;  # not found; or it has gone, and its exit code was read
     138|143) code=$now ;;  # a signal to this shell, or the program's own end by it
     *) code=$now; break ;;
   esac
