@@ -79,6 +79,17 @@ def test_killed_program_is_a_failure(here: Job) -> None:
     assert start(here, "kill -KILL $$").wait(20) == 137
 
 
+@pytest.mark.parametrize(("name", "code"), [("TERM", 143), ("USR2", 140)])
+def test_a_program_that_dies_of_a_signal_is_not_waited_for_again(here: Job, name: str, code: int) -> None:
+    """As Python does while it starts. The shell gives 143 for a signal of its own too, and gives it at every wait."""
+    task = start(here, f"kill -{name} $$; sleep 20")
+    try:
+        assert task.wait(10) == code
+    finally:
+        if task.poll() is None:
+            os.killpg(task.pid, signal.SIGKILL)
+
+
 def test_a_program_that_is_not_found_is_a_failure(here: Job) -> None:
     assert start(here, "exit 0", program_there=False).wait(20) == 127
     assert told(here) is None
