@@ -17,7 +17,7 @@ from lens_megatron.guards.config import GuardConfig, ModelGuardConfig
 from lens_megatron.guards.mismatch import watch_mismatch
 from lens_megatron.guards.streamed import different_exports, streamed_logprobs
 from lens_megatron.mcore.agreement import on_rank_0
-from lens_megatron.mcore.checksums import differing_replicas, state_checksums
+from lens_megatron.mcore.checksums import SCHEME, differing_replicas, state_checksums
 from lens_megatron.mcore.rendezvous import from_rank_zero
 from lens_megatron.mcore.step import ShardedModel, Trainable
 from lens_megatron.update import Evaluated
@@ -87,7 +87,7 @@ class ModelGuards:
             for who, model in models.items():
                 if model is not None:
                     names = differing_replicas(model)
-                    where = "data parallel, or copies under tensor or context parallelism"
+                    where = "data parallel, or copies under tensor or context parallelism, or a tied embedding's two"
                     checks.replicas(who, names, where, step + 1)
 
     def count_skipped(self, skipped: bool, loss: float, norm: float) -> None:
@@ -166,8 +166,9 @@ class RunGuards(ModelGuards):
             return state_checksums(policy)
 
     def after_resume(self, policy: Trainable, folder: Path, saved: Mapping[str, int], dtype: str) -> None:
-        """`saved`: what `state` said then; empty for a checkpoint that tools have changed."""
-        if not self.config.resume_parity or not saved:
+        """`saved`: what `state` said then; empty for a checkpoint that tools have changed. An earlier version's are not
+        comparable."""
+        if not self.config.resume_parity or saved.get("scheme") != SCHEME:
             return
         with self._timed("resume_parity"):
             loaded = state_checksums(policy)

@@ -206,3 +206,25 @@ def bf16_update(
     main_changed = sum(int((now != then).sum()) for now, then in zip(main, main_before, strict=True))
     total = sum(parameter.numel() for parameter in main)
     return changed / max(1, sum(t.numel() for t in after.values())), main_changed / total, after
+
+
+def replicas_that_differ(folder: Path, layout: ParallelConfig, spoiled: str) -> list[str]:
+    """What the guard names when the last rank's parameter `spoiled` has two elements that changed places; "": none has."""
+    from lens_megatron.mcore.checksums import differing_replicas
+    from lens_megatron.mcore.step import build_frozen
+
+    model = build_frozen(start(folder, layout), layout, folder, dtype=torch.float32)
+    if spoiled and dist.get_rank() == dist.get_world_size() - 1:
+        names = dict(model.chunks[-1].named_parameters())
+        weight = next(parameter for name, parameter in names.items() if name.endswith(spoiled)).data
+        weight[0, :2] = weight[0, :2].flip(0)
+    return differing_replicas(model)
+
+
+def checksums_of(folder: Path, layout: ParallelConfig) -> dict[str, int]:
+    from lens_megatron.mcore.checksums import state_checksums
+    from lens_megatron.mcore.settings import OptimizerConfig
+    from lens_megatron.mcore.step import build_trainable
+
+    spec = start(folder, layout)
+    return state_checksums(build_trainable(spec, layout, folder, OptimizerConfig(), steps=1, dtype=torch.bfloat16))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lens_megatron.mcore.layout import ParallelConfig
 from tests.distributed import cases, reference
-from tests.tiny_models import random_sequences
+from tests.tiny_models import random_sequences, save_hf
 
 pytestmark = pytest.mark.distributed
 
@@ -222,3 +222,29 @@ def test_bf16_scores_are_near_fp32(layout: str, workers: Any, hf_folder: Any) ->
     differences = torch.cat([(a - b[0]).abs()[1:] for a, b in zip(logprobs, expected_scores(folder, 0.7), strict=True)])
     assert differences.mean() < 0.05
     assert differences.max() > 1e-4  # it really was bf16
+
+
+@pytest.mark.parametrize(("layout", "spoiled", "named"), [
+    ("pp2", "", []),
+    ("pp2", "output_layer.weight", ["model.embed_tokens.weight"]),  # the tied head, a copy of the first stage's embedding
+    ("pp2 vpp2", "output_layer.weight", ["model.embed_tokens.weight"]),
+    ("dp2", "word_embeddings.weight", ["model.embed_tokens.weight"]),
+])  # fmt: skip
+def test_replicas_whose_elements_changed_places_are_told(
+    tmp_path: Path, workers: Any, layout: str, spoiled: str, named: list[str]
+) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    folder = save_hf("qwen3_tied", tmp_path / "model")
+    assert workers(ranks).run(cases.replicas_that_differ, folder, parallel, spoiled) == [named] * ranks
+
+
+@pytest.mark.parametrize("kind", ["qwen3_tied", "qwen3_moe"])
+def test_checksums_are_the_same_in_every_layout(tmp_path: Path, workers: Any, kind: str) -> None:
+    folder = save_hf(kind, tmp_path / "model")
+    found = {}
+    for name in DENSE if kind == "qwen3_tied" else ["1", "tp2+sp", "pp2", "ep2", "tp2 ep2", "ep2 etp2"]:
+        ranks, parallel = LAYOUTS[name]
+        found[name] = workers(ranks).run(cases.checksums_of, folder, parallel)
+    expected = found["1"][0]
+    assert expected["weights"] and expected["optimizer.param"]
+    assert [name for name, parts in found.items() if any(part != expected for part in parts)] == []

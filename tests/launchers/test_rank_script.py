@@ -27,12 +27,14 @@ def here(tmp_path: Path) -> Job:
     return replace(plain, run_dir=tmp_path / "run", work_dir=tmp_path / "work dir")
 
 
-def start(job: Job, program: str, rank: int = 0) -> subprocess.Popen[bytes]:
+def start(job: Job, program: str, rank: int = 0, program_there: bool = True) -> subprocess.Popen[bytes]:
     """`program`: the shell of the stand-in."""
     assert job.site.venv is not None
     path = Path(job.site.venv) / "bin" / "lens-megatron"
     path.write_text(f"#!/bin/bash\n{program}\n")
     path.chmod(0o755)
+    if not program_there:
+        path.unlink()
     environment = {**os.environ, **LIFE, "SLURM_PROCID": str(rank)}
     return subprocess.Popen(["bash", "-c", script._rank_script(job)], env=environment, start_new_session=True)
 
@@ -75,6 +77,26 @@ def test_terminated_the_program_has_the_last_word(here: Job) -> None:
 
 def test_killed_program_is_a_failure(here: Job) -> None:
     assert start(here, "kill -KILL $$").wait(20) == 137
+
+
+@pytest.mark.parametrize(("name", "code"), [("TERM", 143), ("USR2", 140)])
+def test_a_program_that_dies_of_a_signal_is_not_waited_for_again(here: Job, name: str, code: int) -> None:
+    """As Python does while it starts. The shell gives 143 for a signal of its own too, and gives it at every wait."""
+    task = start(here, f"kill -{name} $$; sleep 20")
+    try:
+        assert task.wait(10) == code
+    finally:
+        if task.poll() is None:
+            os.killpg(task.pid, signal.SIGKILL)
+
+
+def test_a_program_that_is_not_found_is_a_failure(here: Job) -> None:
+    assert start(here, "exit 0", program_there=False).wait(20) == 127
+    assert told(here) is None
+
+
+def test_a_program_that_finds_no_other_is_a_failure(here: Job) -> None:
+    assert start(here, "exit 127").wait(20) == 127
 
 
 def until(path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 _WIDTH = 4096  # words a row of the fingerprint's matrix
 _CACHED_ROWS = 16
 _MOST_NAMES = 4  # in one message
-_WEIGHTS: dict[tuple[str, int], Tensor] = {}
+_WORDS: dict[tuple[str, int], Tensor] = {}
 
 
 def fingerprint(tensor: Tensor) -> str:
@@ -33,7 +33,9 @@ def fingerprint(tensor: Tensor) -> str:
     for rows_RW in (bytes_B[:whole].view(torch.int64).view(-1, _WIDTH), _padded(bytes_B[whole:])):
         if rows_RW.numel():
             columns_W, rows_R = _sums(rows_RW)
-            total = total * 31 + int((columns_W * _weights(columns_W, 1)).sum() + (rows_R * _weights(rows_R, 2)).sum())
+            total = total * 31 + int(
+                (columns_W * odd_words(columns_W, 1)).sum() + (rows_R * odd_words(rows_R, 2)).sum()
+            )
     return f"{total % 2**64:016x}"
 
 
@@ -56,17 +58,17 @@ def _padded(bytes_B: Tensor) -> Tensor:
     return filled_B.view(torch.int64).view(-1, _WIDTH)
 
 
-def _weights(like: Tensor, seed: int) -> Tensor:
-    """Fixed odd numbers, the same in every process."""
-    key = (str(like.device), seed)
-    have = _WEIGHTS.get(key)
-    if have is None or have.numel() < like.numel():
-        count = max(_WIDTH, 2 * like.numel())
+def odd_words(like: Tensor, seed: int, start: int = 0) -> Tensor:
+    """Fixed odd numbers from number `start` on, as many as `like` has elements; the same in every process."""
+    key, stop = (str(like.device), seed), start + like.numel()
+    have = _WORDS.get(key)
+    if have is None or have.numel() < stop:
+        count = max(_WIDTH, 2 * stop)
         words = torch.arange(1, count + 1, dtype=torch.int64) * (0x9E3779B97F4A7C15 - 2**64) + seed
         words = (words ^ (words >> 31)) * (0xBF58476D1CE4E5B9 - 2**64)
         words = (words ^ (words >> 29)) * 0x14D049BB133111EB
-        have = _WEIGHTS[key] = (words | 1).to(like.device)
-    return have[: like.numel()]
+        have = _WORDS[key] = (words | 1).to(like.device)
+    return have[start:stop]
 
 
 @dataclass(frozen=True)

@@ -85,15 +85,15 @@ notice() { touch /shared/runs/lens-8b/launch/notice.$life; }
 trap notice USR1  # Slurm's, before the time limit; it may come before the program can hear it
 trap : TERM  # the program ends itself in order
 (trap "" USR1; cd /home/me/project && exec lens-megatron train --continue /shared/runs/lens-8b/launch/run.yaml) &
+program=$!
 while :; do
-  wait $!
-  now=$?
-  case $now in
-    127) break ;;  # it has gone, and its exit code was read
-    138|143) code=$now ;;  # a signal to this shell, or the program's own end by it
-    *) code=$now; break ;;
-  esac
+  wait $program
+  code=$?
+  kill -0 $program 2> /dev/null || break  # it runs on: a signal to this shell ended the wait
 done
+wait $program  # once more: a signal that came just before its end hid its code
+last=$?
+[ $last = 127 ] || code=$last  # 127 also of a shell that gives it only once
 case $code in  # told to end: no failure, and no reason for srun to kill the other ranks
   85|86) if [ "$SLURM_PROCID" = 0 ]; then echo $code > /shared/runs/lens-8b/launch/told.$life; fi; exit 0 ;;
 esac
