@@ -215,7 +215,9 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], errors: Sequence[Path], he
             for number in stuck:
                 _say_it_is_left(number, workers[number])
             return codes[0] or 0
-        if any(code not in _WELL if number in stuck else code not in (None, *_WELL) for number, code in enumerate(codes)):
+        if any(
+            code not in _WELL if number in stuck else code not in (None, *_WELL) for number, code in enumerate(codes)
+        ):
             return _report(workers, errors, held)
         time.sleep(0.05)
 
