@@ -23,7 +23,8 @@ def look(run_dir: Path) -> dict[str, Any]:
         raise UsageError(f"{run_dir}: neither a run nor a job of one is in this folder")
     metrics = folder.read_metrics()
     steps = folder.read_config().get("steps")
-    job = handle.status() if handle is not None else _without_job(folder, len(metrics), steps)
+    done = metrics[-1]["step"] if metrics else 0
+    job = handle.status() if handle is not None else _without_job(folder, done, steps)
     whole, _ = checkpoints.newest_first(folder.checkpoints)
     return {
         "run": str(run_dir),
@@ -36,7 +37,7 @@ def look(run_dir: Path) -> dict[str, Any]:
         "limit": job.limit or None,
         "restarts": job.restarts,
         "stopping": stopping.stop_file(run_dir).exists() and job.active,
-        "step": metrics[-1]["step"] if metrics else 0,
+        "step": done,
         "steps": steps,
         "step_seconds_ago": round(time.time() - folder.metrics_path.stat().st_mtime) if metrics else None,
         "reward": metrics[-1].get("reward") if metrics else None,
@@ -48,6 +49,9 @@ def look(run_dir: Path) -> dict[str, Any]:
 def _without_job(folder: RunFolder, done: int, steps: int | None) -> JobStatus:
     if folder.in_use():
         return JobStatus("running")
+    if (ending := folder.read_ending()) is not None:
+        state, reason = ending
+        return JobStatus(state, reason=reason)
     return JobStatus("done" if steps is not None and done >= steps else "unfinished")
 
 

@@ -15,6 +15,7 @@ from types import FrameType
 
 from lens_megatron import workers
 from lens_megatron.errors import RunError
+from lens_megatron.run_folder import Ending, RunFolder
 
 RESUME = "go on with --resume from the last whole checkpoint"
 AGAIN = "run it again to go on"  # of commands that find by themselves what is done
@@ -34,6 +35,31 @@ def _terminated(advice: str, number: int, frame: FrameType | None) -> None:
     if workers.is_local_worker():
         raise SystemExit(workers.TERMINATED)
     raise RunError(f"ended by SIGTERM; {advice}")
+
+
+@contextlib.contextmanager
+def noted(folder: RunFolder | None) -> Iterator[None]:
+    """What broke a run that had begun is left in its folder. `folder`: rank 0's."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _note(folder, "unfinished", "interrupted")
+        raise
+    except Exception as error:
+        _note(folder, "failed", " ".join(str(error).split()) or type(error).__name__)
+        raise
+
+
+def note_workers(folder: RunFolder, code: int) -> None:
+    """From the command that started them, where rank 0 was ended before it could say anything."""
+    if code == 1 and folder.holds_run() and folder.read_ending() is None:
+        _note(folder, "failed", "one of its processes failed: see what it printed where it was started, and logs/")
+
+
+def _note(folder: RunFolder | None, state: Ending, reason: str) -> None:
+    if folder is not None and folder.holds_run():
+        with contextlib.suppress(RunError):  # a full disk: the reason that is under way is the one to hear
+            folder.write_ending(state, reason)
 
 
 @contextlib.contextmanager

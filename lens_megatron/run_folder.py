@@ -2,8 +2,8 @@
 
     config.yaml      as resolved          metrics.jsonl                  one JSON object a step
     versions.json    software, machine    rollouts/step_000012.parquet   one row a rollout
-    logs/                                 checkpoints/step_000020/       written by the checkpoint code
-                                          evaluations/step_000020.jsonl  one answer to a held-out problem a line
+    ending.json      how it ended         checkpoints/step_000020/       written by the checkpoint code
+    logs/                                 evaluations/step_000020.jsonl  one answer to a held-out problem a line
 
 A file is complete or absent: written beside its place, then renamed. metrics.jsonl grows by whole lines; a failed write
 is undone.
@@ -21,11 +21,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from lens_megatron.checkpoints import step_name
 from lens_megatron.errors import RunError, UsageError
 from lens_megatron.rollout_table import ROLLOUT_COLUMNS, RolloutRow, rollout_table
+
+Ending = Literal["done", "stopped", "unfinished", "failed"]
 
 
 class RunFolder:
@@ -93,6 +95,10 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def _ending_path(self) -> Path:
+        return self.path / "ending.json"
+
     def rollouts_path(self, step: int) -> Path:
         return self.path / "rollouts" / f"{step_name(step)}.parquet"
 
@@ -111,6 +117,17 @@ class RunFolder:
         """What runs, and where. `more`: what only the caller knows, such as the number of processes."""
         tree = {**machine_and_versions(), **more}
         self._write_kept("versions.json", json.dumps(tree, indent=1) + "\n")
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """The run starts, or goes on: from now on the folder is that of `config`."""
+        self._ending_path.unlink(missing_ok=True)
+        self.write_config(config)
+        self.write_versions()
+
+    def write_ending(self, state: Ending, reason: str = "") -> None:
+        """How it ended, for `status`: a run on this machine has no scheduler that remembers."""
+        text = json.dumps({"state": state, "reason": reason}) + "\n"
+        self._write_whole(self._ending_path, lambda file: file.write(text.encode()))
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """One line, flushed. A number that is not finite becomes null: NaN is no JSON."""
@@ -166,6 +183,13 @@ class RunFolder:
     def read_versions(self) -> dict[str, Any]:
         path = self.path / "versions.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def read_ending(self) -> tuple[Ending, str] | None:
+        """State and reason; None: it runs, or was killed."""
+        if not self._ending_path.exists():
+            return None
+        tree = json.loads(self._ending_path.read_text(encoding="utf-8"))
+        return tree["state"], tree["reason"]
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """By step. A last line that is still being written is left out."""

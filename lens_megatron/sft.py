@@ -53,8 +53,7 @@ def train_supervised(config: SftConfig, folder: RunFolder | None) -> Path:
                 dtype=_DTYPES.get(config.precision),
             )
             if folder is not None:  # only now: a start that failed for bad input leaves no run behind
-                folder.write_config(strict.to_tree(SftConfig, config))
-                folder.write_versions()
+                folder.begin(strict.to_tree(SftConfig, config))
             guards = ModelGuards(config.guards, config.tokens_per_microbatch, config.timeout_s)
             guards.after_loading(policy, "policy", weights)
             with Progress(config.steps, shown=folder is not None) as progress:

@@ -292,9 +292,10 @@ class Trainer:
         self.progress = Progress(self.config.steps, self.first_step, shown=self.host is not None)
 
         def take_up(host: Host) -> None:
+            if found is not None:
+                host.load_state_dict(found.extra)  # first: what does not fit is refused, and the folder as it was
             host.folder.rewind(self.first_step if found is not None else -1)  # step 0 is evaluated again as well
             if found is not None:
-                host.load_state_dict(found.extra)
                 for reason in found.passed_over:
                     self.progress.note(f"passed over a damaged checkpoint: {reason}")
                 self.progress.note(f"resuming after step {self.first_step}")

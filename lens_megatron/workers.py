@@ -26,6 +26,7 @@ _meeting_point: object = None  # rank 0's, open as long as it lives
 _GRACE_S = 10.0
 _SETTLE_S = 2.0
 _BLOCKED_S = 2.0  # for a killed process to be gone, unless the kernel holds it
+_LEAVING_S = 120.0  # for one that ended well: much memory, of a GPU or pinned, takes long to be given back
 TERMINATED = 128 + signal.SIGTERM  # exit code of a worker that this process told to end
 LOST_PEER = 75  # exit code of a worker that only met another one's end: it says nothing, the other knows why
 _WELL = (0, *stopping.EXIT_CODES.values())
@@ -174,7 +175,12 @@ class _Held:
         for number, worker in enumerate(self._workers):
             held = worker.poll() is None and _is_dying(worker.pid)
             self._since[number] = min(self._since[number], now) if held else float("inf")
-        return {number for number, since in enumerate(self._since) if now - since > _BLOCKED_S}
+        return {
+            number
+            for number, since in enumerate(self._since)
+            if now - since > _BLOCKED_S
+            and (now - since > _LEAVING_S or _code_before_it_is_gone(self._workers[number].pid) not in _WELL)
+        }
 
 
 def _is_dying(pid: int) -> bool:
@@ -187,15 +193,37 @@ def _is_dying(pid: int) -> bool:
     return fields["State"].split()[0] == "Z" or bool(pending >> (signal.SIGKILL - 1) & 1)
 
 
+def _code_before_it_is_gone(pid: int) -> int | None:
+    """The exit code of a process whose first thread has ended while another is still being cleared away."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    status = int(fields[-1])
+    return os.waitstatus_to_exitcode(status) if fields[0] == "Z" else None
+
+
 def _wait(workers: Sequence[subprocess.Popen[bytes]], errors: Sequence[Path], held: _Held) -> int:
     while True:
         stopping.pass_on(workers[0].pid)
-        codes = [worker.poll() for worker in workers]
+        stuck = held.look()
+        codes = [
+            _code_before_it_is_gone(worker.pid) if number in stuck else worker.poll()
+            for number, worker in enumerate(workers)
+        ]
         if all(code in _WELL for code in codes):
-            return workers[0].returncode
-        if any(code not in (None, *_WELL) for code in codes) or held.look():
+            for number in stuck:
+                _say_it_is_left(number, workers[number])
+            return codes[0] or 0
+        if any(
+            code not in _WELL if number in stuck else code not in (None, *_WELL) for number, code in enumerate(codes)
+        ):
             return _report(workers, errors, held)
         time.sleep(0.05)
+
+
+def _say_it_is_left(number: int, worker: subprocess.Popen[bytes]) -> None:
+    print(f"rank {number} (process {worker.pid}) ends when its file system answers again", file=sys.stderr)
 
 
 def _report(workers: Sequence[subprocess.Popen[bytes]], errors: Sequence[Path], held: _Held) -> int:
@@ -273,7 +301,7 @@ def _end(workers: Sequence[subprocess.Popen[bytes]], held: _Held) -> set[int]:
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.wait(timeout=0.0 if number in stuck else max(0.0, deadline - time.monotonic()))
             continue
-        print(f"rank {number} (process {worker.pid}) ends when its file system answers again", file=sys.stderr)
+        _say_it_is_left(number, worker)
     return stuck
 
 

@@ -237,10 +237,39 @@ def test_a_single_slurm_task_starts_its_own_workers(monkeypatch: pytest.MonkeyPa
     assert not workers.is_worker()
 
 
+# the first thread is gone, with the exit code, while another takes its time: a process with much memory ends like this
+SLOW_TO_GO = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=({seconds},)).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_finished_worker_may_take_its_time_to_be_gone(
+    run: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_BLOCKED_S", 0.1)
+    slow = f"exec({SLOW_TO_GO.format(seconds=1.5)!r})"
+    assert run(slow, "", slow) == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_a_finished_worker_that_the_kernel_keeps_is_left_to_it(
+    run: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_BLOCKED_S", 0.1)
+    monkeypatch.setattr(workers, "_LEAVING_S", 0.3)
+    began = time.monotonic()
+    assert run("", f"exec({SLOW_TO_GO.format(seconds=60)!r})") == 0
+    assert time.monotonic() - began < 30
+    assert "rank 1 (process " in capfd.readouterr().err
+    os.kill(pids(tmp_path)[1], signal.SIGKILL)
+
+
 def test_who_is_held_by_the_kernel_is_told_from_who_is_just_ending(monkeypatch: pytest.MonkeyPatch) -> None:
     """A zombie that nobody reaps looks like a process whose threads sit in a file system."""
     monkeypatch.setattr(workers, "_BLOCKED_S", 0.2)
-    ended, lives = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "600"])
+    ended, lives = subprocess.Popen(["false"]), subprocess.Popen(["sleep", "600"])
     wait_for(lambda: not alive(ended.pid))
 
     class Unreaped:

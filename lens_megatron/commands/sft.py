@@ -36,7 +36,10 @@ def run(args: argparse.Namespace) -> int:
     with endings.lost_peers():
         folder = RunFolder.create(config.run_dir) if workers.rank() == 0 else None
         try:
-            target = train_supervised(config, folder)
+            with endings.noted(folder):
+                target = train_supervised(config, folder)
+            if folder is not None:
+                folder.write_ending("done")
         finally:
             if folder is not None:
                 folder.close()

@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from lens_megatron.mcore.hf_files import check_folder
     from lens_megatron.mcore.layout import check_layout
     from lens_megatron.model_spec import find_weights, load_model_config
+    from lens_megatron.run_folder import RunFolder
 
     endings.on_signals(endings.RESUME)
     config = load_run(Path(args.run), args.overrides)
@@ -49,21 +50,25 @@ def run(args: argparse.Namespace) -> int:
         check_folder(find_weights(config.model), model.spec)
         if config.parallel.processes > 1:
             how = ["--resume"] if args.resume else ["--continue"] if args.go_on else []
-            return workers.run_workers(config.parallel.processes, ["train", *how, args.run, *args.overrides])
+            code = workers.run_workers(config.parallel.processes, ["train", *how, args.run, *args.overrides])
+            endings.note_workers(RunFolder(config.run_dir), code)
+            return code
     with endings.lost_peers():
         return _train(config, model, args.resume, args.go_on)
 
 
 def _train(config: RunConfig, model: ModelConfig, resume: bool, go_on: bool) -> int:
-    from lens_megatron import loop, stopping, strict, workers
+    from lens_megatron import endings, loop, resuming, stopping, strict, workers
     from lens_megatron.config import RunConfig
     from lens_megatron.run_folder import RunFolder
     from lens_megatron.trainer import Trainer
 
-    folder = None
+    folder, tree = None, strict.to_tree(RunConfig, config)
     if workers.rank() == 0:
         if resume or (go_on and RunFolder(config.run_dir).holds_run()):
             folder = RunFolder.resume(config.run_dir, _PATIENCE_S if go_on else 0.0)
+            for line in resuming.changes(folder, tree):
+                print(line, file=sys.stderr)
         else:
             folder = RunFolder.create(config.run_dir)
         if not go_on:
@@ -71,12 +76,15 @@ def _train(config: RunConfig, model: ModelConfig, resume: bool, go_on: bool) -> 
     trainer = Trainer(config, model, folder)
     try:
         with trainer.watch.reporting():
-            if folder is not None:  # only now: a start that failed for bad input leaves no run to be resumed
-                folder.write_config(strict.to_tree(RunConfig, config))
-                folder.write_versions()
             if resume or go_on:
                 trainer.resume()
-            order = loop.train(config, trainer)
+            # only now: a start that failed for bad input leaves no run, a refused resume leaves the one that is there
+            if folder is not None:
+                folder.begin(tree)
+            with endings.noted(folder):
+                order = loop.train(config, trainer)
+            if folder is not None:
+                folder.write_ending("done" if order is None else "stopped" if order == "stop" else "unfinished")
     finally:
         trainer.close()
     if order is None:

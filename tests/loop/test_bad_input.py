@@ -154,3 +154,33 @@ def test_nothing_to_resume(task: Path, tmp_path: Path, capfd: pytest.CaptureFixt
     assert cli.main(["train", "--resume", str(write_run(tmp_path, tree))]) == 2
     assert "no run to resume" in complaint(capfd.readouterr().err)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_refused_resume_leaves_the_run_as_it_was(task: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    saved = {"checkpoint": {"every": 1, "asynchronous": False}, "parallel": {"tp": 1}}
+    run = str(write_run(tmp_path, run_tree(task, run_dir, **saved)))
+    assert finished(tmp_path, "train", run)[0] == 0
+    folder = RunFolder.open(run_dir)
+    assert folder.read_ending() == ("done", "")
+    shutil.rmtree(run_dir / "checkpoints" / "step_000002")  # resuming would make step 2 again
+    before = {name: text for name, text in _contents(run_dir).items() if not name.startswith("logs/")}
+
+    def refused(*changes: str) -> str:
+        code, words = finished(tmp_path, "train", "--resume", run, *changes)
+        assert code == 2, words
+        after = {name: text for name, text in _contents(run_dir).items() if not name.startswith("logs/")}
+        assert after == before
+        return complaint(words)
+
+    rows = (task / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "fewer.jsonl").write_text("".join(rows[:-1]))
+    assert "the prompts are not those of the checkpoint" in refused(f"data.train={tmp_path / 'fewer.jsonl'}")
+    assert "algorithm.rescue.gamma was 0.1 and is 0.3" in refused("algorithm.rescue.gamma=0.3")
+
+    code, words = finished(tmp_path, "train", "--resume", run, "optimizer.lr=0.001")
+    assert code == 0, words
+    assert "resumed with a change: optimizer.lr was 0.01 and is 0.001\n" in words
+    assert [line["step"] for line in folder.read_metrics()] == [1, 2]
+    assert (run_dir / "config.1.yaml").exists()

@@ -1,0 +1,57 @@
+"""What a resumed run's configuration may change: each change is told, and those that would make it another run refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lens_megatron import checkpoints, strict
+from lens_megatron.config import RunConfig
+from lens_megatron.errors import UsageError
+from lens_megatron.run_folder import RunFolder
+
+# what the steps made so far would not have been made with; of data.train, limits and template the checkpoint itself knows
+_FIXED = ("seed", "algorithm", "data.prompts_per_step", "data.shuffle")
+_UNTOLD = ("run_dir",)  # the folder may have been moved
+
+
+def changes(folder: RunFolder, tree: Mapping[str, Any]) -> list[str]:
+    """A line for each key that is another one than in the folder's config.yaml."""
+    earlier = folder.read_config()
+    if not earlier:
+        return []
+    where = folder.path / "config.yaml"
+    try:  # what it does not say is the default
+        before = flat(strict.to_tree(RunConfig, strict.build(RunConfig, earlier, str(where))))
+    except UsageError as error:
+        return [f"not compared with the run's own configuration, which this version does not read: {error}"]
+    now = flat(tree)
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in _UNTOLD]
+    told = {key: f"{key} was {_shown(before, key)} and is {_shown(now, key)}" for key in keys}
+    fixed = [told[key] for key in keys if any(key == one or key.startswith(f"{one}.") for one in _FIXED)]
+    if fixed and checkpoints.latest(folder.checkpoints) is not None:
+        raise UsageError(
+            f"{folder.path} cannot be resumed as another run: {'; '.join(fixed)}: put it back, or start in another "
+            "run_dir (from its weights: lens-megatron convert megatron-to-hf)"
+        )
+    return [f"resumed with a change: {line}" for line in told.values()]
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    return dict(_leaves(tree, prefix))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _shown(leaves: Mapping[str, Any], key: str) -> str:
+    if key not in leaves:
+        return "not there"
+    value = leaves[key]
+    return "null" if value is None else str(value)
