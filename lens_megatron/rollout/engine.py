@@ -46,7 +46,7 @@ class VersionSpan:
 
 @dataclass(frozen=True)
 class Finished:
-    """A response. `finish == "abort"`: only the part sampled before the abort."""
+    """A response. `finish == "abort"`: only the part sampled before the abort, or nothing where its versions are unknown."""
 
     id: str
     tokens: tuple[int, ...]
@@ -57,6 +57,15 @@ class Finished:
     @property
     def oldest_version(self) -> int:
         return min((span.version for span in self.versions), default=0)
+
+    def followed_by(self, rest: Finished) -> Finished:
+        """One response from the part before an abort and what was sampled after it. Each token keeps the log-prob and the
+        version that it was sampled with."""
+        begin = len(self.tokens)
+        moved = tuple(VersionSpan(span.version, begin + span.start, begin + span.end) for span in rest.versions)
+        return Finished(
+            rest.id, self.tokens + rest.tokens, self.logprobs + rest.logprobs, rest.finish, self.versions + moved
+        )
 
 
 @dataclass(frozen=True)
@@ -76,8 +85,8 @@ class Engine(Protocol):
 
     @property
     def deterministic(self) -> bool:
-        """Whether the same calls give the same responses in the same order (the sampler then waits for rewards
-        between polls, so that what it submits next does not depend on how fast they were computed)."""
+        """Whether the same calls give the same responses in the same order, by the requests' seeds (the sampler then waits
+        for rewards between polls, so that what it submits next does not depend on how fast they were computed)."""
 
     @property
     def positions(self) -> int | None:

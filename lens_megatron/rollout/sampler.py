@@ -6,8 +6,9 @@ speculative   Y' starts when slots are free, likeliest rescues first, and is can
               it moot.
 
 A schedule decides when, never whether: Y' is cancelled by what Y alone came to, and is otherwise awaited whole, so the
-groups are samples of the same distribution, and the same samples under an engine that heeds a request's seed. (Under one
-that does not, a speculation that gave way and starts again is drawn afresh, which favours short ones a little.)
+groups are samples of the same distribution, and the same samples under an engine that heeds a request's seed. Under one
+that does not, a rollout that was aborted goes on from the tokens that it had: drawn afresh, those that were long enough to
+be aborted would get another chance to be short.
 Admission is done here: nothing is submitted beyond the engine's free slots, originals enter first, certain rescues next,
 and speculation gives way to both.
 """
@@ -115,7 +116,7 @@ class _Batch:
         config: SamplingConfig,
     ) -> None:
         self.sampler, self.engine, self.step, self.config = sampler, sampler.engine, step, config
-        self.groups = [GroupState(x, x_, config.n) for x, x_ in zip(prompts, purified, strict=True)]
+        self.groups = [GroupState(g, x, x_, config.n) for g, (x, x_) in enumerate(zip(prompts, purified, strict=True))]
         self.counts = SampleCounts()
         self.wanted = deque(Job(g, i, False) for g in range(len(prompts)) for i in range(config.n))
         self.in_flight: dict[str, Job] = {}
@@ -153,7 +154,7 @@ class _Batch:
         while True:
             for response in self.inbox:
                 if job := self.in_flight.pop(response.id, None):
-                    self._wasted(job, len(response.tokens))
+                    self._wasted(self._whole(job, response))
             if not self.in_flight or self.engine.clock() > deadline:
                 break
             self.inbox = deque(self.engine.poll(POLL_SECONDS))
@@ -189,24 +190,14 @@ class _Batch:
             elif -chance < self.config.speculate_from:
                 return None
             else:
-                return Job(g, state.unsubmitted.pop(0), True, speculative=True)
+                return replace(state.unsubmitted.pop(0), speculative=True)
         return None
 
     def _make_room(self, short: int) -> None:
-        """The least likely speculation leaves for rollouts that are needed; it starts again when there is room."""
-        leaving = [(self._chance(job.group), -job.group, -job.index, i) for i, job in self._speculative_jobs()]
-        for *_, request_id in heapq.nsmallest(short - len(self.cancelled), leaving):
-            job = self.in_flight[request_id]
-            self._cancel([request_id])
-            self._speculate_again(job)
-
-    def _speculative_jobs(self) -> list[tuple[str, Job]]:
-        return [(request_id, self.in_flight[request_id]) for request_id in sorted(self.speculating)]
-
-    def _speculate_again(self, job: Job) -> None:
-        state = self.groups[job.group]
-        state.unsubmitted = sorted([*state.unsubmitted, job.index])
-        self._review(job.group)
+        """The least likely speculation leaves for rollouts that are needed; once back, it waits for room again."""
+        jobs = [(request_id, self.in_flight[request_id]) for request_id in sorted(self.speculating)]
+        leaving = [(self._chance(job.group), -job.group, -job.index, request_id) for request_id, job in jobs]
+        self._cancel([request_id for *_, request_id in heapq.nsmallest(short - len(self.cancelled), leaving)])
 
     def _request(self, job: Job) -> Request:
         state, config = self.groups[job.group], self.config
@@ -218,11 +209,12 @@ class _Batch:
             state.rescue_ids.append(request_id)
         if job.speculative:
             self.speculating.add(request_id)
-            self.counts.speculated_rollouts += 1
+            self.counts.speculated_rollouts += job.begun is None
+        begun = job.begun.tokens if job.begun else ()
         return Request(
             request_id,
-            state.purified_prompt.tokens if job.purified and state.purified_prompt else state.prompt.tokens,
-            config.max_response_tokens,
+            state.roll_tokens(job) + begun,
+            config.max_response_tokens - len(begun),
             self.sampler.stop_tokens,
             config.temperature,
             config.top_p,
@@ -237,18 +229,19 @@ class _Batch:
         job = self.in_flight.pop(response.id, None)
         if job is None:
             raise RunError(f"the engine returned a response that nobody is waiting for: {response.id}")
-        if response.id in self.cancelled:
-            self.cancelled.discard(response.id)
-            self._wasted(job, len(response.tokens))
-            return
+        by_us = response.id in self.cancelled
+        self.cancelled.discard(response.id)
         self.speculating.discard(response.id)
-        if response.finish == "abort":  # not by us: a server went away or took new weights
-            self._aborted_by_the_engine(job, len(response.tokens))
+        state, response = self.groups[job.group], self._whole(job, response)
+        if job.purified and state.rescue == "moot":
+            self._wasted(response)
             return
-        state = self.groups[job.group]
+        if response.finish == "abort":
+            self._aborted(job, response, by_us)
+            return
         rollout = Rollout(
             state.prompt.id,
-            state.purified_prompt.tokens if job.purified and state.purified_prompt else state.prompt.tokens,
+            state.roll_tokens(job),
             response.tokens,
             response.logprobs,
             response.finish,
@@ -256,24 +249,42 @@ class _Batch:
             job.purified,
             weight_version=response.oldest_version,
         )
-        self.counts.speculated_tokens += len(response.tokens) * job.speculative
         reward = self.sampler.reward(state.prompt, rollout)
         if isinstance(reward, Future):
             self.scoring[reward] = (job, rollout)
         else:
             self._scored(job, replace(rollout, reward=float(reward)))
 
-    def _aborted_by_the_engine(self, job: Job, tokens: int) -> None:
-        key = (job.group, job.index, job.purified)
-        self.aborts[key] += 1
-        if self.aborts[key] > MAX_ABORTS:
-            raise RunError(f"the engine aborted a rollout {self.aborts[key]} times: {self.engine.health()}")
-        self.counts.resubmitted_rollouts += 1
-        self._wasted(job, tokens)
-        if job.purified and self.groups[job.group].rescue == "open":
-            self._speculate_again(job)
+    def _whole(self, job: Job, response: Finished) -> Finished:
+        """With what it had before an abort."""
+        self.counts.speculated_tokens += len(response.tokens) * job.speculative
+        if job.begun is not None:
+            response = job.begun.followed_by(response)
+        tokens = response.tokens
+        if response.finish == "abort" and tokens:  # one that came after the last token aborted nothing
+            if tokens[-1] in self.sampler.stop_tokens:
+                return replace(response, finish="stop")
+            if len(tokens) == self.config.max_response_tokens:
+                return replace(response, finish="length")
+        return response
+
+    def _aborted(self, job: Job, part: Finished, by_us: bool) -> None:
+        """It gave way to others, or its server went away or took new weights: it waits for room again."""
+        if not by_us:
+            key = (job.group, job.index, job.purified)
+            self.aborts[key] += 1
+            if self.aborts[key] > MAX_ABORTS:
+                raise RunError(f"the engine aborted a rollout {self.aborts[key]} times: {self.engine.health()}")
+            self.counts.resubmitted_rollouts += 1
+        if self.engine.deterministic:  # its seed draws the same tokens again
+            self._wasted(part)
+        job = replace(job, speculative=False, begun=None if self.engine.deterministic or not part.tokens else part)
+        state = self.groups[job.group]
+        if job.purified and state.rescue == "open":
+            state.unsubmitted = sorted([*state.unsubmitted, job], key=lambda waiting: waiting.index)
+            self._review(job.group)
         else:
-            self.wanted.appendleft(replace(job, speculative=False))
+            self.wanted.appendleft(job)
 
     def _collect_rewards(self) -> bool:
         if not self.scoring:
@@ -294,7 +305,7 @@ class _Batch:
         state = self.groups[job.group]
         if job.purified:
             if state.rescue == "moot":
-                self._wasted(job, len(rollout.response), counted=True)
+                self._wasted(rollout)
                 return
             state.rescues[job.index] = rollout
             state.rescues_scored += 1
@@ -320,7 +331,7 @@ class _Batch:
         if state.rescue == "open" and (complete or schedule != "after_group"):
             if self.sampler.rules.certain(state.scored, n):
                 state.rescue = "certain"
-                self.wanted.extend(Job(g, i, True) for i in state.unsubmitted)
+                self.wanted.extend(state.unsubmitted)
                 state.unsubmitted = []
                 self.speculating.difference_update(self._rescues_in_flight(g))
             elif self.sampler.rules.moot(state.scored, n):
@@ -345,10 +356,11 @@ class _Batch:
 
     def _drop_rescue(self, g: int) -> None:
         state = self.groups[g]
+        begun = [job.begun for job in state.unsubmitted]
         state.rescue, state.unsubmitted = "moot", []
-        for i, rescue in enumerate(state.rescues):
-            if rescue is not None:
-                self._wasted(Job(g, i, True), len(rescue.response), counted=True)
+        for lost in (*state.rescues, *begun):
+            if lost is not None:
+                self._wasted(lost)
         self._cancel(self._rescues_in_flight(g))
 
     def _rescues_in_flight(self, g: int) -> list[str]:
@@ -360,11 +372,9 @@ class _Batch:
         self.speculating.difference_update(fresh)
         self.engine.abort(fresh)
 
-    def _wasted(self, job: Job, tokens: int, counted: bool = False) -> None:
+    def _wasted(self, lost: Rollout | Finished) -> None:
         self.counts.wasted_rollouts += 1
-        self.counts.wasted_tokens += tokens
-        if not counted:
-            self.counts.speculated_tokens += tokens * job.speculative
+        self.counts.wasted_tokens += len(lost.response if isinstance(lost, Rollout) else lost.tokens)
 
     def _watch_for_stalls(self, moved: bool) -> None:
         now, patience = self.engine.clock(), self.config.stall_seconds

@@ -240,14 +240,14 @@ class SGLangEngine:
 
     def _judge(self, seat: Seat, job: Job, generation: Generation) -> None:
         """Given out, if it is known whose tokens these are."""
-        if generation.finish == "abort":
-            self._give(job, generation, ())
-            return
         spans = generation.versions
         if not spans and job.epoch == seat.epoch:  # a server that does not tell when its weights changed
             spans = ((generation.version, 0, len(generation.tokens)),)
         accepted = seat.accepted if self._router is None else self._pool.accepted()
         unknown = sorted({label for label, _, _ in spans} - accepted.keys())
+        if generation.finish == "abort" and (unknown or not spans):
+            self._give(job, None, ())
+            return
         if unknown or not spans:
             self._again(job)
             # behind a router nobody knows whose answer it is; and what was begun before the server's weights were vouched
@@ -264,8 +264,9 @@ class SGLangEngine:
         if generation is None:
             self._finished.put(Finished(job.request.id, (), (), "abort"))
             return
-        total = len(job.request.prompt) + len(generation.tokens)
-        self._mean_tokens += (total - self._mean_tokens) * (0.02 if self._mean_tokens else 1.0)
+        if generation.finish != "abort":
+            total = len(job.request.prompt) + len(generation.tokens)
+            self._mean_tokens += (total - self._mean_tokens) * (0.02 if self._mean_tokens else 1.0)
         self._finished.put(Finished(job.request.id, generation.tokens, generation.logprobs, generation.finish, spans))
 
     def _resend(self, jobs: list[Job]) -> None:

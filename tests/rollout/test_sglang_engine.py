@@ -312,6 +312,35 @@ def test_an_abort_comes_back_with_its_part_and_at_once() -> None:
         assert engine.free_slots() == 4
 
 
+def test_what_new_weights_abort_comes_back_with_the_version_of_its_part() -> None:
+    with stubs(["--token-seconds", "0.01"]) as one, engine_of(one) as engine:
+        engine.submit(requests(3, 2000))
+        time.sleep(0.3)
+        engine.begin_update(4)
+        (address,) = engine.servers()
+        loop, client = EventLoop(), SGLangClient(address.url)
+        loop.run(client.pause_generation("abort"))  # as the weight sync does
+        loop.run(client.set_weight_version("unfinished-4"))
+        done = drain(engine, 3)
+        loop.run(client.set_weight_version("4"))
+        loop.run(client.continue_generation())
+        loop.run(client.close())
+        loop.close()
+        engine.end_update([address])
+        for finished in done.values():
+            assert finished.finish == "abort" and finished.tokens
+            assert [(s.version, s.start, s.end) for s in finished.versions] == [(3, 0, len(finished.tokens))]
+
+
+def test_a_part_of_weights_that_nobody_vouches_for_is_left_out() -> None:
+    with stubs(["--token-seconds", "0.05", "--fault", "wrong_version"]) as one, engine_of(one) as engine:
+        engine.submit(requests(1, 200))
+        time.sleep(0.3)
+        engine.abort(["r0"])
+        finished = drain(engine, 1)["r0"]
+        assert (finished.finish, finished.tokens, finished.versions) == ("abort", (), ())
+
+
 def test_a_request_beyond_the_context_is_refused() -> None:
     with stubs([]) as one, engine_of(one) as engine:
         with pytest.raises(UsageError, match="exceeds the servers' 999998 "):
