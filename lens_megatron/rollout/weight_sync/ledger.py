@@ -24,8 +24,9 @@ _WORDS: dict[tuple[str, int], Tensor] = {}
 def fingerprint(tensor: Tensor) -> str:
     """16 hex digits of a tensor's bytes, on its own device, at the speed of one read (two on a GPU).
 
-    The bytes are a matrix of 64-bit words; its column sums and its row sums, modulo 2^64, are weighed with fixed odd
-    numbers. One changed word always shows. Not cryptographic: it guards against faults, not against people.
+    The bytes are a matrix of 64-bit words; its column sums are weighed with fixed odd numbers and its row sums with
+    fixed even ones, modulo 2^64. A word so counts an odd number of times, and one changed word always shows: an even
+    number would lose its highest bits. Not cryptographic: it guards against faults, not against people.
     """
     bytes_B = tensor.detach().contiguous().view(-1).view(torch.uint8)
     whole = bytes_B.numel() // (8 * _WIDTH) * (8 * _WIDTH)
@@ -33,9 +34,8 @@ def fingerprint(tensor: Tensor) -> str:
     for rows_RW in (bytes_B[:whole].view(torch.int64).view(-1, _WIDTH), _padded(bytes_B[whole:])):
         if rows_RW.numel():
             columns_W, rows_R = _sums(rows_RW)
-            total = total * 31 + int(
-                (columns_W * odd_words(columns_W, 1)).sum() + (rows_R * odd_words(rows_R, 2)).sum()
-            )
+            weighed_W, weighed_R = columns_W * odd_words(columns_W, 1), rows_R * (odd_words(rows_R, 2) << 1)
+            total = total * 31 + int(weighed_W.sum() + weighed_R.sum())
     return f"{total % 2**64:016x}"
 
 
