@@ -1,6 +1,7 @@
 """Answers on disk, one JSON object a line, each written when it is judged: a killed evaluation loses none of them.
 
-The first line says what made them (weights, template, sampling). Answers of another making are never mixed in.
+The first line says what made them (weights, template, sampling). Answers of another making are never mixed in. One that
+is judged again is written again: the last line of a question counts.
 """
 
 from __future__ import annotations

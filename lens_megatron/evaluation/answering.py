@@ -40,10 +40,16 @@ class Answer:
     verdict: Verdict
     note: str
     extracted: str
+    rules: str = ""  # by which it was judged; a file's answers may outlive them
 
     @property
     def key(self) -> tuple[str, str, int, str]:
         return self.set, self.id, self.index, self.prompt
+
+    @property
+    def score(self) -> float:
+        """1 for a right answer: what a format rule adds to its reward or takes from it is for training."""
+        return {"correct": 1.0, "partial": self.reward}.get(self.verdict, 0.0)
 
 
 @dataclass(frozen=True)

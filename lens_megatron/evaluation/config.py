@@ -79,6 +79,8 @@ class GenerationConfig:
     threads: int = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPU, fp32 on CPU
     template: str | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
     max_response_tokens: int = PAPER_TOKENS
     stall_seconds: float = 600.0  # without a token or a judgement, then the evaluation ends with a message
     seed: int = 0

@@ -14,15 +14,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from lens_megatron.data.tokenizer import load_tokenizer, stop_tokens
+from lens_megatron.data.tokenizer import load_tokenizer
 from lens_megatron.errors import RunError
 from lens_megatron.evaluation.answer_file import AnswerFile
-from lens_megatron.evaluation.answering import Answer, Limits, answer_all
 from lens_megatron.evaluation.config import GenerationConfig
-from lens_megatron.evaluation.engines import engine_for
-from lens_megatron.evaluation.models import EvalModel, find_models
+from lens_megatron.evaluation.kept_answers import Answering, Answers, answers_to
+from lens_megatron.evaluation.models import find_models
 from lens_megatron.evaluation.sets import Question, named_template
-from lens_megatron.evaluation.show_progress import AnswerProgress
 from lens_megatron.evaluation.statistics import Interval, bootstrap_interval
 from lens_megatron.mcore.layout import ParallelConfig
 from lens_megatron.model_spec import find_weights, load_model_config
@@ -31,7 +29,6 @@ from lens_megatron.purification.scores import from_optional
 from lens_megatron.purification.strategies import Signals, purify
 from lens_megatron.reporting.figures import BINS_A_DECADE, score_histogram
 from lens_megatron.rollout.engine import derive_seed
-from lens_megatron.rollout.factory import TextReward, ends_of_the_model
 from lens_megatron.scoring import ScoreConfig, ScoreResult, score_prompts
 from lens_megatron.types import Prompt, PurifiedPrompt
 
@@ -55,8 +52,6 @@ class InterferenceConfig(GenerationConfig):
     samples: int = 8
     failed_below: float = 0.5
     limit: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
     purification: PurificationConfig = field(default_factory=PurificationConfig)  # scope, ties, noise floor
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tokens_per_microbatch: int = 16384
@@ -142,13 +137,12 @@ def measure(
     policy = find_models(model)[0]
     tokenizer = load_tokenizer(str(policy.tokenizer))
     purified = purified_prompts(prompts, scored, config, frozenset(tokenizer.all_special_ids))
-    with AnswerFile(out / "answers.jsonl", _made_by(policy, config)) as file:
+    how = Answering(policy, tokenizer, config, config.rewards)
+    with AnswerFile(out / "answers.jsonl", how.made_by()) as file:
 
-        def draw(wanted: Sequence[Question]) -> Mapping[tuple[str, str, int, str], Answer]:
-            missing = [question for question in wanted if question.key not in file.answers]
-            if missing:
-                _generate(policy, tokenizer, missing, len(wanted), file, config)
-            return file.answers
+        def draw(wanted: Sequence[Question]) -> Answers:
+            title = "first draw" if wanted[0].set == "original" else "purified and resampled"
+            return answers_to(wanted, file, how, title)
 
         return compare(prompts, purified, draw, scored.result, config)
 
@@ -174,7 +168,7 @@ def purified_prompts(
     return purified
 
 
-Draw = Callable[[Sequence[Question]], Mapping[tuple[str, str, int, str], Answer]]
+Draw = Callable[[Sequence[Question]], Answers]
 
 
 def compare(
@@ -280,34 +274,6 @@ def _deleted_scores(prompts: Sequence[Prompt], purified: Purified, scores: Score
     return [score for known, places in gone for place in places if (score := known[place]) is not None]
 
 
-def _generate(
-    policy: EvalModel, tokenizer: Any, missing: list[Question], total: int, file: AnswerFile, config: InterferenceConfig
-) -> None:
-    judge = TextReward(tokenizer, config.rewards, config.stall_seconds)
-    title = "first draw" if missing[0].set == "original" else "purified and resampled"
-    try:
-        with (
-            engine_for(config, policy.source, policy.spec.max_positions, file.path.parent / "logs") as engine,
-            AnswerProgress(title, total - len(missing), total) as progress,
-        ):
-
-            def keep(question: Question, answer: Answer) -> None:
-                file.append(answer)
-                progress.add(answer)
-
-            limits = Limits(
-                config.max_response_tokens,
-                policy.spec.max_positions,
-                tuple({*stop_tokens(tokenizer), *ends_of_the_model(policy.tokenizer)}),
-                config.temperature,
-                config.top_p,
-                config.stall_seconds,
-            )
-            answer_all(engine, judge.judge, missing, limits, keep)
-    finally:
-        judge.close()
-
-
 def load_analysis_prompts(model: str, data: str, config: InterferenceConfig) -> list[Prompt]:
     """Rows with answers, through the model's template."""
     from lens_megatron.data.prompts import encode_prompts
@@ -320,17 +286,6 @@ def load_analysis_prompts(model: str, data: str, config: InterferenceConfig) -> 
     check_tokenizer(tokenizer, shape.spec.vocab_size)
     template = Template(tokenizer, named_template(config.template, shape.template))
     return encode_prompts(read_rows(data)[: config.limit], template)
-
-
-def _made_by(policy: EvalModel, config: InterferenceConfig) -> dict[str, Any]:
-    return {
-        "weights": policy.weights_id(),
-        "temperature": config.temperature,
-        "top_p": config.top_p,
-        "max_response_tokens": config.max_response_tokens,
-        "seed": config.seed,
-        "engine": config.engine,
-    }
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -75,7 +75,7 @@ class ModelResult:
 def set_result(one: EvalSet, answers: Mapping[Key, Answer], level: float) -> SetResult:
     rows = [[_found(answers, (one.name, p.id, i, fingerprint(p))) for i in range(one.samples)] for p in one.prompts]
     flat = [answer for row in rows for answer in row]
-    scores = [[answer.reward for answer in row] for row in rows]
+    scores = [[answer.score for answer in row] for row in rows]
     return SetResult(
         name=one.name,
         title=one.title,
@@ -125,7 +125,7 @@ def step_metrics(sets: Sequence[EvalSet], answers: Iterable[Answer]) -> dict[str
     for one in sets:
         rows: dict[str, list[float]] = defaultdict(list)
         for answer in by_set[one.name]:
-            rows[answer.id].append(answer.reward)
+            rows[answer.id].append(answer.score)
         scores = list(rows.values())
         found = by_set[one.name]
         name = f"eval/{one.name}"

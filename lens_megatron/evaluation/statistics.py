@@ -1,7 +1,7 @@
 """What a table of benchmarks needs: pass@k, Average@k, standard errors and intervals. Numbers in, numbers out.
 
-`scores` is one list a problem of its samples' rewards, 0 to 1. Problems are the units that are drawn at random: samples
-of one problem are not independent evidence, so every error below is over problems.
+`scores` is one list a problem of its samples' scores, 0 to 1 (1: right). Problems are the units that are drawn at random:
+samples of one problem are not independent evidence, so every error below is over problems.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def mean_pass_at_k(scores: Scores, k: int) -> float:
-    """Over the problems. A sample counts when its reward is 1."""
+    """Over the problems. A sample counts when its score is 1."""
     _check(scores)
     return math.fsum(pass_at_k(len(row), sum(score >= 1 for score in row), k) for row in scores) / len(scores)
 
 
 def average_at_k(scores: Scores) -> float:
-    """The mean reward of k samples a problem; of one sample, Pass@1. Every problem weighs the same."""
+    """The mean score of k samples a problem; of one sample, Pass@1. Every problem weighs the same."""
     return math.fsum(_problem_means(scores)) / len(scores)
 
 

@@ -34,7 +34,10 @@ class TextReward:
 
     def judge(self, prompt: Prompt, response: tuple[int, ...]) -> tuple[str, Future[Judgement]]:
         text = self._tokenizer.decode(response, skip_special_tokens=True)
-        return text, self._pool.submit(prompt.id, prompt.source, prompt.answer, text)
+        return text, self.judge_text(prompt, text)
+
+    def judge_text(self, prompt: Prompt, response: str) -> Future[Judgement]:
+        return self._pool.submit(prompt.id, prompt.source, prompt.answer, response)
 
     def __call__(self, prompt: Prompt, rollout: Rollout) -> Future[float]:
         reward: Future[float] = Future()

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -131,3 +132,15 @@ def test_metrics_of_a_step() -> None:
     assert metrics["eval/math500/standard_error"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
     assert set(metric_names([one, two])) <= set(metrics)
     assert "eval/average" not in step_metrics([one], answers)
+
+
+def test_a_format_rule_does_not_reach_the_table() -> None:
+    """Right without the format has reward 0.9, wrong with it 0.1."""
+    one = a_set("held_out", 1, 2)
+    right, wrong = (
+        replace(answer(one, problem, 0, 0.0), reward=reward, verdict=verdict)
+        for problem, reward, verdict in ((0, 0.9, "correct"), (1, 0.1, "wrong"))
+    )
+    found = set_result(one, {a.key: a for a in (right, wrong)}, 0.95)
+    assert (found.average, found.pass_at) == (0.5, {1: 0.5})
+    assert step_metrics([one], [right, wrong])["eval/held_out"] == 0.5
