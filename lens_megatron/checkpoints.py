@@ -22,8 +22,9 @@ from lens_megatron.errors import RunError, UsageError
 MANIFEST = "manifest.json"
 FORMAT = "lens-megatron/1"  # changes when an older version can no longer read what is written
 _STEP = re.compile(r"step_(\d{6,})")
-# Names that nobody mistakes for a checkpoint: being written; replaced by a newer one of the same step; being removed.
-_PARTIAL, _REPLACED, _REMOVED = ".partial", ".replaced", ".removed"
+# Names that nobody mistakes for a checkpoint: being written; replaced by a newer one of the same step; being removed;
+# found damaged by a run that went on from an older one.
+_PARTIAL, _REPLACED, _REMOVED, _DAMAGED = ".partial", ".replaced", ".removed", ".damaged"
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,18 @@ def prune(root: Path, keep: int, keep_best: str | None = None) -> list[str]:
         remove(folder)
         removed.append(folder.name)
     return removed
+
+
+def set_aside(folder: Path) -> Path:
+    """For a checkpoint that could not be loaded. Its sizes may be right: left in place it would count as the newest, and the
+    good ones be pruned for it."""
+    aside = folder.with_name(folder.name + _DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise RunError(f"{folder}: damaged, and not renamed ({error.strerror}); move it away, then resume") from None
+    return aside
 
 
 def prune_hf(root: Path, keep: int, step: int) -> None:

@@ -281,12 +281,13 @@ class Trainer:
     def resume(self) -> None:
         """From the newest whole checkpoint; from the start when there is none yet."""
         found = resume(self.policy, self._checkpoints)
+        same_reference = True
         if found is not None:
             self.first_step = found.step
             if found.same_rounding:  # else it rounds in other places: the floor is measured before its first scores
                 self.prompt_signals.noise_floor = found.extra["noise_floor"]
             if self.reference is not None and "reference_scores" in found.extra:
-                self.reference.scores.load_state_dict(found.extra["reference_scores"])
+                same_reference = self.reference.scores.load_state_dict(found.extra["reference_scores"])
             if (manifest := checkpoints.read_manifest(found.folder)).optimizer:  # else only the weights were loaded
                 self.guards.after_resume(self.policy, found.folder, found.extra.get("guards", {}), manifest.dtype)
         self.progress = Progress(self.config.steps, self.first_step, shown=self.host is not None)
@@ -296,8 +297,13 @@ class Trainer:
                 host.load_state_dict(found.extra)  # first: what does not fit is refused, and the folder as it was
             host.folder.rewind(self.first_step if found is not None else -1)  # step 0 is evaluated again as well
             if found is not None:
-                for reason in found.passed_over:
-                    self.progress.note(f"passed over a damaged checkpoint: {reason}")
+                for broken in found.passed_over:
+                    aside = checkpoints.set_aside(broken.folder)
+                    self.progress.note(f"passed over a damaged checkpoint, now {aside.name}: {broken.reason}")
+                if found.same_rounding and not same_reference:
+                    self.progress.note(
+                        "the reference's files are not those that this run was saved with: see that it is the same model"
+                    )
                 self.progress.note(f"resuming after step {self.first_step}")
             else:
                 self.progress.note(f"{host.folder.path}: no checkpoint to resume from: starting with step 1")

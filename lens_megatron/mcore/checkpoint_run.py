@@ -22,7 +22,7 @@ class Resumed:
     extra: dict[str, Any]
     folder: Path
     same_rounding: bool  # layout and dtype are those of the run that wrote it
-    passed_over: tuple[str, ...]  # newer checkpoints that are damaged, and how: tell the user
+    passed_over: tuple[Broken, ...]  # newer checkpoints that are damaged: tell the user, and set them aside
 
 
 def resume(policy: Trainable, root: Path) -> Resumed | None:
@@ -39,7 +39,7 @@ def resume(policy: Trainable, root: Path) -> Resumed | None:
         except RunError as error:  # right sizes, wrong content: the next older one overwrites what was read
             broken.append(Broken(found.folder, str(error)))
             continue
-        newer = [one.reason for one in broken if one.step > found.manifest.step]
+        newer = [one for one in broken if one.step > found.manifest.step]
         as_now = (found.manifest.layout, found.manifest.dtype) == (layout_of(policy), dtype_of(policy))
         return Resumed(found.manifest.step, extra, found.folder, as_now, tuple(newer))
     if broken:

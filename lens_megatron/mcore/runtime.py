@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -281,7 +282,7 @@ def set_layout(layout: ParallelConfig, seed: int = 0, timeout_s: float = 600.0) 
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.expert_tp,
-        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        distributed_timeout_minutes=max(1, math.ceil(timeout_s / 60)),
     )
     with cuda_literals():
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -97,13 +97,27 @@ def test_resumed_in_another_layout(task: Path, base: Path, tmp_path: Path) -> No
     set_noise_floor(
         run_dir / "checkpoints" / "step_000002", 12.0
     )  # another layout has another one: it is measured anew
+    damaged = damaged_checkpoint(run_dir / "checkpoints" / "step_000002", 9)
     changes = {"steps": 5, "parallel": {"tp": 1, "pp": 2}}
-    lines = train(tmp_path, run_tree(task, run_dir, checkpoint={"every": 0}, **changes), "--resume")
+    lines = train(tmp_path, run_tree(task, run_dir, checkpoint={"every": 0, "keep": 1}, **changes), "--resume")
+    # the one that only looked whole is not kept in place of those that are
+    kept = {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert kept == {"step_000005", f"{damaged.name}.damaged"}
     expected = RunFolder.open(base).read_metrics()[:5]
     assert [tree["step"] for tree in lines] == [1, 2, 3, 4, 5]
     for tree, other in zip(lines, expected, strict=True):
         assert numbers(tree) == pytest.approx(numbers(other), rel=1e-4, abs=1e-4)
         assert {name for name in decided(tree) if tree[name] is None} == {n for n in decided(other) if other[n] is None}
+
+
+def damaged_checkpoint(good: Path, step: int) -> Path:
+    """A newer one with other contents of the same sizes: only loading finds out."""
+    folder = shutil.copytree(good, good.with_name(f"step_{step:06d}"))
+    for tensors in folder.glob("*.distcp"):
+        tensors.write_bytes(b"\x5a" * tensors.stat().st_size)
+    tree = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**tree, "step": step}))
+    return folder
 
 
 def set_noise_floor(checkpoint: Path, value: float) -> None:
