@@ -28,6 +28,7 @@ from lens_megatron.guards import checks
 from lens_megatron.guards.bits import PassingSums
 from lens_megatron.model_spec import ModelConfig
 from lens_megatron.purification.strategies import Outcome, Signals, purify
+from lens_megatron.rewards.answerable import check_answers
 from lens_megatron.rollout.driver import RolloutDriver
 from lens_megatron.rollout.factory import embedded_sampler, sglang_sampler
 from lens_megatron.rollout.sampling import SampleCounts, SampleResult, SamplingConfig
@@ -59,10 +60,12 @@ class Host:
                 f"{len(self.stream)} prompts ({self.too_long} more are too long): lower it"
             )
         self._ahead: Ahead | None = None
-        self.data_note = (
+        self.data_notes = [
             f"{len(self.stream)} prompts; left out as longer than data.max_prompt_tokens: {self.too_long}; "
             f"system messages without a place in the template: {loaded.systems_dropped}"
-        )
+        ]
+        if doubtful := check_answers(loaded.prompts, config.rewards, config.data.train):
+            self.data_notes.append(f"{config.data.train}: {doubtful}")
         self.benchmarks = load_sets(config.evaluation, self.tokenizer, config.data.template or model.template)
         self.benchmark_names = metric_names(self.benchmarks)
         self._answer_limits = Limits(

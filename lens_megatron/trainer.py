@@ -101,7 +101,8 @@ class Trainer:
         self._last_metrics: dict[str, float] = {}  # of the step that ended last; rank 0's
         self.progress = Progress(config.steps, shown=self.host is not None)
         if self.host is not None:
-            self.progress.note(self.host.data_note)
+            for note in self.host.data_notes:
+                self.progress.note(note)
         self._checkpoints = Path(config.run_dir) / "checkpoints"
         self._saver = Saver(self.policy, self._checkpoints, config.checkpoint, companions_from=weights)
         self._hf_copies = HfCopies(self.policy, Path(config.run_dir) / "hf", config.checkpoint, weights)

@@ -91,7 +91,6 @@ def _outcome_metrics(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
         return {}
     return {
         "purification/tied": _mean(outcome.tied for outcome in outcomes),
-        "purification/unscored": _mean(outcome.kind == "unscored" for outcome in outcomes),
         "purification/nothing_eligible": _mean(outcome.kind == "nothing_eligible" for outcome in outcomes),
         "purification/scores_above_floor": _mean(
             outcome.above_floor / outcome.eligible for outcome in outcomes if outcome.above_floor is not None

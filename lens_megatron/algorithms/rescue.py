@@ -142,23 +142,6 @@ def rescue_is_moot(finished_rewards: Sequence[float], n: int, config: RescueConf
     return config.mode == "none" or success_count(finished_rewards, config.success_threshold) / n >= config.tau
 
 
-def rescue_cannot_help(
-    finished_rewards: Sequence[float], purified_finished_rewards: Sequence[float], n: int, config: RescueConfig
-) -> bool:
-    """The benefit check fails (or P is empty) even if the rest of Y' succeeds and the rest of Y fails: G = Y for sure.
-
-    The rest of Y' may then be aborted; deliver it as `finish="abort"` rollouts, which count as failures. Cancelled
-    rescues leave acc(x') unknown, which group_metrics takes into account.
-    """
-    if config.mode == "none":
-        return True
-    if config.replacement == "union" and not config.benefit_check:
-        return False
-    still_running = n - len(purified_finished_rewards)
-    best = success_count(purified_finished_rewards, config.success_threshold) + still_running
-    return best <= (success_count(finished_rewards, config.success_threshold) if config.benefit_check else 0)
-
-
 def rebuild_group(
     group: Group, config: RescueConfig, seed: int, step: int, against_original: bool = False
 ) -> RebuiltGroup:

@@ -21,7 +21,7 @@ from lens_megatron.purification.seeds import choose, seed_for
 from lens_megatron.purification.select import Selection, delete, deletion_count, select_top
 from lens_megatron.types import Prompt, PurifiedPrompt
 
-OutcomeKind = Literal["purified", "resample", "tied", "nothing_eligible", "nothing_planted", "unscored"]
+OutcomeKind = Literal["purified", "resample", "tied", "nothing_eligible", "nothing_planted"]
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,6 @@ def purify(
     return Outcome(prompt.id, "purified", purified, purified.tokens, eligible, above_floor, selection.tied)
 
 
-def unscored(prompt: Prompt) -> Outcome:
-    """A prompt drawn too late in the step to be scored: no rescue, and counted."""
-    return Outcome(prompt.id, "unscored")
-
-
 def _interference(request: _Request) -> Selection:
     scores_T = _measured(request, request.signals.scores_T, "interference scores")
     floor = request.config.noise_floor
@@ -111,9 +106,17 @@ def _interference(request: _Request) -> Selection:
 
 
 def _gradient(request: _Request) -> Selection:
-    """Smallest norms go. The noise floor is one of log-probs and says nothing about norms."""
+    """Smallest norms go. The noise floor is one of log-probs and says nothing about norms.
+
+    The prompt's last token stays, where a template lets the question end with it: nothing is predicted from it, and its
+    norm is 0 whatever it means.
+    """
     norms_T = _measured(request, request.signals.gradient_norms_T, "gradient norms")
-    return select_top(-norms_T, request.eligible_T, request.count, float("-inf"), request.config.ties)
+    may_go_T = request.eligible_T.clone()
+    may_go_T[-1] = False
+    if not may_go_T.any():
+        return Selection((), tied=True, above_floor=0)
+    return select_top(-norms_T, may_go_T, request.count, float("-inf"), request.config.ties)
 
 
 def _random(request: _Request) -> Selection:

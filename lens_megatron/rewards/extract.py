@@ -31,6 +31,9 @@ _LINE_CHARS = 500  # how much of a last line may be an answer
 _PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?:[^A-Za-z\n]+[A-Za-z]{2,}){2,}")
 
 
+_LAST_LINE_OF_A_SOLUTION = re.compile(r"(?:\A|\n)\s*####[ \t]*([^\n]*\S)\s*\Z")
+
+
 def has_control_characters(response: str) -> bool:
     return _CONTROL.search(response) is not None
 
@@ -85,6 +88,13 @@ def final_answer(response: str, answer_in: str = "anywhere") -> str:
     if not conclusions or _SEVERAL_EQUATIONS.search(last_line):
         return ""
     return _bare(last_line[conclusions[-1].end() :])
+
+
+def golden_answer(text: str) -> str:
+    """What the answer of a row says. It may be a whole solution: GSM8K ends with a line "#### 72", MATH has a box."""
+    if found := _LAST_LINE_OF_A_SOLUTION.search(text):
+        return found[1]
+    return boxed(text) or text
 
 
 def _announced(text: str) -> str | None:

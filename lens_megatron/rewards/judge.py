@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 
 from lens_megatron.rewards.config import RewardRule
-from lens_megatron.rewards.extract import MAX_ANSWER_CHARS, final_answer, has_control_characters
+from lens_megatron.rewards.extract import MAX_ANSWER_CHARS, final_answer, golden_answer, has_control_characters
 from lens_megatron.rewards.judgement import Judgement, verdict_of
 from lens_megatron.rewards.latex import clean
 from lens_megatron.rewards.mathematics import Comparison, compare, share_found
@@ -59,6 +59,7 @@ def _answer_judged(rule: RewardRule, answer: str, response: str) -> Judgement:
 def _judged_against(rule: RewardRule, gold: str, given: str) -> Judgement:
     if rule.kind == "exact":
         return _decided(" ".join(gold.split()) == " ".join(given.split()))
+    gold = golden_answer(gold)
     if rule.kind == "choice":
         return _choice(gold, given)
     if rule.kind == "numeric":

@@ -36,7 +36,7 @@ def test_a_step_by_hand() -> None:
         rebuilt(binary(2), binary(8), "destroyed"),
         rebuilt(binary(1), binary(1), "not beneficial"),
         rebuilt(binary(0), (), "tied"),
-        rebuilt(binary(0), (), "too late"),
+        rebuilt(binary(0), (), "template only"),
         rebuilt(binary(6), binary(8), "speculative"),  # not needed, its eight rollouts thrown away
         rebuilt(binary(8), (), "solved"),
         rebuilt(binary(3), binary(5), "resampled", resampled=True, keep_failures=2),
@@ -45,7 +45,7 @@ def test_a_step_by_hand() -> None:
         Outcome("revived", "purified", eligible=20, above_floor=5),
         Outcome("destroyed", "purified", eligible=10, above_floor=10),
         Outcome("tied", "tied", eligible=10, above_floor=0, tied=True),
-        Outcome("too late", "unscored"),
+        Outcome("template only", "nothing_eligible"),
     ]
     metrics = group_metrics(groups, outcomes)
     expected = {
@@ -86,8 +86,7 @@ def test_a_step_by_hand() -> None:
         "success_distribution/trained/high": 2 / 8,
         "success_distribution/trained/solved": 2 / 8,
         "purification/tied": 1 / 4,
-        "purification/unscored": 1 / 4,
-        "purification/nothing_eligible": 0.0,
+        "purification/nothing_eligible": 1 / 4,
         "purification/scores_above_floor": (5 / 20 + 1 + 0) / 3,
     }
     lengths = {

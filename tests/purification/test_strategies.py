@@ -7,7 +7,7 @@ import torch
 from lens_megatron.errors import UsageError
 from lens_megatron.purification.config import PurificationConfig
 from lens_megatron.purification.scores import from_optional
-from lens_megatron.purification.strategies import Signals, purify, unscored
+from lens_megatron.purification.strategies import Signals, purify
 from lens_megatron.strict import build
 from lens_megatron.types import Prompt, PurifiedPrompt
 
@@ -57,6 +57,16 @@ def test_gradient_deletes_the_smallest_norms() -> None:
     assert flat.kind == "tied"
 
 
+def test_gradient_spares_the_last_token_of_all_from_which_nothing_is_predicted() -> None:
+    bare = replace(PROMPT, tokens=PROMPT.tokens[:6], question=(0, 6))
+    norms = Signals(gradient_norms_T=torch.tensor([9.0, 8.0, 7.0, 5.0, 6.0, 0.0]))
+    outcome = run(replace(CONFIG, strategy="gradient"), norms, prompt=bare)
+    assert outcome.purified_prompt is not None and 5 not in outcome.purified_prompt.deleted
+    single = replace(PROMPT, tokens=(BOS, 10), question=(1, 2))
+    outcome = run(replace(CONFIG, strategy="gradient"), Signals(gradient_norms_T=torch.zeros(2)), prompt=single)
+    assert (outcome.kind, outcome.can_be_rescued) == ("tied", False)
+
+
 def test_random_is_uniform_over_eligible_tokens_and_fixed_by_prompt_and_step() -> None:
     config = replace(CONFIG, strategy="random")
     steps = 600
@@ -94,11 +104,6 @@ def test_a_question_without_plain_tokens_cannot_be_purified() -> None:
     for strategy in ("interference", "random", "gradient"):
         outcome = run(replace(CONFIG, strategy=strategy), prompt=empty)
         assert (outcome.kind, outcome.can_be_rescued) == ("nothing_eligible", False)
-
-
-def test_an_unscored_prompt_is_counted_apart() -> None:
-    assert unscored(PROMPT).kind == "unscored"
-    assert not unscored(PROMPT).can_be_rescued
 
 
 @pytest.mark.parametrize(
