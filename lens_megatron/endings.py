@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -20,6 +21,7 @@ from lens_megatron.run_folder import Ending, RunFolder
 RESUME = "go on with --resume from the last whole checkpoint"
 AGAIN = "run it again to go on"  # of commands that find by themselves what is done
 AFRESH = "start it again"  # of commands that keep nothing
+_WAITED_FOR_NOTE_S, _NOTING_S = 1.0, 10
 
 
 def on_signals(advice: str = AGAIN) -> None:
@@ -50,9 +52,30 @@ def noted(folder: RunFolder | None) -> Iterator[None]:
         raise
 
 
-def note_workers(folder: RunFolder, code: int) -> None:
-    """From the command that started them, where rank 0 was ended before it could say anything."""
-    if code == 1 and folder.holds_run() and folder.read_ending() is None:
+def note_workers(run_dir: str, code: int) -> None:
+    """From the command that started them, where rank 0 was ended before it could say anything. By a process of its own: if
+    what ended the workers is a file system that does not answer, nobody would ever be rid of this one."""
+    if code == 1:
+        # whenever the kernel lets go of it, it dies of the alarm before it writes: by then the run may go on again
+        code_of_it = (
+            f"import signal, sys; signal.alarm({_NOTING_S}); "
+            f"from {__name__} import note_silent_end; note_silent_end(sys.argv[1])"
+        )
+        quiet = subprocess.DEVNULL
+        noting = subprocess.Popen(
+            [sys.executable, "-c", code_of_it, run_dir],
+            stdin=quiet,
+            stdout=quiet,
+            stderr=quiet,
+            start_new_session=True,
+        )
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            noting.wait(_WAITED_FOR_NOTE_S)
+
+
+def note_silent_end(run_dir: str) -> None:
+    folder = RunFolder(run_dir)
+    if folder.holds_run() and folder.read_ending() is None:
         _note(folder, "failed", "one of its processes failed: see what it printed where it was started, and logs/")
 
 

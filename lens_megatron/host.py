@@ -229,9 +229,7 @@ class Host:
         return metrics
 
     def _reward_health(self) -> dict[str, float]:
-        """What became of this step's judgements."""
-        if self._ahead is not None and self._ahead.result is None:  # the driver is busy: counted with the next step's
-            return {}
+        """What became of the judgements since the last step; of a batch that runs ahead as far as it is."""
         now = self.driver.reward_health()
         step = {name: count - self._reward_counts.get(name, 0.0) for name, count in now.items()}
         self._reward_counts = now

@@ -97,6 +97,19 @@ def open_file_limit() -> int:
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
+_SOCKETS = 65536
+
+
+def allow_many_sockets() -> None:
+    """Past the usual 1024: gloo connects each rank of every group with each, and a rollout in flight has a connection."""
+    import resource
+
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if now != resource.RLIM_INFINITY:
+        wanted = _SOCKETS if most == resource.RLIM_INFINITY else min(most, _SOCKETS)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, wanted), most))
+
+
 def shared_memory_bytes() -> int | None:
     folder = Path("/dev/shm")
     return shutil.disk_usage(folder).total if folder.exists() else None

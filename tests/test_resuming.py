@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -85,15 +86,18 @@ def test_status_of_a_run_without_a_scheduler(folder: RunFolder, run: Path) -> No
     found = look(folder.path)
     assert (found["state"], found["reason"]) == ("failed", "the disk is full")
     assert ("reason", "the disk is full") in list(describe(found))
-    endings.note_workers(folder, 1)
+    endings.note_silent_end(str(folder.path))
     assert look(folder.path)["reason"] == "the disk is full", "rank 0 knows better"
 
     folder.begin(tree_of(run))  # goes on
     assert folder.read_ending() is None
     for code in (0, 2, 86):
-        endings.note_workers(folder, code)
+        endings.note_workers(str(folder.path), code)
         assert folder.read_ending() is None
-    endings.note_workers(folder, 1)
+    endings.note_workers(str(folder.path), 1)
+    deadline = time.monotonic() + 10.0  # it is not waited for long
+    while folder.read_ending() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert look(folder.path)["state"] == "failed"
 
     folder.write_ending("done")
@@ -104,5 +108,5 @@ def test_nothing_is_noted_of_a_start_that_leaves_no_run(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run")
     with pytest.raises(UsageError), endings.noted(folder):
         raise UsageError("empty data")
-    endings.note_workers(folder, 1)
+    endings.note_silent_end(str(folder.path))
     assert folder.read_ending() is None

@@ -39,7 +39,6 @@ def run(args: argparse.Namespace) -> int:
     from lens_megatron.mcore.hf_files import check_folder
     from lens_megatron.mcore.layout import check_layout
     from lens_megatron.model_spec import find_weights, load_model_config
-    from lens_megatron.run_folder import RunFolder
 
     endings.on_signals(endings.RESUME)
     config = load_run(Path(args.run), args.overrides)
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         if config.parallel.processes > 1:
             how = ["--resume"] if args.resume else ["--continue"] if args.go_on else []
             code = workers.run_workers(config.parallel.processes, ["train", *how, args.run, *args.overrides])
-            endings.note_workers(RunFolder(config.run_dir), code)
+            endings.note_workers(config.run_dir, code)
             return code
     with endings.lost_peers():
         return _train(config, model, args.resume, args.go_on)

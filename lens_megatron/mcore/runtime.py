@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import math
 import os
-import resource
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,12 +18,12 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from lens_megatron.errors import UsageError
+from lens_megatron.machine import allow_many_sockets
 from lens_megatron.mcore.layout import ParallelConfig, check_layout
 from lens_megatron.model_spec import ModelSpec
 
 _CPU = torch.device("cpu")
 _START = datetime.timedelta(seconds=1800)  # for all ranks to have started, whatever timeout_s
-_SOCKETS = 65536
 _prepared = False
 _layout: ParallelConfig | None = None
 
@@ -216,7 +215,7 @@ def initialize(spec: ModelSpec, layout: ParallelConfig, seed: int = 0, timeout_s
     world_size = world_size_from_environment() or 1
     check_layout(spec, layout, world_size)
     timeout = datetime.timedelta(seconds=timeout_s)
-    _allow_many_sockets()
+    allow_many_sockets()
     check_gpus()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -250,12 +249,6 @@ def check_gpus() -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     because = f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
     raise UsageError(f"{what}{because}: start one a GPU, and let every rank see all GPUs of the node")
-
-
-def _allow_many_sockets() -> None:
-    """Every group connects each of its ranks with each over gloo too, beside NCCL: of hundreds more than the usual 1024."""
-    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, min(most, _SOCKETS)), most))
 
 
 def _meet(world_size: int) -> tuple[Any, int]:

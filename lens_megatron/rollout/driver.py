@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from lens_megatron.rollout.sglang_server import ServerAddress
     from lens_megatron.types import Prompt, PurifiedPrompt
 
-ASIDE = ("servers", "begin_update", "end_update")  # done at once, also while sampling, by engines that are servers
+# done at once, also while sampling; the engine's own by engines that are servers
+ASIDE = ("servers", "begin_update", "end_update", "reward_health")
 SILENCE_SECONDS = 60.0  # without a beat: the process is stopped or the machine swaps
 START_SECONDS = 600.0
 COMMAND_SECONDS = 600.0

@@ -1,11 +1,14 @@
 """The rollout driver's own process: what it does with the commands that come by pipe (driver.py has the caller's end).
 
-Three threads: the main one carries out commands in turn, one listens, one beats. What is asked aside gets its own.
+Three threads: the main one carries out commands in turn, one listens, one beats. What is asked aside gets its own. A loop
+that goes round no more, in an engine that does not return or a reward that does not, is the beating thread's to find: the
+loop's own watch for stalls cannot run then.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import queue
 import signal
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 BEAT_SECONDS = 1.0
 CLOSE_SECONDS = 10.0
+STUCK_LEEWAY_SECONDS = 60.0  # past stall_seconds, which one round of a loop may take
 
 
 def serve(pipe: Connection, make_sampler: Callable[[], Sampler], threads: int) -> None:
@@ -56,10 +60,20 @@ def serve(pipe: Connection, make_sampler: Callable[[], Sampler], threads: int) -
     def meanwhile(command: str, *args: Any) -> None:
         threading.Thread(target=carry_out, args=(command, args, None, True), daemon=True).start()
 
+    looping: list[str] = []  # the command whose loop goes round, if one does
+
     def beat() -> None:
         while True:
             time.sleep(BEAT_SECONDS)
             answer("beat")
+            for command in tuple(looping):
+                limit = sampler.config.stall_seconds + STUCK_LEEWAY_SECONDS
+                if time.monotonic() - sampler.turned_at > limit:
+                    faulthandler.dump_traceback(all_threads=True)
+                    answer(
+                        "error", f"the rollout driver was stuck in {command!r} for {limit:g} s; its stacks are above"
+                    )
+                    os._exit(1)
 
     threading.Thread(target=beat, daemon=True).start()
     try:
@@ -83,7 +97,11 @@ def serve(pipe: Connection, make_sampler: Callable[[], Sampler], threads: int) -
         if command == "buffer":
             buffer = SharedBuffer(*args)
             continue
+        if command in ("sample", "evaluate"):
+            sampler.turned_at = time.monotonic()
+            looping.append(command)
         carry_out(command, args, buffer)
+        looping.clear()
     sampler.close()
     os._exit(0)  # threads of reward pools and clients may still hang
 

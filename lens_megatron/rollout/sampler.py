@@ -58,12 +58,15 @@ class Sampler:
         self.stop_tokens, self.seed = tuple(stop_tokens), seed
         self.history = SuccessHistory()
         self._stop = threading.Event()
+        self.turned_at = time.monotonic()  # when its loop last went round: a watcher's
 
     def stop(self) -> None:
         """From any thread: the sampling in progress ends with SamplingAborted, and leaves the engine idle."""
         self._stop.set()
 
     def stopping(self) -> bool:
+        """Asked once a round by whatever loop uses the engine."""
+        self.turned_at = time.monotonic()
         return self._stop.is_set()
 
     def resume(self) -> None:
@@ -135,7 +138,7 @@ class _Batch:
 
     def run(self) -> None:
         while self.settled < len(self.groups):
-            if self.sampler._stop.is_set():
+            if self.sampler.stopping():
                 raise SamplingAborted("sampling was aborted")
             self._admit()
             pending = bool(self.scoring)
@@ -152,6 +155,7 @@ class _Batch:
         self.engine.abort(list(self.in_flight))
         deadline = self.engine.clock() + patience
         while True:
+            self.sampler.stopping()
             for response in self.inbox:
                 if job := self.in_flight.pop(response.id, None):
                     self._wasted(self._whole(job, response))

@@ -57,7 +57,7 @@ class ServerError(RunError):
 
 
 class Unreachable(ServerError):
-    """No answer; what the server did is unknown."""
+    """No answer; what the server did is unknown. `timed_out`: it took the request and was silent."""
 
     timed_out = False
 
@@ -332,6 +332,8 @@ class SGLangClient:
                 method, self.url + path, data=data, headers=headers, timeout=timeout
             ) as response:
                 text = await response.read()
+        except aiohttp.ConnectionTimeoutError:  # a node that is gone answers nothing: the server did nothing either
+            raise Unreachable(f"{where}: no connection within {timeout.sock_connect:g} s") from None
         except asyncio.TimeoutError:
             timeout_error = Unreachable(f"{where}: no answer within {limit:g} s")
             timeout_error.timed_out = True

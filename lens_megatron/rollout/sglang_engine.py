@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lens_megatron.errors import RunError, UsageError
+from lens_megatron.machine import allow_many_sockets
 from lens_megatron.rollout.engine import Finished, Health, Request, VersionSpan
 from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import Refused, SGLangClient, Unreachable
@@ -54,6 +55,7 @@ class SGLangEngine:
         `positions`: the model's."""
         # a response is a list a token: at Python's 700 of them a fifth of the client's time went into collecting garbage
         gc.set_threshold(OBJECTS_A_COLLECTION, *gc.get_threshold()[1:])
+        allow_many_sockets()
         self._config, self._positions = config, positions
         self._loop = EventLoop("sglang")
         self._pool = ServerPool(seats, config, resync, self._resend, self._fail)

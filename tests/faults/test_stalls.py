@@ -102,16 +102,19 @@ STALLS: dict[str, Stall] = {
 
 
 def stalled(folder: Path, tree: Mapping[str, Any], plant: Plant, after: Callable[[], None] = lambda: None) -> End:
-    """Starts a run, plants the stall after two steps, waits for the end. `after`: what frees who is left in a system call."""
+    """Starts a run, plants the stall after two steps, waits for the end. `after`: what frees who is left in a system call,
+    and could not be killed before."""
     run_dir = Path(tree["run_dir"])
     with started(folder, "train", str(write_run(folder, tree))) as command:
         command.until(lambda: len(metrics(run_dir)) > 1, "two steps")
         command.look_around()
         began = time.monotonic()
         plant(command, run_dir)
-        code = command.ends(60.0)
+        try:
+            code = command.ends(60.0)
+        finally:
+            after()
         took = time.monotonic() - began
-        after()
         command.nobody_left()
     return End(
         took, code, command.words(), sorted(path.name for path in (run_dir / "logs" / "stacks").glob("rank_*.txt"))

@@ -13,7 +13,7 @@ from lens_megatron.types import Prompt, PurifiedPrompt, Rollout
 def response_of(request: Request) -> Finished:
     rng = random.Random(derive_seed(request.prompt, request.seed))
     length = rng.randint(1, request.max_tokens)
-    tokens = tuple(rng.randrange(100) for _ in range(length))
+    tokens = tuple(rng.randrange(1, 100) for _ in range(length))  # 0 is the stop token: a response would end there
     return Finished(request.id, tokens, tuple(-0.5 for _ in tokens), "stop")
 
 

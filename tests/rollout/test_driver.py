@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from lens_megatron.errors import RunError, UsageError
+from lens_megatron.rollout import driver_process
 from lens_megatron.rollout.driver import RolloutDriver
 from lens_megatron.rollout.embedded import EmbeddedEngine
 from lens_megatron.rollout.sampler import Sampler
@@ -49,6 +50,11 @@ def slow(prompt: Prompt, rollout: Rollout) -> float:
     return 1.0
 
 
+def endless(prompt: Prompt, rollout: Rollout) -> float:
+    time.sleep(1e6)
+    return 1.0
+
+
 def wrong(prompt: Prompt, rollout: Rollout) -> float:
     raise ZeroDivisionError("in the reward")
 
@@ -58,6 +64,13 @@ RULES = RescueRules(certain, moot)
 
 def make_sampler(seed: int = 0, reward: Any = parity, rules: RescueRules = RULES) -> Sampler:
     return Sampler(EmbeddedEngine(tiny.model(seed), slots=8), reward, rules, CONFIG, (tiny.STOP,), seed=1)
+
+
+def make_stuck() -> Sampler:
+    driver_process.STUCK_LEEWAY_SECONDS = 0.5
+    sampler = make_sampler(reward=endless)
+    sampler.config = replace(CONFIG, stall_seconds=0.5)
+    return sampler
 
 
 def make_nothing() -> Sampler:
@@ -151,6 +164,29 @@ def test_a_reward_that_raises_is_named(fresh: Any) -> None:
     driver = fresh(functools.partial(make_sampler, reward=wrong))
     with pytest.raises(RunError, match="'sample': ZeroDivisionError: in the reward"):
         driver.sample(PROMPTS, PURIFIED, 1)
+
+
+def test_a_loop_that_goes_round_no_more_is_found_though_the_driver_beats(
+    fresh: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    driver = fresh(make_stuck)
+    driver.started()
+    began = time.monotonic()
+    with pytest.raises(RunError, match=r"stuck in 'sample' for 1 s; its stacks are above"):
+        driver.sample(PROMPTS, PURIFIED, 1)
+    assert time.monotonic() - began < 20
+    assert "in endless" in capfd.readouterr().err
+    with pytest.raises(RunError, match="ended with exit code 1"):
+        driver.health()
+
+
+def test_judgements_are_counted_while_it_samples(fresh: Any) -> None:
+    driver = fresh(functools.partial(make_sampler, reward=slow))
+    driver.start_sampling(PROMPTS, PURIFIED, 1)
+    assert driver.reward_health() == {}  # of a reward that has no pool; no waiting for the batch
+    assert driver.sampled(0.0) is None
+    while driver.sampled(1.0) is None:
+        pass
 
 
 def test_a_start_that_fails_keeps_its_kind(fresh: Any, capfd: pytest.CaptureFixture[str]) -> None:

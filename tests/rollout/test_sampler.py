@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lens_megatron.errors import RunError
@@ -68,6 +68,7 @@ def plain_groups(xs: Sequence[Prompt], x_s: Sequence[PurifiedPrompt | None], ste
     st.sampled_from([0.25, 0.5, 1.0]),
     st.sampled_from([0.0, 0.3, 0.9]),
 )
+@example("speculative", 41, 41, 1.0, 0.3)
 def test_every_schedule_gives_the_plain_groups(
     schedule: str, slots: int, order: int, tau: float, speculate_from: float
 ) -> None:
@@ -122,7 +123,7 @@ def test_early_starts_a_rescue_while_its_group_still_runs() -> None:
 
 def test_originals_enter_before_any_rescue_and_certain_rescues_before_speculation() -> None:
     xs, x_s = prompts(20)
-    engine = ScriptedEngine(10, 1)
+    engine = ScriptedEngine(10, 2)  # an order in which all of it happens
     result = sampler(engine, schedule="speculative").sample(xs, x_s, 1)
     last_original = max(i for i, (event, p) in enumerate(started(engine)) if (event, p) == ("submit", 0))
     first_speculation = min(i for i, (event, p) in enumerate(started(engine)) if (event, p) == ("submit", 2))

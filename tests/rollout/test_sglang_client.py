@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from lens_megatron.errors import RunError
+from lens_megatron.rollout import sglang_client
 from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import Refused, SGLangClient, Unreachable
 from lens_megatron.rollout.sglang_schema import BadAnswer, parse_generation, parse_version
@@ -98,6 +100,22 @@ def test_a_server_that_does_not_answer_is_given_up_in_time(
         running.result(5)
     with pytest.raises(Unreachable, match="Cannot connect"):
         loop.run(lost.weight_version())
+
+
+def test_a_node_that_answers_nothing_is_told_from_a_slow_server(
+    loop: EventLoop, connect: Callable[..., SGLangClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full backlog drops what asks for a connection, as a dead node does: the request may go to another server."""
+    monkeypatch.setattr(sglang_client, "CONNECT_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as dead, contextlib.ExitStack() as crowd:
+        for _ in range(8):
+            one = crowd.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(dead.getsockname())
+        time.sleep(0.1)
+        with pytest.raises(Unreachable, match=r"no connection within 0\.3 s") as error:
+            loop.run(connect(f"http://127.0.0.1:{dead.getsockname()[1]}").generate("a", (5,), 10, timeout_s=5))
+    assert not error.value.timed_out
 
 
 @pytest.mark.parametrize(
