@@ -155,6 +155,13 @@ def shipped_models() -> list[str]:
     return sorted(path.stem for path in _shipped_folder().glob("*.yaml"))
 
 
+def named_template(template: str | None, default: str) -> str:
+    """A shipped model's, when it is the name of one."""
+    if template is None:
+        return default
+    return load_model_config(template).template if template in shipped_models() else template
+
+
 def load_model_config(name_or_folder: str | Path) -> ModelConfig:
     """A shipped name (or its hub id), a folder with a config.json, or a hub id whose files are in the local cache."""
     given = str(name_or_folder)

@@ -10,7 +10,7 @@ import torch
 
 from lens_megatron.errors import UsageError
 from lens_megatron.mcore.layout import ParallelConfig
-from lens_megatron.model_spec import find_weights, load_model_config
+from lens_megatron.model_spec import find_weights, load_model_config, named_template
 from lens_megatron.purification.config import PurificationConfig
 from lens_megatron.purification.eligibility import eligible_tokens
 from lens_megatron.purification.scores import interference_scores, to_optional
@@ -30,6 +30,7 @@ class ScoreConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPU, fp32 on CPU
     tokens_per_microbatch: int = 16384
     timeout_s: float = 600.0
+    template: str | None = None  # chat, a text with {problem}, or the name of a shipped model; null: the policy's own
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def score_prompts(model: str, reference: str, prompts: Sequence[Prompt], config:
     return ScoreResult(scored, floor if floor is not None else float(used))
 
 
-def prompts_from(model: str, text: str | None, file: str | None) -> list[Prompt]:
+def prompts_from(model: str, text: str | None, file: str | None, template: str | None = None) -> list[Prompt]:
     """One prompt from the command line, or a JSONL file's, through the model's template."""
     from lens_megatron.data.files import read_files
     from lens_megatron.data.prompts import encode_prompts
@@ -125,4 +126,4 @@ def prompts_from(model: str, text: str | None, file: str | None) -> list[Prompt]
         rows = [parse_row(where, {"answer": "none", **columns}) for where, columns in read_files(str(file), "train")]
         if not rows:
             raise UsageError(f"{file}: no prompts")
-    return encode_prompts(rows, Template(tokenizer, config.template))
+    return encode_prompts(rows, Template(tokenizer, named_template(template, config.template)))

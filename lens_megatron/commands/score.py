@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         check_layout(load_model_spec(args.model), config.parallel, config.parallel.processes)
         if config.parallel.processes > 1:
             return workers.run_workers(config.parallel.processes, ["score", *_arguments(args)])
-    prompts = prompts_from(args.model, args.prompt, args.prompts)
+    prompts = prompts_from(args.model, args.prompt, args.prompts, config.template)
     result = score_prompts(args.model, args.reference, prompts, config)
     if workers.rank() == 0:
         _show(result, args)

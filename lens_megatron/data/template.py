@@ -31,8 +31,8 @@ class Encoded:
 
 
 class Template:
-    """`chat`: the tokenizer's chat template over the row's messages. Else a text with {problem}, which is the whole
-    prompt: no special token is added to it, so it spells out those that it wants."""
+    """`chat`: the tokenizer's chat template over the row's messages, which writes its special tokens itself. Else a text with
+    {problem}, which is the whole prompt but for the token that the tokenizer begins every text with, if it does: once."""
 
     def __init__(self, tokenizer: Any, template: str) -> None:
         if not getattr(tokenizer, "is_fast", False):
@@ -43,6 +43,9 @@ class Template:
             raise UsageError(f"data.template: {SLOT} once, or {CHAT!r}, is needed (got {template!r})")
         self._tokenizer, self._chat = tokenizer, template == CHAT
         self._before, self._after = (SLOT if self._chat else template).split(SLOT)
+        begins = _first_token(tokenizer)
+        if not self._chat and not self._before.startswith(begins):
+            self._before = begins + self._before
 
     @property
     def keeps_system(self) -> bool:
@@ -79,6 +82,12 @@ class Template:
         messages = [{"role": m.role, "content": m.content} for m in row.messages[:-1]]
         messages.append({"role": "user", "content": question})
         return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _first_token(tokenizer: Any) -> str:
+    """What the tokenizer puts before every text: Llama's is part of what such a model was trained on, Qwen has none."""
+    first: list[int] = tokenizer("x")["input_ids"][:1]
+    return tokenizer.bos_token if first == [tokenizer.bos_token_id] else ""
 
 
 def planted_tokens(row: Row, rendered: Rendered, offsets: Sequence[tuple[int, int]]) -> tuple[int, ...]:

@@ -21,10 +21,10 @@ from lens_megatron.evaluation.results import ModelResult, model_result, results_
 from lens_megatron.evaluation.sets import (
     EvalSet,
     load_sets,
-    named_template,
     questions,
     with_benchmark_rules,
 )
+from lens_megatron.model_spec import named_template
 from lens_megatron.output import write_json
 
 

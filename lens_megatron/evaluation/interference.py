@@ -20,10 +20,10 @@ from lens_megatron.evaluation.answer_file import AnswerFile
 from lens_megatron.evaluation.config import GenerationConfig
 from lens_megatron.evaluation.kept_answers import Answering, Answers, answers_to
 from lens_megatron.evaluation.models import find_models
-from lens_megatron.evaluation.sets import Question, named_template
+from lens_megatron.evaluation.sets import Question
 from lens_megatron.evaluation.statistics import Interval, bootstrap_interval
 from lens_megatron.mcore.layout import ParallelConfig
-from lens_megatron.model_spec import find_weights, load_model_config
+from lens_megatron.model_spec import find_weights, load_model_config, named_template
 from lens_megatron.purification.config import PurificationConfig, Strategy
 from lens_megatron.purification.scores import from_optional
 from lens_megatron.purification.strategies import Signals, purify

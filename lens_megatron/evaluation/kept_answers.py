@@ -15,8 +15,9 @@ from lens_megatron.evaluation.answering import Answer, Limits, answer_all
 from lens_megatron.evaluation.config import GenerationConfig
 from lens_megatron.evaluation.engines import engine_for
 from lens_megatron.evaluation.models import EvalModel
-from lens_megatron.evaluation.sets import Question, named_template
+from lens_megatron.evaluation.sets import Question
 from lens_megatron.evaluation.show_progress import AnswerProgress
+from lens_megatron.model_spec import named_template
 from lens_megatron.rewards.config import RewardConfig
 from lens_megatron.rewards.rules_id import rules_id
 from lens_megatron.rollout.factory import TextReward, ends_of_the_model

@@ -14,7 +14,6 @@ from lens_megatron.data.template import Template
 from lens_megatron.errors import UsageError
 from lens_megatron.evaluation.benchmarks import BENCHMARKS, RULE, Benchmark, load_benchmark, select_benchmarks
 from lens_megatron.evaluation.config import BenchmarkConfig
-from lens_megatron.model_spec import load_model_config, shipped_models
 from lens_megatron.rewards.config import RewardConfig
 from lens_megatron.rollout.engine import derive_seed
 from lens_megatron.types import Prompt
@@ -65,13 +64,6 @@ def load_sets(config: BenchmarkConfig, tokenizer: Any, template: str) -> list[Ev
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"benchmarks: {twice!r} twice; results are told apart by name")
     return sets
-
-
-def named_template(template: str | None, default: str) -> str:
-    """A shipped model's, when it is the name of one."""
-    if template is None:
-        return default
-    return load_model_config(template).template if template in shipped_models() else template
 
 
 def with_benchmark_rules(rewards: RewardConfig) -> RewardConfig:

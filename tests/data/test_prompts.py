@@ -85,6 +85,23 @@ def test_span_of_any_question(tokenizer: Any, question: str, template: str) -> N
     assert any(text.startswith(shared + inside) for text in (question, question.strip()))
 
 
+def test_the_token_that_begins_every_text_is_there_once(tmp_path: Path) -> None:
+    """Llama's tokenizers add one; a chat template writes its own."""
+    from tokenizers.processors import TemplateProcessing
+
+    llama = byte_level(tmp_path)
+    llama.bos_token = "<|im_start|>"
+    begin = llama.bos_token_id
+    llama.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", begin)]
+    )
+    assert llama("x")["input_ids"][0] == begin
+    for template in (BARE, "Question: {problem}\nAnswer:", "<|im_start|>{problem}", CHAT):
+        (encoded,) = Template(llama, template).encode([row("How many clips?")])
+        assert encoded.tokens[0] == begin and encoded.tokens[1] != begin, template
+        assert pieces(llama, encoded.tokens, encoded.question)[1].strip() == "How many clips?"
+
+
 def test_the_chat_template_keeps_turns_and_marks_the_last_question(tokenizer: Any) -> None:
     turns = (Message("system", "Be brief."), Message("user", "1+1?"), Message("assistant", "2"))
     (encoded,) = Template(tokenizer, CHAT).encode([row("1+1?", *turns)])
