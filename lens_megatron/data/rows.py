@@ -30,9 +30,8 @@ class Row:
     answer: str
     source: str
     where: str  # file and line, for errors
-    planted: tuple[
-        tuple[int, int], ...
-    ] = ()  # half-open spans of noise in the question, in characters, where it is known
+    # half-open spans of noise in the question, in characters, where it is known
+    planted: tuple[tuple[int, int], ...] = ()
 
     @property
     def question(self) -> str:

@@ -136,9 +136,7 @@ class _Answering:
             question = self.waiting.popleft()
             room = self.positions - len(question.prompt.tokens)
             if room < 1:
-                self._ask_judge(
-                    question, Finished("", (), (), "length")
-                )  # no place for a single token: judged as empty
+                self._ask_judge(question, Finished("", (), (), "length"))  # no place for a token: judged as empty
                 continue
             request_id = f"evaluation/{question.set}/{question.prompt.id}/{question.index}/{self.requests}"
             self.requests += 1

@@ -66,9 +66,8 @@ RULE = RewardRule(alternatives=ALTERNATIVE.strip())
 _REPAIRS: dict[str, dict[str, str]] = {
     "gaokao2023en": {
         "$145$solution:": "145",  # the next field's name
-        "$2$ or $-2$ or $\\frac{1}{2}$ or $-\\frac{1}{2}$": ALTERNATIVE.join(
-            ["2", "-2", "1/2", "-1/2"]
-        ),  # asks for one
+        # asks for one
+        "$2$ or $-2$ or $\\frac{1}{2}$ or $-\\frac{1}{2}$": ALTERNATIVE.join(["2", "-2", "1/2", "-1/2"]),
     },
     "minerva_math": {"np.arcsin(10/13)": r"\arcsin(10/13)"},
     "olympiadbench": {

@@ -50,6 +50,7 @@ _FRAC_BRACED = re.compile(r"\\frac\s*\{([^{}]*)\}\s*([0-9A-Za-z])")
 _SQRT = re.compile(r"\\sqrt\s*(\[[^\[\]]{1,5}\])?\s*(\d|[A-Za-z]|\\pi)")
 _FUNCTIONS = re.compile(r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp)(?![a-z])")
 _PLAIN_SQRT = re.compile(r"(?:\\sqrt|(?<![\\A-Za-z])sqrt)\s*\(([^()]*)\)")
+_CHOOSE = re.compile(r"\bC_\{?\s*(\d{1,4})\s*\}?\s*\^\s*\{?\s*(\d{1,4})\s*\}?")  # C_n^k, as in China
 _DEGREES = re.compile(r"\^\s*(?:\{\s*)?\\circ(?:\s*\})?")
 
 
@@ -63,9 +64,7 @@ def clean(answer: str) -> str:
     text = re.sub(r"\\(?:hspace|vspace|phantom)\*?\s*\{[^{}]*\}", " ", text)
     text = _WORD.sub(r"\\text{", text)
     text = _COMMAND.sub(lambda match: _renamed(match.group()), text)
-    text = re.sub(
-        r"\bC_\{?\s*(\d{1,4})\s*\}?\s*\^\s*\{?\s*(\d{1,4})\s*\}?", r"\\binom{\1}{\2}", text
-    )  # C_n^k, as in China
+    text = _CHOOSE.sub(r"\\binom{\1}{\2}", text)
     text = _DEGREES.sub("°", text)
     text = re.sub(r"\s*\\text\{\s*(?:percent|%)\s*\}|\s*\bpercent\b", "%", text)
     text = _PLAIN_SQRT.sub(r"\\sqrt{\1}", text)

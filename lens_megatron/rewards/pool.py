@@ -44,10 +44,8 @@ class RewardPool:
     def __init__(self, config: RewardConfig | None = None, stall_seconds: float = math.inf) -> None:
         self.config = config or RewardConfig()
         self._stall_seconds = stall_seconds
-        self._moved, self._timeouts_then = (
-            time.monotonic(),
-            0,
-        )  # since a worker last got something done, or nothing waited
+        # when a worker last got something done, or nothing waited, and how many had timed out by then
+        self._moved, self._timeouts_then = time.monotonic(), 0
         self._queues: dict[bool, deque[Job]] = {False: deque(), True: deque()}
         self._workers: list[Worker] = []
         self._cache: OrderedDict[bytes, Judgement] = OrderedDict()

@@ -35,9 +35,8 @@ class Generation:
     finish: FinishReason
     version: str
     versions: tuple[tuple[str, int, int], ...]
-    prompt_logprobs: tuple[
-        float | None, ...
-    ] = ()  # of the prompt's tokens where they were asked for; null for the first
+    # of the prompt's tokens where they were asked for; null for the first
+    prompt_logprobs: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -67,9 +67,8 @@ class Seat:
         self.starts = 0
         self.info: ServerInfo | None = None
         self.slots = 0
-        self.accepted: dict[
-            str, int
-        ] = {}  # versions that a sync of this start vouches for, by the server's name for them
+        # versions that a sync of this start vouches for, by the server's name for them
+        self.accepted: dict[str, int] = {}
         self.epoch = 0  # grows with every update
         self.jobs: set[Job] = set()
         self.used_tokens, self.quiet_since = -1, time.monotonic()

@@ -11,9 +11,8 @@ from typing import Literal
 from lens_megatron.errors import RunError, UsageError
 from lens_megatron.studies.config import Cell, Study
 
-State = Literal[
-    "waiting", "begun", "done", "failed", "simulated"
-]  # begun: under way, or left so by an interrupted study
+# begun: under way, or left so by an interrupted study
+State = Literal["waiting", "begun", "done", "failed", "simulated"]
 
 
 @dataclass(frozen=True)
