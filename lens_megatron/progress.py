@@ -107,10 +107,14 @@ class Progress:
             self._console.print(text, markup=False)
 
     def _describe(self, metrics: Mapping[str, float], seconds: float) -> str:
-        parts = []
-        for name, label in (("reward", "reward"), ("success", "success"), ("zero_reward_ratio", "zero-reward")):
-            if metrics.get(name) is not None:
-                parts.append(f"{label} {metrics[name]:.3f}")
+        shown = {
+            label: f"{metrics[name]:.3f}"
+            for name, label in (("reward", "reward"), ("success", "success"), ("zero_reward_ratio", "zero-reward"))
+            if metrics.get(name) is not None
+        }
+        if shown.get("reward") == shown.get("success"):  # rewards of 0 and 1: the line has to fit a terminal
+            shown.pop("success", None)
+        parts = [f"{label} {value}" for label, value in shown.items()]
         if metrics.get("tokens") and seconds > 0:
             parts.append(f"{metrics['tokens'] / seconds:,.0f} tokens/s")
         parts.append(f"{seconds:.1f} s")

@@ -21,7 +21,7 @@ from lens_megatron.algorithms.loss_config import EngineCorrectionConfig, Entropy
 from lens_megatron.algorithms.loss_metrics import finish_metrics
 from lens_megatron.algorithms.rescue import RescueConfig, rebuild_group
 from lens_megatron.algorithms.transfer import TransferTracker
-from lens_megatron.cli import build_parser, command_names
+from lens_megatron.cli import build_parser, command_names, main
 from lens_megatron.config import RunConfig, SftConfig, load_run
 from lens_megatron.evaluation.answering import Answer
 from lens_megatron.evaluation.results import step_metrics
@@ -210,6 +210,14 @@ def test_the_example_run_loads(page: str, tmp_path: Path) -> None:
         assert load_run(path, ["steps=10"]).steps == 10
         for overrides in printed_overrides((ROOT / page).read_text()):
             load_run(path, overrides)
+
+
+def test_the_run_of_the_readme_fits_where_the_readme_plans_it(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text()
+    [block] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    [command] = re.findall(r"lens-megatron plan RUN.yaml([^#\n]*)", text)
+    (tmp_path / "RUN.yaml").write_text(block)
+    assert main(["plan", str(tmp_path / "RUN.yaml"), *shlex.split(command)]) == 0
 
 
 def printed_overrides(text: str) -> list[list[str]]:

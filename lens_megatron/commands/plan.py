@@ -109,7 +109,7 @@ def _of_run(args: argparse.Namespace, gpu: Gpu, rates: Rates) -> list[Plan]:
 
 def _searched(args: argparse.Namespace, spec: Any, gpu: Gpu, rates: Rates, work: Any) -> list[Plan]:
     from lens_megatron.planning.activations import CUDA, ENGINE
-    from lens_megatron.planning.describe import comparison, plan_lines
+    from lens_megatron.planning.describe import comparison, keys_of, plan_lines
     from lens_megatron.planning.search import search
 
     found = search(spec, gpu, rates, work, args.gpus, kernels=ENGINE if args.transformer_engine else CUDA)
@@ -118,6 +118,7 @@ def _searched(args: argparse.Namespace, spec: Any, gpu: Gpu, rates: Rates, work:
         print("\n".join(comparison(found.best)))
         print("\nThe first in full:\n")
         print("\n".join(plan_lines(found.best[0])))
+        print(f"\nAs overrides of a RUN.yaml:\n\n{' '.join(keys_of(found.best[0]))}")
         return found.best
     print(f"None of {found.tried} layouts fits on {args.gpus} x {gpu.name}.")
     if found.nearest is None:

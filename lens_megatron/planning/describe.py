@@ -28,6 +28,29 @@ def placement_words(plan: Plan) -> str:
     return f"{setup.trainer_gpus} GPUs train, {setup.engine_gpus} generate: {servers}"
 
 
+def keys_of(plan: Plan) -> list[str]:
+    """What a RUN.yaml says to be run so, as overrides."""
+    layout, setup = plan.setup.layout, plan.setup
+    sizes = {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp, "ep": layout.ep, "dp": setup.dp}
+    keys = [f"parallel.{name}={size}" for name, size in sizes.items()]
+    keys += [
+        f"parallel.ends_count_as_layers={str(layout.ends_count_as_layers).lower()}",
+        f"memory.recompute={setup.recompute}",
+        f"memory.offload_reference={str(setup.offload_reference).lower()}",
+        f"memory.offload_optimizer={setup.offload_optimizer:g}",
+    ]
+    if setup.placement == "embedded":
+        return [*keys, "rollout.engine=embedded"]
+    servers = setup.engine_gpus // setup.engine_tp
+    return [
+        *keys,
+        f"placement={setup.placement}",
+        "rollout.engine=sglang",
+        f"rollout.servers={servers}",
+        f"rollout.server.tp={setup.engine_tp}",
+    ]
+
+
 def plan_lines(plan: Plan) -> list[str]:
     """One plan in full."""
     trainer, gpu = plan.trainer, plan.setup.gpu

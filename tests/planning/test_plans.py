@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 
 from lens_megatron.cli import main
+from lens_megatron.config import load_run
 from lens_megatron.errors import UsageError
 from lens_megatron.mcore.layout import ParallelConfig
 from lens_megatron.model_spec import load_model_config, shipped_models
 from lens_megatron.planning import document
+from lens_megatron.planning.describe import keys_of
 from lens_megatron.planning.gpus import CALIBRATED, GPUS, assumed_rates, find_gpu, rates_of
 from lens_megatron.planning.memory import ROOM, state_bytes
 from lens_megatron.planning.parameters import count_parameters
-from lens_megatron.planning.plans import PHASES, Plan, Setup, as_tree, make_plan
+from lens_megatron.planning.plans import PHASES, Placement, Plan, Setup, as_tree, make_plan
 from lens_megatron.planning.search import _layouts, search
-from lens_megatron.planning.work import Workload
+from lens_megatron.planning.setups import setup_of_run
+from lens_megatron.planning.work import Workload, workload_of_run
 
 GPU = find_gpu("h100")
 RATES = assumed_rates(GPU)
@@ -233,3 +236,15 @@ def test_the_tables_of_the_documentation_are_those_of_the_code() -> None:
     for row in document.sync_rows():
         assert row in text
     assert "| qwen3-8b-base | lens | 726 s | " in text
+
+
+@pytest.mark.parametrize("placement", ["colocated", "disaggregated"])
+def test_what_the_search_found_is_run_by_its_keys(tmp_path: Path, placement: Placement) -> None:
+    path = tmp_path / "RUN.yaml"
+    path.write_text(RUN)
+    work = workload_of_run(load_run(path, []))
+    found = search(SPEC, GPU, RATES, work, 8, (placement,)).best[0]
+    config = load_run(path, keys_of(found))
+    again = make_plan(setup_of_run(config, SPEC, GPU, RATES, workload_of_run(config), 8))
+    assert (again.trainer, again.engine, again.seconds) == (found.trainer, found.engine, found.seconds)
+    assert config.parallel.processes == found.setup.trainer_gpus
