@@ -154,6 +154,16 @@ class StepTime:
     phases: dict[str, float]  # mean seconds; with `other`: of the step, in no phase
 
 
+def _phases_apart(line: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds by phase, none counted twice: waiting for rewards is part of generation in a step's line. A batch that was
+    made while another trained waited then, and nobody for it."""
+    seconds = {name[5:]: float(value or 0.0) for name, value in line.items() if name.startswith("time/")}
+    if "reward" in seconds and "generate" in seconds:
+        seconds["reward"] = min(seconds["reward"], seconds["generate"])
+        seconds["generate"] -= seconds["reward"]
+    return seconds
+
+
 def step_time(run: Run) -> StepTime | None:
     lines = [line for line in run.steps() if is_number(line.get("time/step"))]
     lines = lines[1:] if len(lines) > 1 else lines
@@ -163,7 +173,8 @@ def step_time(run: Run) -> StepTime | None:
     names = [name for line in lines for name in line if name.startswith("time/") and name.count("/") == 1]
     known = [phase for phase in PHASES if f"time/{phase}" in names]
     more = [name[5:] for name in dict.fromkeys(names) if name[5:] not in (*PHASES, "step", "eval")]
-    phases = {phase: mean(float(line.get(f"time/{phase}") or 0.0) for line in lines) for phase in [*known, *more]}
+    apart = [_phases_apart(line) for line in lines]
+    phases = {phase: mean(line.get(phase, 0.0) for line in apart) for phase in [*known, *more]}
     rest = mean(times) - sum(phases.values())
     if rest > 0:
         phases["other"] = rest

@@ -40,19 +40,27 @@ def test_step_time_leaves_out_the_warm_up(runs: list[Run]) -> None:
     assert (lens.mean, grpo.mean, lens.median) == (10.0, 8.0, 10.0)  # the first took 40 and 38 s
     assert lens.phases == {
         "score": 0.5,
-        "generate": 6.0,
+        "generate": 5.75,  # without the part of it that waited for rewards
         "reward": 0.25,
         "logprobs": 1.0,
         "train": 2.0,
         "sync": 0.25,
         "save": 0.0,
+        "other": 0.25,
     }
+    assert sum(lens.phases.values()) == lens.mean
 
 
 def test_time_in_no_phase_is_shown_as_other() -> None:
     line = {"step": 1, "time/step": 10.0, "time/train": 4.0, "time/evaluation": 3.0, "time/train/forward": 2.0}
     time = figures.step_time(Run("r", {}, {}, [line]))
     assert time is not None and time.phases == {"train": 4.0, "evaluation": 3.0, "other": 3.0}
+
+
+def test_rewards_of_a_batch_made_ahead_are_nobodys_wait() -> None:
+    line = {"step": 1, "time/step": 10.0, "time/generate": 2.0, "time/reward": 5.0, "time/train": 8.0}
+    time = figures.step_time(Run("r", {}, {}, [line]))
+    assert time is not None and time.phases == {"generate": 0.0, "reward": 2.0, "train": 8.0}
 
 
 def test_a_phase_missing_from_some_steps_counts_as_nothing_there() -> None:
