@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lens_megatron import checkpoints, strict
@@ -17,24 +17,33 @@ _UNTOLD = ("run_dir",)  # the folder may have been moved
 
 def changes(folder: RunFolder, tree: Mapping[str, Any]) -> list[str]:
     """A line for each key that is another one than in the folder's config.yaml."""
-    earlier = folder.read_config()
-    if not earlier:
-        return []
-    where = folder.path / "config.yaml"
-    try:  # what it does not say is the default
-        before = flat(strict.to_tree(RunConfig, strict.build(RunConfig, earlier, str(where))))
+    try:
+        told = differences(folder, tree)
     except UsageError as error:
         return [f"not compared with the run's own configuration, which this version does not read: {error}"]
-    now = flat(tree)
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in _UNTOLD]
-    told = {key: f"{key} was {_shown(before, key)} and is {_shown(now, key)}" for key in keys}
-    fixed = [told[key] for key in keys if any(key == one or key.startswith(f"{one}.") for one in _FIXED)]
+    fixed = [told[key] for key in told if is_part(key, _FIXED)]
     if fixed and checkpoints.latest(folder.checkpoints) is not None:
         raise UsageError(
             f"{folder.path} cannot be resumed as another run: {'; '.join(fixed)}: put it back, or start in another "
             "run_dir (from its weights: lens-megatron convert megatron-to-hf)"
         )
     return [f"resumed with a change: {line}" for line in told.values()]
+
+
+def differences(folder: RunFolder, tree: Mapping[str, Any]) -> dict[str, str]:
+    """By key what was another in the folder's config.yaml, in words; none where nothing has run. What that file does not
+    say is the default."""
+    earlier = folder.read_config()
+    if not earlier:
+        return {}
+    before = flat(strict.to_tree(RunConfig, strict.build(RunConfig, earlier, str(folder.path / "config.yaml"))))
+    now = flat(tree)
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in _UNTOLD]
+    return {key: f"{key} was {_shown(before, key)} and is {_shown(now, key)}" for key in keys}
+
+
+def is_part(key: str, sections: Sequence[str]) -> bool:
+    return any(key == one or key.startswith(f"{one}.") for one in sections)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,11 +8,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from lens_megatron import strict
+from lens_megatron.config import RunConfig
 from lens_megatron.errors import RunError, UsageError
+from lens_megatron.resuming import differences, is_part
+from lens_megatron.run_folder import RunFolder
 from lens_megatron.studies.config import Cell, Study
 
 # begun: under way, or left so by an interrupted study
 State = Literal["waiting", "begun", "done", "failed", "simulated"]
+_AFRESH = "choose another study_dir, or remove its folder and its file in states/"
+# may change under a study: how long is waited, what is kept, where servers and judges are
+_NOT_THE_RESULTS = ("name", "timeout_s", "checkpoint", "tracking", "rollout.server", "rollout.stall_seconds",
+                    "rewards.workers")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,17 @@ def check_same_cells(study: Study) -> None:
         before = read_state(study, cell)
         if before.state != "waiting" and before.overrides != cell.overrides:
             raise UsageError(
-                f"{study.folder}: cell {cell.name} was run with other values ({' '.join(before.overrides)}): "
-                "choose another study_dir, or remove its folder and its file in states/"
+                f"{study.folder}: cell {cell.name} was run with other values ({' '.join(before.overrides)}): {_AFRESH}"
+            )
+        try:
+            told = differences(RunFolder(cell.run_dir), strict.to_tree(RunConfig, cell.config))
+        except UsageError:  # of another version: nobody can say
+            continue
+        changed = [words for key, words in told.items() if not is_part(key, _NOT_THE_RESULTS)]
+        if before.state != "waiting" and changed:
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise UsageError(
+                f"{study.folder}: cell {cell.name} was run from another {study.run.name} ({changed[0]}{more}): {_AFRESH}"
             )
 
 

@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 import yaml
 
+from lens_megatron import strict
 from lens_megatron.cli import main
+from lens_megatron.config import RunConfig
 from lens_megatron.errors import UsageError
 from lens_megatron.reporting.runs import Run
+from lens_megatron.run_folder import RunFolder
 from lens_megatron.studies.config import Target, load_study
 from lens_megatron.studies.running import last_words
+from lens_megatron.studies.states import CellState, check_same_cells, write_state
 from lens_megatron.studies.table import hours_to_target
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +113,23 @@ def test_cells_that_were_run_with_other_values_are_not_taken_for_these(
     assert main(["study", str(study(tmp_path, arms=[{"name": "x", "set": {"steps": 3}}]))]) == 0
     assert main(["study", str(study(tmp_path, arms=[{"name": "x", "set": {"steps": 4}}]))]) == 2
     assert "cell x was run with other values (steps=3)" in capsys.readouterr().err
+
+
+def test_cells_that_were_run_from_another_base_are_not_taken_for_these(tmp_path: Path) -> None:
+    path = study(tmp_path, grid={"seed": [0]})
+    found = load_study(path)
+    (cell,) = found.cells
+    RunFolder.create(str(cell.run_dir)).begin(strict.to_tree(RunConfig, cell.config))
+    write_state(found, cell, CellState("done", "", 1.0, cell.overrides))
+    check_same_cells(load_study(path))
+    base = tmp_path / "RUN.yaml"
+    base.write_text(yaml.safe_dump({**BASE, "timeout_s": 900.0, "checkpoint": {"every": 5}}))  # no result's matter
+    check_same_cells(load_study(path))
+    base.write_text(yaml.safe_dump({**BASE, "optimizer": {"lr": 0.5}, "steps": 7}))
+    with pytest.raises(
+        UsageError, match=r"cell seed0 was run from another RUN.yaml \(steps was 300 and is 7 and 1 more"
+    ):
+        check_same_cells(load_study(path))
 
 
 def test_a_simulated_cell_that_does_not_fit_fails_with_the_reason(
