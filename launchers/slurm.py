@@ -25,9 +25,10 @@ from launchers.shape import job_shape
 from launchers.site import SiteConfig, load_site, split_overrides
 from lens_megatron import stopping, strict
 from lens_megatron.config import load_run
-from lens_megatron.errors import UsageError
+from lens_megatron.errors import RunError, UsageError
 from lens_megatron.machine import run_command
 from lens_megatron.model_spec import find_weights, load_model_config
+from lens_megatron.output import replace_text
 from lens_megatron.run_folder import RunFolder
 
 
@@ -47,7 +48,13 @@ def submit(
     """
     jobs = prepare(run, overrides, site, name, links=links, resume=resume)
     ids = nemo.submit(jobs)
-    (jobs[0].launch / "jobs.json").write_text(json.dumps({"jobs": ids, "name": jobs[0].name}) + "\n")
+    known = jobs[0].launch / "jobs.json"
+    try:
+        replace_text(known, json.dumps({"jobs": ids, "name": jobs[0].name}) + "\n")
+    except OSError as error:
+        raise RunError(
+            f"{known}: {error.strerror}: the run is queued as {' '.join(ids)}, and `status` will not find it"
+        ) from None
     return Handle(jobs[0].run_dir, tuple(ids))
 
 

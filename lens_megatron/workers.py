@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lens_megatron import stopping
 from lens_megatron.errors import RunError, UsageError
+from lens_megatron.output import replace_text
 
 _STARTED_BY = "LENS_MEGATRON_STARTED_BY"  # pid of the process that started this worker
 MEETING = "LENS_MEGATRON_MEETING"  # file of a launched job where rank 0 writes its port
@@ -84,9 +85,7 @@ def _meet(place: Path, address: str, rank: int) -> int:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         store = _meeting_point = TCPStore(address, 0, is_master=True, wait_for_workers=False)
-        partial = place.with_name(place.name + ".partial")
-        partial.write_text(str(store.port))
-        partial.rename(place)
+        replace_text(place, str(store.port))
         return store.port
     deadline = time.monotonic() + _MEETING_S
     while place not in place.parent.iterdir():  # a listing: NFS remembers for long that a file is not there

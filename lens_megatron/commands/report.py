@@ -18,17 +18,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from lens_megatron.errors import UsageError
+    from lens_megatron.output import replace_text
     from lens_megatron.reporting.page import report_page
     from lens_megatron.reporting.runs import load_runs
 
     out: Path = args.out or args.runs[0] / "report.html"
     page = report_page(load_runs(args.runs))
-    partial = out.with_name(f".{out.name}.partial")
     try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(out)
+        replace_text(out, page)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UsageError(f"--out {out}: {error.strerror}") from None
     print(out)
     return 0

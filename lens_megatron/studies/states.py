@@ -11,6 +11,7 @@ from typing import Literal
 from lens_megatron import strict
 from lens_megatron.config import RunConfig
 from lens_megatron.errors import RunError, UsageError
+from lens_megatron.output import replace_text
 from lens_megatron.resuming import differences, is_part
 from lens_megatron.run_folder import RunFolder
 from lens_megatron.studies.config import Cell, Study
@@ -50,9 +51,7 @@ def read_state(study: Study, cell: Cell) -> CellState:
 def write_state(study: Study, cell: Cell, state: CellState) -> None:
     path = state_path(study, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, json.dumps(asdict(state), indent=1) + "\n")
 
 
 def check_same_cells(study: Study) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lens_megatron.errors import RunError
+from lens_megatron.output import replace_text
 from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import SGLangClient
 
@@ -46,9 +47,7 @@ def version_folder(folder: Path, version: int) -> Path:
 def write_proof(folder: Path, label: str, probe: Sequence[int], logprobs: Sequence[float], tolerance: float) -> None:
     """By the trainer, when every check of this version has passed."""
     tree = {"label": label, "probe": list(probe), "logprobs": list(logprobs), "tolerance": tolerance}
-    partial = folder / f".{PROOF}.partial"
-    partial.write_text(json.dumps(tree))
-    partial.replace(folder / PROOF)
+    replace_text(folder / PROOF, json.dumps(tree))
 
 
 class Snapshots:
