@@ -233,7 +233,7 @@ class SideBySide:
             metrics = trainer.update(evaluated)
         with trainer.phase("sync"):
             trainer.sync_weights(version=self.step + 1)
-        trainer.finish_step(groups, metrics)
+        trainer.finish_step(evaluated, metrics)
         wall, (engine_after, own_after) = time.perf_counter() - wall, self.cpu()
         self.step += 1
         self.memories[name] = (host.stream.state_dict(), self.driver.state_dict())

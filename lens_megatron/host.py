@@ -38,6 +38,7 @@ from lens_megatron.run_folder import RunFolder
 from lens_megatron.samples import samples_of_group
 from lens_megatron.tracking import Trackers
 from lens_megatron.types import Prompt, Sample
+from lens_megatron.update import Evaluated
 
 _SAMPLERS: dict[str, Any] = {"embedded": embedded_sampler, "sglang": sglang_sampler}
 _IMPORT_SECONDS = 120.0  # of the rollout driver, before it starts or meets any server
@@ -237,22 +238,24 @@ class Host:
         checks.reward_failures(failed, step.get("submitted", 0.0), self.config.guards.reward_failures)
         return {"rewards/failed": failed}
 
-    def rollout_rows(self, groups: Sequence[list[Sample]]) -> Iterator[RolloutRow]:
+    def rollout_rows(self, groups: Sequence[list[Evaluated]]) -> Iterator[RolloutRow]:
         """Every rollout of the step, with what became of it."""
         pieces: dict[str, list[str]] = {}  # by prompt: its rollouts' rows share one list
-        trained = {id(group): samples for group, samples in zip(self._trained, groups, strict=True)}
+        trained = {id(group): evaluated for group, evaluated in zip(self._trained, groups, strict=True)}
         for group in self._groups:
             prompt = group.group.prompt
             if prompt.id not in pieces:
                 pieces[prompt.id] = self._pieces(prompt.tokens)
-            samples = trained.get(id(group))
+            evaluated = trained.get(id(group))
             members = {(m.rollout.purified, m.rollout.index): place for place, m in enumerate(group.members)}
             scores_T = self._signals[prompt.id].scores_T if prompt.id in self._signals else None
             scores = [None if score != score else score for score in scores_T.tolist()] if scores_T is not None else []
             purified = group.group.purified_prompt
             for rollout in (*group.group.originals, *group.group.purified):
                 place = members.get((rollout.purified, rollout.index))
-                sample = samples[place] if samples is not None and place is not None else None
+                known = evaluated[place] if evaluated is not None and place is not None else None
+                sample = known.sample if known is not None else None
+                proximal_R = known.proximal_R if known is not None else None
                 origin = (
                     group.members[place].origin if place is not None else "unused" if rollout.purified else "removed"
                 )
@@ -279,7 +282,7 @@ class Host:
                     advantage=sample.advantage if sample else None,
                     weight=sample.weight if sample else None,
                     behaviour_logprobs=rollout.behaviour_logprobs,
-                    proximal_logprobs=None,
+                    proximal_logprobs=proximal_R.tolist() if proximal_R is not None else None,
                     weight_version=rollout.weight_version,
                 )
 

@@ -34,7 +34,7 @@ def train(config: RunConfig, trainer: Trainer) -> Order | None:
                 trainer.sync_weights(version=step + 1)
             metrics |= trainer.benchmark(step + 1)  # held-out problems, when due
             # the step's files before its checkpoint: a resumed run rewinds what it cannot vouch for, and misses nothing
-            trainer.finish_step(groups, metrics)
+            trainer.finish_step(evaluated, metrics)
             order = trainer.told_to_end()
             with trainer.phase("save"):
                 trainer.save(step + 1, last=order is not None)

@@ -19,6 +19,8 @@ class RolloutRow:
 
     origin: its place in G (rescue.Origin), or `removed` (a failure that made room), or `unused` (rolled out under x',
     but not taken).  trained: whether the update saw it.  prompt_tokens: x; prompt_pieces: the text of each.
+    proximal_logprobs: pi_old under roll_tokens; null where it was not scored: not trained on, or equal to pi_theta of the
+    training pass (update.reuse_logprobs).
     """
 
     step: int

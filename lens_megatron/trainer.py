@@ -317,7 +317,7 @@ class Trainer:
         with self.watch.doing("finish the last checkpoint", self.config.checkpoint.timeout_s + MARGIN_S):
             self._saver.finish()
 
-    def finish_step(self, groups: Sequence[list[Sample]], metrics: dict[str, float]) -> None:
+    def finish_step(self, groups: Sequence[list[Evaluated]], metrics: dict[str, float]) -> None:
         if self.host is None:
             return
         with self.watch.doing("write the step's files", self.config.timeout_s):

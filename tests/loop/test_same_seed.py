@@ -51,6 +51,18 @@ def variants(task: Path, runs: Path) -> dict[str, Future[list[dict[str, Any]]]]:
     return results
 
 
+def test_rollouts_keep_what_the_trainer_says_of_them(base: Path) -> None:
+    """Under the prompt that each was rolled out with, before the update: the engine's own log-probs, but for rounding."""
+    rows = [row for step in (1, 2) for row in RunFolder.open(base).read_rollouts(step)]
+    scored = [row for row in rows if row.proximal_logprobs is not None]
+    assert all(row.proximal_logprobs is not None for row in rows if row.origin == "purified" and row.trained)
+    assert {row.purified for row in scored} >= {True} and not any(
+        row.proximal_logprobs for row in rows if not row.trained
+    )
+    for row in scored:
+        assert row.proximal_logprobs == pytest.approx(row.behaviour_logprobs, abs=1e-3)
+
+
 def test_same_seed_same_metrics(base: Path, variants: Any) -> None:
     expected = RunFolder.open(base).read_metrics()
     again = variants["again"].result()

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from lens_megatron.errors import UsageError
-from lens_megatron.mcore.runtime import _SOCKETS, _allow_many_sockets, check_gpus
+from lens_megatron.machine import _SOCKETS, allow_many_sockets
+from lens_megatron.mcore.runtime import check_gpus
 
 
 def test_as_many_sockets_as_the_system_allows() -> None:
     before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))
-        _allow_many_sockets()
+        allow_many_sockets()
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(most, _SOCKETS), most)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
