@@ -7,6 +7,7 @@ Whoever finds `step_000020` with a manifest whose files have their sizes finds a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -261,8 +262,8 @@ def prune(root: Path, keep: int, keep_best: str | None = None) -> list[str]:
 def set_aside(folder: Path) -> Path:
     """For a checkpoint that could not be loaded. Its sizes may be right: left in place it would count as the newest, and the
     good ones be pruned for it."""
-    aside = folder.with_name(folder.name + _DAMAGED)
-    shutil.rmtree(aside, ignore_errors=True)
+    names = (folder.with_name(f"{folder.name}{_DAMAGED}{number or ''}") for number in itertools.count())
+    aside = next(name for name in names if not name.exists())
     try:
         folder.rename(aside)
     except OSError as error:

@@ -235,7 +235,8 @@ class Host:
         step = {name: count - self._reward_counts.get(name, 0.0) for name, count in now.items()}
         self._reward_counts = now
         failed = sum(step.get(name, 0.0) for name in ("timeouts", "memory", "crashes"))
-        checks.reward_failures(failed, step.get("submitted", 0.0), self.config.guards.reward_failures)
+        settled = sum(step.get(name, 0.0) for name in ("judged", "cached", "too_long"))
+        checks.reward_failures(failed, settled, self.config.guards.reward_failures)
         return {"rewards/failed": failed}
 
     def rollout_rows(self, groups: Sequence[list[Evaluated]]) -> Iterator[RolloutRow]:

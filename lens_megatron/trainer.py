@@ -298,9 +298,10 @@ class Trainer:
                 host.load_state_dict(found.extra)  # first: what does not fit is refused, and the folder as it was
             host.folder.rewind(self.first_step if found is not None else -1)  # step 0 is evaluated again as well
             if found is not None:
-                for broken in found.passed_over:
-                    aside = checkpoints.set_aside(broken.folder)
-                    self.progress.note(f"passed over a damaged checkpoint, now {aside.name}: {broken.reason}")
+                for reason in found.passed_over:
+                    self.progress.note(f"passed over a damaged checkpoint: {reason}")
+                for folder in found.unreadable:
+                    self.progress.note(f"{folder.name} is now {checkpoints.set_aside(folder).name}")
                 if found.same_rounding and not same_reference:
                     self.progress.note(
                         "the reference's files are not those that this run was saved with: see that it is the same model"

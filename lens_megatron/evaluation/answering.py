@@ -41,6 +41,7 @@ class Answer:
     note: str
     extracted: str
     rules: str = ""  # by which it was judged; a file's answers may outlive them
+    answer_reward: float | None = None
 
     @property
     def key(self) -> tuple[str, str, int, str]:
@@ -48,8 +49,8 @@ class Answer:
 
     @property
     def score(self) -> float:
-        """1 for a right answer: what a format rule adds to its reward or takes from it is for training."""
-        return {"correct": 1.0, "partial": self.reward}.get(self.verdict, 0.0)
+        """The reward of the answer alone: what a format rule adds to it or takes from it is for training."""
+        return self.reward if self.answer_reward is None else self.answer_reward
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,7 @@ class _Answering:
             verdict=judgement.verdict,
             note=judgement.note,
             extracted=judgement.extracted,
+            answer_reward=judgement.answer_reward,
         )
         self.on_answer(question, answer)
 

@@ -44,7 +44,9 @@ def evaluate(models: list[EvalModel], config: EvalConfig, out: Path) -> list[Mod
 def answers_of(model: EvalModel, config: EvalConfig, sets: list[EvalSet], tokenizer: Any, out: Path) -> Answers:
     """From the file, and from the engine what is not there."""
     how = Answering(model, tokenizer, config, with_benchmark_rules(config.rewards))
-    with AnswerFile(out / "answers" / f"{model.name}.jsonl", how.made_by()) as file:
+    template = named_template(config.template, model.template)
+    made_by = {"model": model.title, **how.made_by(), "template": template}
+    with AnswerFile(out / "answers" / f"{model.name}.jsonl", made_by) as file:
         return dict(answers_to(questions(sets, config.seed), file, how, model.title))
 
 

@@ -32,7 +32,7 @@ from lens_megatron.rollout.engine import derive_seed
 from lens_megatron.scoring import ScoreConfig, ScoreResult, score_prompts
 from lens_megatron.types import Prompt, PurifiedPrompt
 
-SUCCESS = 0.5  # least reward of a success, as in training
+SUCCESS = 0.5  # least score of a success, as in training
 GAMMAS = (0.01, 0.02, 0.03, 0.04, 0.05)
 Purified = dict[tuple[Strategy, float], dict[str, PurifiedPrompt]]  # x' by strategy and gamma, and by prompt
 
@@ -191,7 +191,7 @@ def compare(
         right: dict[tuple[str, tuple[int, ...]], float] = {}
         for question in wanted:
             place = question.prompt.id, question.prompt.tokens
-            right[place] = right.get(place, 0.0) + (answers[question.key].reward >= SUCCESS)
+            right[place] = right.get(place, 0.0) + (answers[question.key].score >= SUCCESS)
         return {place: count / config.samples for place, count in right.items()}
 
     first = rates(asked("original", prompts))

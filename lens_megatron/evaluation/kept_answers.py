@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from lens_megatron.evaluation.engines import engine_for
 from lens_megatron.evaluation.models import EvalModel
 from lens_megatron.evaluation.sets import Question
 from lens_megatron.evaluation.show_progress import AnswerProgress
-from lens_megatron.model_spec import named_template
 from lens_megatron.rewards.config import RewardConfig
 from lens_megatron.rewards.rules_id import rules_id
 from lens_megatron.rollout.factory import TextReward, ends_of_the_model
@@ -37,9 +36,7 @@ class Answering:
     def made_by(self) -> dict[str, Any]:
         """What a response depends on, besides its question."""
         return {
-            "model": self.model.title,
             "weights": self.model.weights_id(),
-            "template": named_template(self.config.template, self.model.template),
             "temperature": self.config.temperature,
             "top_p": self.config.top_p,
             "max_response_tokens": self.config.max_response_tokens,
@@ -67,23 +64,23 @@ def answers_to(wanted: Sequence[Question], file: AnswerFile, how: Answering, tit
 
 
 def _judge_again(outdated: Sequence[Question], file: AnswerFile, how: Answering, judge: TextReward, title: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(
-        f"{title}: {len(outdated):,} kept answers are judged again, by the rules of today", markup=False
-    )
+    """One that no judge came to an end with keeps what was said of it, and has its turn the next time."""
+    _say(f"{title}: {len(outdated):,} kept answers are judged again, by the rules of today")
     judged = [judge.judge_text(question.prompt, file.answers[question.key].response) for question in outdated]
-    for question, judgement in zip(outdated, judged, strict=True):
-        said, rules = judgement.result(), rules_id(how.rewards, question.prompt.source)
-        earlier = file.answers[question.key]
-        file.append(
-            replace(
-                earlier,
-                reward=said.reward,
-                verdict=said.verdict,
-                note=said.note,
-                extracted=said.extracted,
-                rules=rules,
-            )
-        )
+    failed = 0
+    for question, future in zip(outdated, judged, strict=True):
+        judgement, earlier = future.result(), file.answers[question.key]
+        if judgement.note in ("timeout", "memory", "crashed"):
+            failed += 1
+            continue
+        rules = rules_id(how.rewards, question.prompt.source)
+        file.append(replace(earlier, **asdict(judgement), rules=rules))
+    if failed:
+        _say(f"{title}: {failed:,} of them could not be judged within the limits (rewards), and stay as they were")
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
 
 
 def _generate(

@@ -114,5 +114,5 @@ def _set_data(one: EvalSet, answers: Mapping[Key, Answer]) -> dict[str, Any]:
 
 
 def _answer_data(answer: Answer) -> dict[str, Any]:
-    kept = ("reward", "verdict", "note", "extracted", "tokens", "finish")
+    kept = ("score", "verdict", "note", "extracted", "tokens", "finish")
     return {**{name: getattr(answer, name) for name in kept}, "text": answer.response}

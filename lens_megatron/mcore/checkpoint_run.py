@@ -22,7 +22,8 @@ class Resumed:
     extra: dict[str, Any]
     folder: Path
     same_rounding: bool  # layout and dtype are those of the run that wrote it
-    passed_over: tuple[Broken, ...]  # newer checkpoints that are damaged: tell the user, and set them aside
+    passed_over: tuple[str, ...]  # newer checkpoints that are damaged, and how: tell the user
+    unreadable: tuple[Path, ...]  # those of them that look whole: set them aside
 
 
 def resume(policy: Trainable, root: Path) -> Resumed | None:
@@ -33,15 +34,17 @@ def resume(policy: Trainable, root: Path) -> Resumed | None:
         return checkpoints.newest_first(root)
 
     whole, broken = on_rank_0(look)
+    unreadable: list[Path] = []
     for found in whole:
         try:
             extra = load(policy, found.folder)
         except RunError as error:  # right sizes, wrong content: the next older one overwrites what was read
             broken.append(Broken(found.folder, str(error)))
+            unreadable.append(found.folder)
             continue
-        newer = [one for one in broken if one.step > found.manifest.step]
+        newer = [one.reason for one in broken if one.step > found.manifest.step]
         as_now = (found.manifest.layout, found.manifest.dtype) == (layout_of(policy), dtype_of(policy))
-        return Resumed(found.manifest.step, extra, found.folder, as_now, tuple(newer))
+        return Resumed(found.manifest.step, extra, found.folder, as_now, tuple(newer), tuple(unreadable))
     if broken:
         raise checkpoints.no_whole_checkpoint(root, broken)
     return None

@@ -9,7 +9,7 @@ if (answers) {
   const atOnce = 20;
   let found = [];
 
-  const right = (problem) => problem.answers.filter((one) => one.reward >= 1).length;
+  const right = (problem) => problem.answers.filter((one) => one.score >= 1).length;
   const kinds = [
     ["all", () => true],
     ["none right", (problem) => right(problem) === 0],
@@ -28,12 +28,12 @@ if (answers) {
   };
 
   const card = (one, number, of) => {
-    const box = make("div", undefined, one.reward >= 1 ? "rollout success" : "rollout");
+    const box = make("div", undefined, one.score >= 1 ? "rollout success" : "rollout");
     const chips = make("div", undefined, "chips");
-    chips.append(make("span", one.verdict, one.reward >= 1 ? "good" : "bad"));
+    chips.append(make("span", one.verdict, one.score >= 1 ? "good" : "bad"));
     const facts = [one.extracted ? `read: ${one.extracted}` : "nothing read", `${one.tokens} tokens`];
     if (of > 1) facts.unshift(`${number + 1} of ${of}`);
-    if (one.reward > 0 && one.reward < 1) facts.push(`reward ${short(one.reward)}`);
+    if (one.score > 0 && one.score < 1) facts.push(`score ${short(one.score)}`);
     if (one.note) facts.push(one.note);
     if (one.finish === "length") facts.push("cut at the limit");
     for (const fact of facts) chips.append(make("span", fact));

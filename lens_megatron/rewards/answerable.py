@@ -8,74 +8,88 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lens_megatron.errors import UsageError
-from lens_megatron.rewards.config import RewardConfig, RewardRule
-from lens_megatron.rewards.extract import golden_answer
+from lens_megatron.rewards.config import RewardConfig
+from lens_megatron.rewards.extract import golden_answer, words_outside_formulas
 from lens_megatron.rewards.pool import RewardPool
 from lens_megatron.rewards.worker_process import Request
 from lens_megatron.types import Prompt
 
 LOOKED_AT = 256  # answers of each source, evenly spread over it: seconds, not minutes
 _ENOUGH = 8  # to say of a source that none can
-_LONGEST = 300  # characters of an answer
+_MOST_WORDS = 12  # of an answer, beside its formulas
+_LETTER = re.compile(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
 _PLAIN_NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?")
 
 
 def check_answers(prompts: Sequence[Prompt], config: RewardConfig, data: str) -> str:
-    """Each golden answer in a box, judged by its own rule: a note for people, "" when all are right. UsageError for a source
-    without a rule, or none of whose answers is right. Functions and servers of one's own are not asked."""
+    """Each golden answer, given as a response, judged by its own rule: a note for people, "" when all are
+    right. UsageError for a source without a rule, or none of whose answers is right. Functions and servers of one's own are
+    not asked."""
     by_source: dict[str, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
         by_source[prompt.source].append(prompt)
-    requests = []
+    looked_at: list[Prompt] = []
     for source, mine in by_source.items():
         rule = config.rule(source)
         if rule is None:
             known = ", ".join(config.sources) or "none"
             raise UsageError(f"{data}: no reward for source {source!r} ({mine[0].id}): rewards.sources has {known}")
         if not rule.custom:
-            requests += [_itself(prompt, rule) for prompt in mine[:: -(-len(mine) // LOOKED_AT)]]
-    unusual = [request for request in requests if not _obvious(request, config.rule(request.source))]
+            looked_at += mine[:: -(-len(mine) // LOOKED_AT)]
+    unusual = [prompt for prompt in looked_at if not _obvious(prompt, config)]
     if not unusual:
         return ""
     with RewardPool(replace(config, workers=min(2, config.processes))) as pool:
-        judged = pool.grade_all(unusual)
+        forms = [pool.grade_all(_given(prompt, config)) for prompt in unusual]
     wrong = [
-        request
-        for request, judgement in zip(unusual, judged, strict=True)
-        if judgement.verdict != "correct" or _whole_solution(request, config.rule(request.source))
+        prompt
+        for prompt, judged in zip(unusual, forms, strict=True)
+        if _whole_solution(prompt, config) or all(judgement.verdict != "correct" for judgement in judged)
     ]
     if not wrong:
         return ""
-    for source in {request.source for request in wrong}:
-        here = [request for request in requests if request.source == source]
-        lost = [request for request in wrong if request.source == source]
+    for source in {prompt.source for prompt in wrong}:
+        here = [prompt for prompt in looked_at if prompt.source == source]
+        lost = [prompt for prompt in wrong if prompt.source == source]
         if len(lost) == len(here) >= _ENOUGH:
             raise UsageError(
-                f"{data}: no response could be right: none of {len(here)} answers of source {source!r} is, in a box, by the "
+                f"{data}: no response could be right: none of {len(here)} answers of source {source!r} is itself, by the "
                 f"source's rule (rewards), such as {_shown(lost[0])}: see data.answer_key, and the rule"
             )
     return (
-        f"{len(wrong)} of {len(requests)} golden answers that were looked at are not right themselves, in a box, by "
-        f"their rule, such as {_shown(wrong[0])}"
+        f"{len(wrong)} of {len(looked_at)} golden answers that were looked at are not right themselves by their rule, "
+        f"such as {_shown(wrong[0])}"
     )
 
 
-def _itself(prompt: Prompt, rule: RewardRule) -> Request:
-    first = prompt.answer.split(rule.alternatives)[0] if rule.alternatives else prompt.answer
-    return Request(prompt.id, prompt.source, prompt.answer, rf"\boxed{{{golden_answer(first).strip()}}}")
+def _first(prompt: Prompt, config: RewardConfig) -> str:
+    """Of several acceptable answers."""
+    rule = config.rule(prompt.source)
+    return prompt.answer.split(rule.alternatives)[0] if rule and rule.alternatives else prompt.answer
 
 
-def _whole_solution(request: Request, rule: RewardRule | None) -> bool:
-    """Text equals itself, but nobody will answer with it."""
-    golden = golden_answer(request.answer)
-    return rule is not None and rule.kind != "exact" and ("\n" in golden.strip() or len(golden) > _LONGEST)
+def _given(prompt: Prompt, config: RewardConfig) -> list[Request]:
+    """As a model might give it."""
+    answer = golden_answer(_first(prompt, config)).strip()
+    forms = [rf"\boxed{{{answer}}}", f"The answer is {answer}"]
+    if (rule := config.rule(prompt.source)) and rule.kind == "choice" and (letter := _LETTER.search(answer)):
+        forms.append(rf"\boxed{{{letter[0]}}}")
+    return [Request(prompt.id, prompt.source, prompt.answer, form) for form in forms]
 
 
-def _obvious(request: Request, rule: RewardRule | None) -> bool:
+def _whole_solution(prompt: Prompt, config: RewardConfig) -> bool:
+    """Text equals itself, but nobody will answer with so much of it."""
+    rule = config.rule(prompt.source)
+    words = words_outside_formulas(golden_answer(_first(prompt, config)))
+    return rule is not None and rule.kind in ("math", "numeric") and words > _MOST_WORDS
+
+
+def _obvious(prompt: Prompt, config: RewardConfig) -> bool:
     """Not worth the second that it takes to start a judge."""
-    return rule is not None and rule.kind != "choice" and _PLAIN_NUMBER.fullmatch(request.answer) is not None
+    rule = config.rule(prompt.source)
+    return rule is not None and rule.kind != "choice" and _PLAIN_NUMBER.fullmatch(prompt.answer) is not None
 
 
-def _shown(request: Request) -> str:
-    answer = request.answer if len(request.answer) <= 60 else f"{request.answer[:57]}..."
-    return f"{request.id}: {answer!r}"
+def _shown(prompt: Prompt) -> str:
+    answer = prompt.answer if len(prompt.answer) <= 60 else f"{prompt.answer[:57]}..."
+    return f"{prompt.id}: {answer!r}"

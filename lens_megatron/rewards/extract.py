@@ -31,6 +31,10 @@ _LINE_CHARS = 500  # how much of a last line may be an answer
 _PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?:[^A-Za-z\n]+[A-Za-z]{2,}){2,}")
 
 
+_ANY_BOX = re.compile(r"\\(?:boxed|fbox)\b")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_TEXT_IN_FORMULA = re.compile(r"\\(?:text|textbf|textit|mbox|mathrm|operatorname)\s*\{[^{}]*\}")
+_SENTENCE = 3  # words
 _LAST_LINE_OF_A_SOLUTION = re.compile(r"(?:\A|\n)\s*####[ \t]*([^\n]*\S)\s*\Z")
 
 
@@ -91,10 +95,17 @@ def final_answer(response: str, answer_in: str = "anywhere") -> str:
 
 
 def golden_answer(text: str) -> str:
-    """What the answer of a row says. It may be a whole solution: GSM8K ends with a line "#### 72", MATH has a box."""
+    """What the answer of a row says. It may be a whole solution: GSM8K ends with a line "#### 72", MATH has one box in prose.
+    Boxes among symbols (`$\\boxed{2}$ or $\\boxed{3}$`, `\\boxed{50}\\%`) are part of an answer."""
     if found := _LAST_LINE_OF_A_SOLUTION.search(text):
         return found[1]
-    return boxed(text) or text
+    if len(_ANY_BOX.findall(text)) == 1 and words_outside_formulas(text) >= _SENTENCE:
+        return boxed(text) or text
+    return text
+
+
+def words_outside_formulas(text: str) -> int:
+    return len(_WORD.findall(_TEXT_IN_FORMULA.sub(" ", text)))
 
 
 def _announced(text: str) -> str | None:

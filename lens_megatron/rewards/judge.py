@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from fractions import Fraction
 
 from lens_megatron.rewards.config import RewardRule
@@ -34,7 +35,7 @@ def with_format(rule: RewardRule, response: str, judged: Judgement) -> Judgement
     pattern = _FORMATS.get(rule.format.pattern, rule.format.pattern)
     has_it = not has_control_characters(response) and re.search(pattern, response) is not None
     reward = (1 - rule.format.weight) * judged.reward + rule.format.weight * has_it
-    return Judgement(reward, judged.verdict, judged.note, judged.extracted)
+    return replace(judged, reward=reward, answer_reward=judged.reward)
 
 
 def _answer_judged(rule: RewardRule, answer: str, response: str) -> Judgement:

@@ -17,6 +17,7 @@ class Judgement:
     verdict: Verdict
     note: Note = ""
     extracted: str = ""  # the answer that was read from the response, shortened, for people
+    answer_reward: float | None = None  # where a format rule made the reward another: the answer's own
 
 
 def verdict_of(reward: float) -> Verdict:

@@ -210,13 +210,14 @@ class RewardPool:
         if "error" in message:
             job.future.set_exception(RunError(f"{job.request.id}: {message['error']}"))
             return
-        reward, verdict, note, extracted = message["judgement"]
-        if note == "timeout":
+        judgement = Judgement(**message["judgement"])
+        timed_out = judgement.note == "timeout"
+        if timed_out:
             with self._lock:
                 self._counts["timeouts"] += 1
         else:
             self._has_moved()
-        self._settle(job, Judgement(reward, verdict, note, extracted), remember=note != "timeout")
+        self._settle(job, judgement, remember=not timed_out)
 
     def _settle(self, job: Job, judgement: Judgement, remember: bool) -> None:
         with self._lock:

@@ -12,13 +12,14 @@ from lens_megatron.rewards.config import RewardConfig, RewardRule
 
 
 def rules_id(config: RewardConfig, source: str) -> str:
-    """Of a source's rule and, for a shipped one, of the code that carries it out. A function or a server of the user's own
-    is known by its name only."""
+    """Of a source's rule and, for a shipped one, of its limits and the code that carries it out. A function or a server of
+    the user's own is known by its name only."""
     rule = config.rule(source)
     if rule is None:
         return ""
-    code = "" if rule.custom else _shipped_code()
-    return _digest(repr(strict.to_tree(RewardRule, rule)) + code)
+    limits = (config.seconds, config.memory_mib, config.max_response_chars)
+    shipped = "" if rule.custom else f"{_shipped_code()} {limits}"
+    return _digest(repr(strict.to_tree(RewardRule, rule)) + shipped)
 
 
 @cache

@@ -14,6 +14,7 @@ import resource
 import signal
 import socket
 import sys
+from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
@@ -106,7 +107,7 @@ def _answer(config: RewardConfig, custom: bool, request: dict[str, str]) -> dict
     except Exception:
         # a slip of ours, or of a library, on text that nobody thought of: not a reason to stop a run
         judged = Judgement(0.0, "unparsable", "not understood")
-    return {"judgement": [judged.reward, judged.verdict, judged.note, judged.extracted]}
+    return {"judgement": asdict(judged)}
 
 
 def _timed(config: RewardConfig, rule: RewardRule, answer: str, response: str) -> Judgement:

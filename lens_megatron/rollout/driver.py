@@ -218,6 +218,8 @@ class RolloutDriver:
         silence = float("inf") if command == "start" else self._silence_seconds  # importing, it cannot beat yet
         while True:
             now = time.monotonic()
+            if command == "sample" and self._early:
+                return _answered(*self._early.pop())
             if patience is not None and now - start >= patience and not self._pipe.poll():
                 return _NOT_YET
             if limit is not None and now - start > limit:
@@ -226,8 +228,6 @@ class RolloutDriver:
                 self._give_up(
                     f"gave no sign of life for {silence:g} s during {command!r}, which rank {rank()} waits for"
                 )
-            if command == "sample" and self._early:
-                return _answered(*self._early.pop())
             left = BEAT_SECONDS if patience is None else max(0.0, min(BEAT_SECONDS, start + patience - now))
             if self._pipe not in wait([self._pipe, self._process.sentinel], left):
                 if not self._process.is_alive() and not self._pipe.poll():

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -40,6 +40,19 @@ def serve(pipe: Connection, make_sampler: Callable[[], Sampler], threads: int) -
 
     torch.set_num_threads(threads)
     sending = threading.Lock()
+    looping: list[str] = []  # the command whose loop goes round, if one does
+
+    @contextlib.contextmanager
+    def watched(command: str) -> Iterator[None]:
+        if command not in ("sample", "evaluate"):
+            yield
+            return
+        sampler.turned_at = time.monotonic()
+        looping.append(command)
+        try:
+            yield
+        finally:
+            looping.remove(command)  # before its answer is sent, which may have to wait until somebody reads it
 
     def answer(kind: str, value: Any = None, aside: bool = False) -> None:
         # a broken pipe: _listen sees that the caller is gone
@@ -48,7 +61,9 @@ def serve(pipe: Connection, make_sampler: Callable[[], Sampler], threads: int) -
 
     def carry_out(command: str, args: tuple[Any, ...], buffer: SharedBuffer | None, aside: bool = False) -> None:
         try:
-            answer("answer", execute(sampler, buffer, command, args), aside)
+            with watched(command):
+                value = execute(sampler, buffer, command, args)
+            answer("answer", value, aside)
         except UsageError as error:
             answer("usage error", str(error), aside)
         except RunError as error:
@@ -59,8 +74,6 @@ def serve(pipe: Connection, make_sampler: Callable[[], Sampler], threads: int) -
 
     def meanwhile(command: str, *args: Any) -> None:
         threading.Thread(target=carry_out, args=(command, args, None, True), daemon=True).start()
-
-    looping: list[str] = []  # the command whose loop goes round, if one does
 
     def beat() -> None:
         while True:
@@ -97,11 +110,7 @@ def serve(pipe: Connection, make_sampler: Callable[[], Sampler], threads: int) -
         if command == "buffer":
             buffer = SharedBuffer(*args)
             continue
-        if command in ("sample", "evaluate"):
-            sampler.turned_at = time.monotonic()
-            looping.append(command)
         carry_out(command, args, buffer)
-        looping.clear()
     sampler.close()
     os._exit(0)  # threads of reward pools and clients may still hang
 

@@ -28,10 +28,10 @@ _ONE_SUBMITS = threading.Lock()  # nemo-run keeps what it submits in globals
 
 def run_study(study: Study, tell: Tell, only: Sequence[str] = ("*",)) -> None:
     """A cell that fails does not stop the others. `only`: patterns of names, for a study that is run in pieces."""
-    check_same_cells(study)
     wanted = {cell.name for cell in study.cells for pattern in only if fnmatchcase(cell.name, pattern)}
     if not wanted:
         raise UsageError(f"--only {' '.join(only)}: no cell has such a name; --list shows them")
+    check_same_cells(study, [cell for cell in study.cells if cell.name in wanted])
     try:
         study.folder.mkdir(parents=True, exist_ok=True)
         (study.folder / "logs").mkdir(exist_ok=True)

@@ -20,6 +20,7 @@ from lens_megatron.studies.config import Cell, Study
 State = Literal["waiting", "begun", "done", "failed", "simulated"]
 _AFRESH = "choose another study_dir, or remove its folder and its file in states/"
 # may change under a study: how long is waited, what is kept, where servers and judges are
+_ROOM = ("parallel", "memory", "update.tokens_per_microbatch", "placement", "rollout.slots", "rollout.servers")
 _NOT_THE_RESULTS = ("name", "timeout_s", "checkpoint", "tracking", "rollout.server", "rollout.stall_seconds",
                     "rewards.workers")  # fmt: skip
 
@@ -54,9 +55,10 @@ def write_state(study: Study, cell: Cell, state: CellState) -> None:
     replace_text(path, json.dumps(asdict(state), indent=1) + "\n")
 
 
-def check_same_cells(study: Study) -> None:
-    """A cell that was run with other values is another cell: its results would stand under a false name."""
-    for cell in study.cells:
+def check_same_cells(study: Study, cells: Sequence[Cell]) -> None:
+    """A cell that was run with other values is another cell: its results would stand under a false name. One that is not
+    done may be given more room; what else changes, its run refuses or tells when it goes on."""
+    for cell in cells:
         before = read_state(study, cell)
         if before.state != "waiting" and before.overrides != cell.overrides:
             raise UsageError(
@@ -66,7 +68,8 @@ def check_same_cells(study: Study) -> None:
             told = differences(RunFolder(cell.run_dir), strict.to_tree(RunConfig, cell.config))
         except UsageError:  # of another version: nobody can say
             continue
-        changed = [words for key, words in told.items() if not is_part(key, _NOT_THE_RESULTS)]
+        may_change = _NOT_THE_RESULTS if before.state == "done" else (*_NOT_THE_RESULTS, *_ROOM)
+        changed = [words for key, words in told.items() if not is_part(key, may_change)]
         if before.state != "waiting" and changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise UsageError(

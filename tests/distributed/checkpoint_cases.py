@@ -231,7 +231,9 @@ def resume(folder: Path, layout: ParallelConfig, root: Path) -> Any:
         found = resume_run(trainable, root)
     except (RunError, UsageError) as error:
         return type(error).__name__, str(error)
-    return None if found is None else (found.step, found.extra, found.folder.name, found.passed_over)
+    if found is None:
+        return None
+    return found.step, found.extra, found.folder.name, found.passed_over, found.unreadable
 
 
 def refusal(folder: Path, layout: ParallelConfig, source: Path) -> str:

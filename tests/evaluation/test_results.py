@@ -138,8 +138,8 @@ def test_a_format_rule_does_not_reach_the_table() -> None:
     """Right without the format has reward 0.9, wrong with it 0.1."""
     one = a_set("held_out", 1, 2)
     right, wrong = (
-        replace(answer(one, problem, 0, 0.0), reward=reward, verdict=verdict)
-        for problem, reward, verdict in ((0, 0.9, "correct"), (1, 0.1, "wrong"))
+        replace(answer(one, problem, 0, 0.0), reward=reward, verdict=verdict, answer_reward=own)
+        for problem, reward, verdict, own in ((0, 0.9, "correct", 1.0), (1, 0.1, "wrong", 0.0))
     )
     found = set_result(one, {a.key: a for a in (right, wrong)}, 0.95)
     assert (found.average, found.pass_at) == (0.5, {1: 0.5})

@@ -7,7 +7,7 @@ import pytest
 from lens_megatron.errors import UsageError
 from lens_megatron.rewards import answerable
 from lens_megatron.rewards.answerable import check_answers
-from lens_megatron.rewards.config import RewardConfig, RewardRule
+from lens_megatron.rewards.config import FormatRule, RewardConfig, RewardRule
 from lens_megatron.rewards.judge import judge
 from lens_megatron.types import Prompt
 
@@ -39,11 +39,44 @@ def test_numbers_need_no_judge(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_some_are_told_and_a_source_without_any_is_refused() -> None:
-    words = ["The proof is left to the reader.\nWho may like to try."] * 7 + ["\x00"]
+    words = ["The proof is left to the reader.\nWho may like to try it in the evening."] * 7 + ["\x00"]
     note = check_answers([*prompts(["3"]), *prompts(words)], MATH, "data")
     assert note.startswith("8 of 9 golden answers") and "s/0: 'The proof" in note
     with pytest.raises(UsageError, match=r"^data: no response could be right: none of 8 answers of source 't' is"):
         check_answers([*prompts(["3"] * 9), *prompts(words, "t")], MATH, "data")
+
+
+@pytest.mark.parametrize(
+    ("rule", "answer"),
+    [
+        (RewardRule(alternatives="\n"), "7\n14/2"),
+        (RewardRule(alternatives="|||"), "|||".join(["an isosceles triangle", "isosceles", "two equal sides"] * 9)),
+        (RewardRule(), "\\begin{pmatrix}\n1 & 2 \\\\\n3 & 4\n\\end{pmatrix}"),
+        (RewardRule(kind="choice"), "D. The C major scale"),
+        (RewardRule(kind="exact"), "}"),
+        (RewardRule(kind="exact"), "a long text that is to be given word for word, however many words there are in it"),
+        (RewardRule(answer_in="boxed"), r"\sqrt{2}"),
+        (RewardRule(format=FormatRule(weight=0.5)), r"\pi"),
+    ],
+)
+def test_unusual_answers_are_not_refused(rule: RewardRule, answer: str) -> None:
+    assert check_answers(prompts([answer] * 8), RewardConfig(workers=1, default=rule), "data") == ""
+
+
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        (r"$\boxed{2}$ or $\boxed{3}$", r"\boxed{2, 3}", r"\boxed{3}"),
+        (r"x_1=\boxed{1}, x_2=\boxed{2}", r"\boxed{1,2}", r"\boxed{2}"),
+        (r"\left(\boxed{1}, \boxed{2}\right)", r"\boxed{(1,2)}", r"\boxed{2}"),
+        (r"2\boxed{5}", r"\boxed{10}", r"\boxed{5}"),
+        (r"\boxed{50}\%", r"\boxed{50\%}", r"\boxed{50 \text{ cm}}"),
+        (r"\boxed{5} \text{ miles per hour}", r"\boxed{5}", r"\boxed{5 \text{ cm}}"),
+    ],
+)
+def test_boxes_that_are_part_of_an_answer(gold: str, right: str, wrong: str) -> None:
+    assert judge(RewardRule(), gold, right).verdict == "correct"
+    assert judge(RewardRule(), gold, wrong).verdict == "wrong"
 
 
 def test_a_source_without_a_rule_and_rules_of_ones_own() -> None:
@@ -63,7 +96,7 @@ def test_the_first_of_several_answers_stands_for_all() -> None:
     [
         ("He has 3 * 4 = <<3*4=12>>12 eggs.\n#### 12", r"\boxed{12}", r"\boxed{3}"),
         ("Since 2 + 2 = 4,\n#### 1,204 ", r"\boxed{1204}", r"\boxed{4}"),
-        (r"We get $\boxed{3}$, no, $\boxed{0.5}$.", r"\boxed{1/2}", r"\boxed{3}"),
+        (r"We get that it is $\boxed{0.5}$, and not 3.", r"\boxed{1/2}", r"\boxed{3}"),
         ("#### 7", r"\boxed{7}", r"\boxed{4}"),
     ],
 )

@@ -17,7 +17,7 @@ import pytest
 
 from lens_megatron import strict
 from lens_megatron.errors import RunError, UsageError
-from lens_megatron.rewards.config import RewardConfig, RewardRule
+from lens_megatron.rewards.config import FormatRule, RewardConfig, RewardRule
 from lens_megatron.rewards.pool import RewardPool
 from lens_megatron.rewards.worker_process import Request
 from tests.rewards.hostile import GOLD, hostile_responses
@@ -278,3 +278,11 @@ def test_rules_are_found_by_source() -> None:
 def test_settings_that_cannot_work_are_refused(tree: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         strict.build(RewardConfig, tree, "rewards")
+
+
+def test_what_a_format_rule_makes_of_a_reward_comes_with_the_answers_own() -> None:
+    rule = RewardRule(format=FormatRule(pattern="boxed", weight=0.25))
+    with RewardPool(RewardConfig(workers=1, default=rule)) as pool:
+        right, wrong = (pool.submit(r, "s", "5", r).result(60) for r in ("the answer is 5", r"\boxed{6}"))
+    assert (right.reward, right.answer_reward, right.verdict) == (0.75, 1.0, "correct")
+    assert (wrong.reward, wrong.answer_reward, wrong.verdict) == (0.25, 0.0, "wrong")

@@ -182,11 +182,14 @@ def test_a_loop_that_goes_round_no_more_is_found_though_the_driver_beats(
 
 def test_judgements_are_counted_while_it_samples(fresh: Any) -> None:
     driver = fresh(functools.partial(make_sampler, reward=slow))
+    driver.started()
     driver.start_sampling(PROMPTS, PURIFIED, 1)
-    assert driver.reward_health() == {}  # of a reward that has no pool; no waiting for the batch
-    assert driver.sampled(0.0) is None
+    began = time.monotonic()
+    assert driver.reward_health() == {}  # of a reward that has no pool
+    answered = time.monotonic() - began
     while driver.sampled(1.0) is None:
         pass
+    assert answered < 3 < time.monotonic() - began, "it waited for the batch, whose rewards take half a second each"
 
 
 def test_a_start_that_fails_keeps_its_kind(fresh: Any, capfd: pytest.CaptureFixture[str]) -> None:

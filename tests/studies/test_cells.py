@@ -121,15 +121,20 @@ def test_cells_that_were_run_from_another_base_are_not_taken_for_these(tmp_path:
     (cell,) = found.cells
     RunFolder.create(str(cell.run_dir)).begin(strict.to_tree(RunConfig, cell.config))
     write_state(found, cell, CellState("done", "", 1.0, cell.overrides))
-    check_same_cells(load_study(path))
-    base = tmp_path / "RUN.yaml"
-    base.write_text(yaml.safe_dump({**BASE, "timeout_s": 900.0, "checkpoint": {"every": 5}}))  # no result's matter
-    check_same_cells(load_study(path))
-    base.write_text(yaml.safe_dump({**BASE, "optimizer": {"lr": 0.5}, "steps": 7}))
-    with pytest.raises(
-        UsageError, match=r"cell seed0 was run from another RUN.yaml \(steps was 300 and is 7 and 1 more"
-    ):
-        check_same_cells(load_study(path))
+
+    def check(**changes: Any) -> None:
+        (tmp_path / "RUN.yaml").write_text(yaml.safe_dump({**BASE, **changes}))
+        now = load_study(path)
+        check_same_cells(now, now.cells)
+
+    check()
+    check(timeout_s=900.0, checkpoint={"every": 5})  # no result's matter
+    with pytest.raises(UsageError, match=r"run from another RUN.yaml \(steps was 300 and is 7 and 1 more"):
+        check(optimizer={"lr": 0.5}, steps=7)
+    with pytest.raises(UsageError, match=r"memory.recompute was full and is none"):
+        check(memory={"recompute": "none"})
+    write_state(found, cell, CellState("failed", "out of memory", 1.0, cell.overrides))
+    check(memory={"recompute": "none"})  # it is run again, with more room
 
 
 def test_a_simulated_cell_that_does_not_fit_fails_with_the_reason(
