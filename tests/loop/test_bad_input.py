@@ -157,6 +157,7 @@ def test_nothing_to_resume(task: Path, tmp_path: Path, capfd: pytest.CaptureFixt
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_refused_resume_leaves_the_run_as_it_was(task: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     saved = {"checkpoint": {"every": 1, "asynchronous": False}, "parallel": {"tp": 1}}

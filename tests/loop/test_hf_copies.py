@@ -11,6 +11,7 @@ from lens_megatron.cli import main
 from tests.loop.runs import finished, metrics, run_tree, write_run
 
 
+@pytest.mark.long
 def test_copies_of_a_queued_run_that_had_not_begun(task: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

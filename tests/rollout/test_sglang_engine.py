@@ -184,6 +184,7 @@ def test_behind_a_router_a_server_that_was_given_nothing_is_not_taken_for_hung()
         assert [seat.state for seat in engine._pool.seats] == ["ready", "ready"], engine.health()
 
 
+@pytest.mark.long
 def test_behind_a_router_a_server_that_hangs_is_noticed() -> None:
     with (
         stubs(["--token-seconds", "0.1"], []) as two,
