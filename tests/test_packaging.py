@@ -5,9 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("lens_megatron", "model_configs", "launchers", "checkpoints_tools")
@@ -23,6 +26,23 @@ def source_files() -> set[str]:
         for path in (ROOT / package).rglob("*")
         if path.is_file() and path.suffix in (".py", *DATA) and "__pycache__" not in path.parts
     }
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12"])
+def test_the_pinned_versions_exist_for_every_python_that_we_promise(python: str) -> None:
+    """As far as what is installed here says: a pin that another Python cannot have stops `make install` there."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    looked_at = 0
+    for requirement in (Requirement(line) for line in lines if line):
+        try:
+            found = metadata(requirement.name)
+        except PackageNotFoundError:
+            continue
+        meant = requirement.marker is None or requirement.marker.evaluate({"python_version": python})
+        if meant and requirement.specifier.contains(found["Version"]):
+            looked_at += 1
+            assert SpecifierSet(found["Requires-Python"] or "").contains(f"{python}.0"), requirement
+    assert looked_at > 10
 
 
 @pytest.fixture(scope="module")
