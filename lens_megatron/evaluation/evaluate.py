@@ -43,7 +43,7 @@ def evaluate(models: list[EvalModel], config: EvalConfig, out: Path) -> list[Mod
 
 def answers_of(model: EvalModel, config: EvalConfig, sets: list[EvalSet], tokenizer: Any, out: Path) -> Answers:
     """From the file, and from the engine what is not there."""
-    how = Answering(model, tokenizer, config, with_benchmark_rules(config.rewards))
+    how = Answering(model, tokenizer, config, with_benchmark_rules(config.rewards), out / "logs")
     template = named_template(config.template, model.template)
     made_by = {"model": model.title, **how.made_by(), "template": template}
     with AnswerFile(out / "answers" / f"{model.name}.jsonl", made_by) as file:

@@ -137,7 +137,7 @@ def measure(
     policy = find_models(model)[0]
     tokenizer = load_tokenizer(str(policy.tokenizer))
     purified = purified_prompts(prompts, scored, config, frozenset(tokenizer.all_special_ids))
-    how = Answering(policy, tokenizer, config, config.rewards)
+    how = Answering(policy, tokenizer, config, config.rewards, out / "logs")
     with AnswerFile(out / "answers.jsonl", how.made_by()) as file:
 
         def draw(wanted: Sequence[Question]) -> Answers:

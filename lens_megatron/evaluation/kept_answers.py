@@ -26,12 +26,13 @@ Answers = Mapping[Key, Answer]
 
 @dataclass(frozen=True)
 class Answering:
-    """Who answers, how, and who judges."""
+    """Who answers, how, and who judges. `logs`: of servers that are started for it."""
 
     model: EvalModel
     tokenizer: Any
     config: GenerationConfig
     rewards: RewardConfig
+    logs: Path
 
     def made_by(self) -> dict[str, Any]:
         """What a response depends on, besides its question."""
@@ -87,10 +88,9 @@ def _generate(
     missing: Sequence[Question], file: AnswerFile, how: Answering, judge: TextReward, title: str, total: int
 ) -> None:
     model, config = how.model, how.config
-    beside: Path = file.path.parent
     with (
-        model.hf_folder(beside) as folder,
-        engine_for(config, folder, model.spec.max_positions, beside.parent / "logs") as engine,
+        model.hf_folder(file.path.parent) as folder,
+        engine_for(config, folder, model.spec.max_positions, how.logs) as engine,
         AnswerProgress(title, total - len(missing), total) as progress,
     ):
 

@@ -23,7 +23,7 @@ REWARDS = RewardConfig(workers=1)
 def asked_of_nobody(rewards: RewardConfig) -> Answering:
     """Fails where anything would be generated: there is no model."""
     nothing: Any = None
-    return Answering(nothing, nothing, GenerationConfig(), rewards)
+    return Answering(nothing, nothing, GenerationConfig(), rewards, nothing)
 
 
 def kept(question: Question, response: str, rules: str) -> Answer:
