@@ -100,7 +100,9 @@ def _flat_lists(values: Sequence[Sequence[float]], kind: pyarrow.DataType) -> py
     import pyarrow as pa
 
     offsets = np.cumsum([0, *(len(value) for value in values)], dtype=np.int32)
-    numbers = np.fromiter(chain.from_iterable(values), kind.value_type.to_pandas_dtype(), int(offsets[-1]))
+    # not kind.value_type.to_pandas_dtype(): it imports pandas in pyarrow before 26
+    dtype = np.int32 if kind.value_type == pa.int32() else np.float32
+    numbers = np.fromiter(chain.from_iterable(values), dtype, int(offsets[-1]))
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(numbers), type=kind)
 
 
