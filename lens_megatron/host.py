@@ -334,7 +334,8 @@ class Host:
         self.driver.load_state_dict(state["sampler"])
         self.transfer.load_state_dict(state["transfer"])
         self._deleted = dict(state["deleted"])
-        if (ahead := state.get("ahead")) is not None:
+        # without staleness from here on, its prompts are drawn again and rolled out by the weights of the day
+        if (ahead := state.get("ahead")) is not None and self.config.rollout.staleness:
             self.draw_ahead(ahead["step"])
             assert self._ahead is not None
             self._ahead.restore(ahead)

@@ -57,6 +57,17 @@ def test_the_batch_in_flight_is_part_of_the_checkpoint(task: Path, stale: Path, 
         assert before.read_rollouts(step) == after.read_rollouts(step)
 
 
+def test_without_staleness_the_batch_in_flight_is_made_again(task: Path, stale: Path, tmp_path: Path) -> None:
+    run_dir = as_of(stale, 2, tmp_path / "run")
+    tree = stale_tree(task, run_dir, steps=3)
+    tree["rollout"]["staleness"] = 0
+    lines = train(tmp_path, tree, "--resume")
+    assert [line["staleness_max"] for line in lines] == [0, 1, 0]
+    before, after = (RunFolder.open(folder).read_rollouts(3) for folder in (stale, run_dir))
+    assert {row.weight_version for row in before} == {1} and {row.weight_version for row in after} == {2}
+    assert {row.prompt_id for row in before} == {row.prompt_id for row in after}
+
+
 def test_a_filter_may_ask_for_more_than_was_made_ahead(task: Path, tmp_path: Path) -> None:
     """Its further batches are made when they are asked for, with weights of the day."""
     tree = stale_tree(task, tmp_path / "run", steps=3, checkpoint={"every": 0})
