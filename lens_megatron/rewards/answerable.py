@@ -14,7 +14,7 @@ from lens_megatron.rewards.pool import RewardPool
 from lens_megatron.rewards.worker_process import Request
 from lens_megatron.types import Prompt
 
-LOOKED_AT = 256  # answers of each source, evenly spread over it: seconds, not minutes
+LOOKED_AT = 64  # answers of each source, evenly spread over it: seconds, and two minutes where all are slow to judge
 _ENOUGH = 8  # to say of a source that none can
 _MOST_WORDS = 12  # of an answer, beside its formulas
 _LETTER = re.compile(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
@@ -40,12 +40,10 @@ def check_answers(prompts: Sequence[Prompt], config: RewardConfig, data: str) ->
     if not unusual:
         return ""
     with RewardPool(replace(config, workers=min(2, config.processes))) as pool:
-        forms = [pool.grade_all(_given(prompt, config)) for prompt in unusual]
-    wrong = [
-        prompt
-        for prompt, judged in zip(unusual, forms, strict=True)
-        if _whole_solution(prompt, config) or all(judgement.verdict != "correct" for judgement in judged)
-    ]
+        asked = [(prompt, form) for prompt in unusual for form in _given(prompt, config)]
+        judged = pool.grade_all(form for _, form in asked)
+    right = {prompt.id for (prompt, _), judgement in zip(asked, judged, strict=True) if judgement.verdict == "correct"}
+    wrong = [prompt for prompt in unusual if prompt.id not in right or _whole_solution(prompt, config)]
     if not wrong:
         return ""
     for source in {prompt.source for prompt in wrong}:
