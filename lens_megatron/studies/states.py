@@ -60,7 +60,9 @@ def check_same_cells(study: Study, cells: Sequence[Cell]) -> None:
     done may be given more room; what else changes, its run refuses or tells when it goes on."""
     for cell in cells:
         before = read_state(study, cell)
-        if before.state != "waiting" and before.overrides != cell.overrides:
+        if before.state == "waiting":
+            continue
+        if before.overrides != cell.overrides:
             raise UsageError(
                 f"{study.folder}: cell {cell.name} was run with other values ({' '.join(before.overrides)}): {_AFRESH}"
             )
@@ -70,7 +72,7 @@ def check_same_cells(study: Study, cells: Sequence[Cell]) -> None:
             continue
         may_change = _NOT_THE_RESULTS if before.state == "done" else (*_NOT_THE_RESULTS, *_ROOM)
         changed = [words for key, words in told.items() if not is_part(key, may_change)]
-        if before.state != "waiting" and changed:
+        if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise UsageError(
                 f"{study.folder}: cell {cell.name} was run from another {study.run.name} ({changed[0]}{more}): {_AFRESH}"
