@@ -82,6 +82,10 @@ class RunConfig:
             raise ValueError(
                 "rollout.sync.transport distributed needs servers on GPUs of their own: leave it out with placement colocated"
             )
+        if self.rollout.routing_replay and self.rollout.engine != "sglang":
+            raise ValueError(
+                "rollout.routing_replay needs rollout.engine sglang: the embedded engine does not tell which experts it took"
+            )
         if self.rollout.staleness and self.placement == "colocated":
             raise ValueError(
                 "rollout.staleness 1 generates while it trains, which placement colocated cannot: set it to 0"

@@ -16,7 +16,7 @@ import torch
 
 from lens_megatron.algorithms.loss_config import LossConfig
 from lens_megatron.mcore.step import Trainable, accumulate_gradients
-from lens_megatron.update import Evaluated, minibatch_loss
+from lens_megatron.update import Evaluated, minibatch_loss, replayed
 from lens_megatron.update_config import UpdateConfig
 
 
@@ -62,7 +62,8 @@ def response_logprobs(
 ) -> list[torch.Tensor]:
     """log pi(y_t | x, y_<t) of each response, under the original prompt."""
     sequences = [torch.tensor((*e.sample.prompt_tokens, *e.sample.response)) for e in samples]
-    scores = policy.score(sequences, update.tokens_per_microbatch, temperature, entropy=False)
+    with replayed(policy, [e.sample for e in samples], sequences):
+        scores = policy.score(sequences, update.tokens_per_microbatch, temperature, entropy=False)
     return [row[len(e.sample.prompt_tokens) :] for row, e in zip(scores.logprobs, samples, strict=True)]
 
 
@@ -94,5 +95,6 @@ def _norm(
     if term.entropy_split is not None:
         term = replace(term, entropy_split=replace(term.entropy_split, high_kl_coef=0.0))
     function = minibatch_loss(policy, batch, len(groups), sequences, term, update, temperature)
-    accumulate_gradients(policy, sequences, function, update.tokens_per_microbatch, temperature)
+    with replayed(policy, [e.sample for e in batch], sequences):
+        accumulate_gradients(policy, sequences, function, update.tokens_per_microbatch, temperature)
     return policy.optimizer.norm()

@@ -52,6 +52,8 @@ class Host:
         self.config, self.folder = config, folder
         self.tokenizer = load_tokenizer(str(weights))
         check_tokenizer(self.tokenizer, model.spec.vocab_size)
+        if config.rollout.routing_replay and model.spec.moe is None:
+            raise UsageError(f"rollout.routing_replay: {config.model} has no experts to route to: leave it out")
         loaded = load_prompts(config.data, self.tokenizer, model.template)
         self.too_long = loaded.too_long
         self.stream = PromptStream(loaded.prompts, config.seed, config.data.shuffle)

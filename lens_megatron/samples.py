@@ -41,6 +41,7 @@ def samples_of_group(group: RebuiltGroup, config: AdvantageConfig, max_response_
             advantage=advantage,
             weight=weight,
             purified_tokens=purified.tokens if purified and group.rescued else None,  # else G is Y, drawn from x alone
+            routing=rollout.routing,
         )
         for rollout, advantage, weight in zip(rollouts, advantages.tolist(), weights.tolist(), strict=True)
     ]

@@ -82,6 +82,7 @@ class Trainer:
             config.update.tokens_per_microbatch,
             config.timeout_s,
             config.rollout.staleness,
+            config.rollout.routing_replay,
         )
         self.guards.after_loading(self.policy, "policy", weights)
         self.reference = None

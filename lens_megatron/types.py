@@ -8,7 +8,10 @@ current is under x.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from lens_megatron.routed_experts import Routing
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -48,6 +51,7 @@ class Rollout:
     purified: bool = False
     reward: float = 0.0
     weight_version: int = 0
+    routing: Routing | None = None  # of roll_tokens and response, where the engine was asked for it
 
 
 @dataclass(frozen=True)
@@ -74,3 +78,4 @@ class Sample:
     advantage: float
     weight: float  # w~ of Eq. 4
     purified_tokens: tuple[int, ...] | None = None  # x' of its prompt, where there is one
+    routing: Routing | None = None  # of roll_tokens and response: rollout.routing_replay

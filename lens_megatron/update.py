@@ -7,13 +7,18 @@ Every rank calls with the same samples and gets the same metrics.
     current     pi_theta, under x, for all
     reference   under x, for all
 
+The engine's choice of experts, where it is known (rollout.routing_replay), is proximal's and current's as well: of prompt
+and response under x_roll, of the response under another prompt. The reference's routers choose for themselves.
+
 Shapes: R response tokens of one sample, F tokens of all sequences end to end (mcore/batch.py), T of one pack, S samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +31,10 @@ from lens_megatron.algorithms.token_masks import high_entropy_masks
 from lens_megatron.mcore.batch import PackedBatch
 from lens_megatron.mcore.context import sum_over_sequences
 from lens_megatron.mcore.logprobs import TokenScores
+from lens_megatron.mcore.routing import replay_routing
 from lens_megatron.mcore.runtime import device
 from lens_megatron.mcore.step import LossFunction, ShardedModel, Trainable, train_step
+from lens_megatron.routed_experts import Routing
 from lens_megatron.samples import number_tensor, split_groups, token_tensor
 from lens_megatron.types import Sample
 from lens_megatron.update_config import UpdateConfig
@@ -43,6 +50,31 @@ class Evaluated:
     proximal_original_R: Tensor | None  # under x
     proximal_purified_R: Tensor | None  # under x', or x where there is none
     trusted_R: Tensor | None = None  # False: no policy gradient (guards.on_logprob_diff); None: all are trusted
+
+
+class _Text(NamedTuple):
+    """A response under some prompt, as it is scored: once, however often it is asked for."""
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+    routing: Routing | None
+
+
+def _under(sample: Sample, prompt: tuple[int, ...]) -> _Text:
+    return _Text(prompt, sample.response, _routing_under(sample, prompt))
+
+
+def _routing_under(sample: Sample, prompt: tuple[int, ...]) -> Routing | None:
+    if sample.routing is None or prompt == sample.roll_tokens:
+        return sample.routing
+    return sample.routing.under(len(prompt), len(sample.roll_tokens))
+
+
+def replayed(
+    policy: ShardedModel, samples: Sequence[Sample], sequences: Sequence[Tensor]
+) -> AbstractContextManager[None]:
+    """Around passes of `sequences`, which are the samples under x."""
+    return replay_routing(policy.chunks, sequences, [_routing_under(s, s.prompt_tokens) for s in samples])
 
 
 def current_is_proximal(
@@ -79,36 +111,36 @@ def evaluate_samples(
     first = sum(len(group) for group in split_groups(groups, update.minibatches)[0]) if groups else 0
     reused = [current_is_proximal(s, place < first, loss, update, staleness) for place, s in enumerate(samples)]
     scored = [] if update.old_logprobs == "engine" else samples
-    under_roll = [(s.roll_tokens, s.response) for s, reuse in zip(scored, reused, strict=False) if not reuse]
+    under_roll = [_under(s, s.roll_tokens) for s, reuse in zip(scored, reused, strict=False) if not reuse]
     asks_for_x = "proximal_original_logprobs_T" in needed
-    under_x = [(s.prompt_tokens, s.response) for s in samples if asks_for_x and s.roll_tokens != s.prompt_tokens]
+    under_x = [_under(s, s.prompt_tokens) for s in samples if asks_for_x and s.roll_tokens != s.prompt_tokens]
     under_x_prime = (
-        [(s.purified_tokens or s.prompt_tokens, s.response) for s in samples]
+        [_under(s, s.purified_tokens or s.prompt_tokens) for s in samples]
         if "proximal_purified_logprobs_T" in needed
         else []
     )
     proximal = _score_responses(policy, [*under_roll, *under_x, *under_x_prime], update, temperature)
-    of_reference: Mapping[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
+    of_reference: Mapping[_Text, Tensor] = {}
     if "reference_logprobs_T" in needed:
         if reference is None:
             raise ValueError("this loss has a KL term, and no reference was built")
-        pairs = [(s.prompt_tokens, s.response) for s in samples]
-        of_reference = _score_responses(reference, pairs, update, temperature)
+        texts = [_Text(s.prompt_tokens, s.response, None) for s in samples]
+        of_reference = _score_responses(reference, texts, update, temperature)
 
     def proximal_of(s: Sample, reuse: bool) -> Tensor | None:
         if update.old_logprobs == "engine":
             return number_tensor(s.behaviour_logprobs)
-        return None if reuse else proximal[s.roll_tokens, s.response]
+        return None if reuse else proximal[_under(s, s.roll_tokens)]
 
     def evaluated(s: Sample, reuse: bool) -> Evaluated:
         under_roll_R = proximal_of(s, reuse)
-        under_x_R = under_roll_R if s.roll_tokens == s.prompt_tokens else proximal.get((s.prompt_tokens, s.response))
+        under_x_R = under_roll_R if s.roll_tokens == s.prompt_tokens else proximal.get(_under(s, s.prompt_tokens))
         return Evaluated(
             sample=s,
             proximal_R=under_roll_R,
-            reference_R=of_reference[s.prompt_tokens, s.response] if of_reference else None,
+            reference_R=of_reference[_Text(s.prompt_tokens, s.response, None)] if of_reference else None,
             proximal_original_R=under_x_R if asks_for_x else None,  # the engine's, where pi_old is the engine's
-            proximal_purified_R=(proximal[s.purified_tokens or s.prompt_tokens, s.response] if under_x_prime else None),
+            proximal_purified_R=proximal[_under(s, s.purified_tokens or s.prompt_tokens)] if under_x_prime else None,
         )
 
     places = iter(reused)
@@ -129,14 +161,15 @@ def update_policy(
             batch = [evaluated for group in part for evaluated in group]
             sequences = [token_tensor(e.sample.prompt_tokens, e.sample.response) for e in batch]
             loss_function = minibatch_loss(policy, batch, len(part), sequences, loss, update, temperature)
-            result = train_step(
-                policy,
-                sequences,
-                loss_function,
-                tokens_per_microbatch=update.tokens_per_microbatch,
-                temperature=temperature,
-                advance_schedule=not any(metrics["skipped"] == 0.0 for metrics in history),
-            )
+            with replayed(policy, [e.sample for e in batch], sequences):
+                result = train_step(
+                    policy,
+                    sequences,
+                    loss_function,
+                    tokens_per_microbatch=update.tokens_per_microbatch,
+                    temperature=temperature,
+                    advance_schedule=not any(metrics["skipped"] == 0.0 for metrics in history),
+                )
             metrics = finish_metrics(result.metrics)
             metrics.update(grad_norm=result.grad_norm, lr=result.learning_rate, skipped=float(not result.updated))
             if update.old_logprobs == "engine":  # compared with itself the engine always agrees
@@ -157,7 +190,8 @@ def minibatch_loss(
     """The loss of any pack of this mini-batch, as a share of the mini-batch's."""
     masks = None
     if loss.entropy_split is not None:  # decided before the batch is cut, by the current weights, under x
-        scores = policy.score(sequences, update.tokens_per_microbatch, temperature)
+        with replayed(policy, [e.sample for e in batch], sequences):
+            scores = policy.score(sequences, update.tokens_per_microbatch, temperature)
         entropies = [_response_part(e, entropy) for e, entropy in zip(batch, scores.entropies, strict=True)]
         masks = high_entropy_masks(entropies, loss.entropy_split)
     purified = [e.sample.purified for e in batch]
@@ -241,17 +275,18 @@ def _response_part(evaluated: Evaluated, values: Tensor) -> Tensor:
 
 def _score_responses(
     model: ShardedModel,
-    pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    texts: Sequence[_Text],
     update: UpdateConfig,
     temperature: float,
-) -> dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor]:
-    """Log-probs of the response tokens of each (prompt, response); equal pairs are scored once."""
-    unique = list(dict.fromkeys(pairs))
+) -> dict[_Text, Tensor]:
+    """Log-probs of the response tokens of each text; equal ones are scored once."""
+    unique = list(dict.fromkeys(texts))
     if not unique:
         return {}
-    sequences = [token_tensor(prompt, response) for prompt, response in unique]
-    scores: TokenScores = model.score(sequences, update.tokens_per_microbatch, temperature, entropy=False)
-    return {pair: logprobs[len(pair[0]) :] for pair, logprobs in zip(unique, scores.logprobs, strict=True)}
+    sequences = [token_tensor(text.prompt, text.response) for text in unique]
+    with replay_routing(model.chunks, sequences, [text.routing for text in unique]):
+        scores: TokenScores = model.score(sequences, update.tokens_per_microbatch, temperature, entropy=False)
+    return {text: logprobs[len(text.prompt) :] for text, logprobs in zip(unique, scores.logprobs, strict=True)}
 
 
 def _mean_over_updates(history: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -36,6 +36,8 @@ def sample(group: int, index: int, purified: bool) -> Sample:
 class Scorer:
     """Stands in for a policy: notes what it is asked to score."""
 
+    chunks = ()
+
     def __init__(self) -> None:
         self.asked: set[tuple[int, ...]] = set()
 

@@ -99,8 +99,9 @@ def engine_difference(originals: float, purified: float | None, bound: float, te
     raise GuardFailed(
         "logprob_diff",
         f"log-probs differ by {worst:.3g} on average between trainer and engine (bound {bound:g}): the engine has other "
-        f"weights, or one side does not apply rollout.temperature {temperature:g}; guards.on_logprob_diff can mask tokens or "
-        "drop sequences instead, guards.logprob_diff move the bound",
+        f"weights, one side does not apply rollout.temperature {temperature:g}, or their routers took other experts (then "
+        "rollout.routing_replay helps); guards.on_logprob_diff can mask tokens or drop sequences instead, "
+        "guards.logprob_diff move the bound",
     )
 
 

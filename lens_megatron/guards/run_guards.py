@@ -99,10 +99,17 @@ class RunGuards(ModelGuards):
     """Of a run with an engine and perhaps a reference besides."""
 
     def __init__(
-        self, config: GuardConfig, temperature: float, budget: int, timeout_s: float, staleness: int = 0
+        self,
+        config: GuardConfig,
+        temperature: float,
+        budget: int,
+        timeout_s: float,
+        staleness: int = 0,
+        routing_replay: bool = False,
     ) -> None:
         super().__init__(config, budget, timeout_s)
         self.config, self._temperature, self._staleness = config, temperature, staleness
+        self._routing_replay = routing_replay
 
     def first_scores(self, policy: Sequence[Tensor], reference: Sequence[Tensor], model: ShardedModel) -> None:
         """Of prompts, before the first update of the reference's own weights: interference scores are all 0."""
@@ -132,12 +139,16 @@ class RunGuards(ModelGuards):
                     for e in group
                     if not e.sample.purified and e.proximal_R is not None and e.reference_R is not None
                 ]
-                bound = self.config.within_trainer(precision(policy))
-                checks.first_step([p for p, _ in pairs], [r for _, r in pairs], bound)
+                checks.first_step([p for p, _ in pairs], [r for _, r in pairs], self._to_reference(policy))
         if engine_stands_in:
             return [list(group) for group in groups], {}
         with self._timed("logprob_diff"):
             return watch_mismatch(groups, self.config, self._to_engine(policy), self._temperature)
+
+    def _to_reference(self, policy: ShardedModel) -> float:
+        """The bound on rollouts; replayed experts are the engine's choice, and the reference's routers choose themselves."""
+        bounds = self.config.to_engine if self._routing_replay else self.config.within_trainer
+        return bounds(precision(policy))
 
     def _to_engine(self, model: ShardedModel) -> float:
         """The bound; none by default for rollouts of older weights, which differ by what was learnt since."""
@@ -150,7 +161,7 @@ class RunGuards(ModelGuards):
         if self.config.on_logprob_diff == "stop" and "logprob_diff" in metrics:
             checks.engine_difference(metrics["logprob_diff"], None, self._to_engine(policy), self._temperature)
         if before_any and self.config.first_step and "kl_original" in metrics:
-            checks.first_kl(metrics["kl_original"], self.config.within_trainer(precision(policy)))
+            checks.first_kl(metrics["kl_original"], self._to_reference(policy))
         skipped = metrics.get("skipped", 0.0) >= 1.0
         self.count_skipped(skipped, metrics.get("loss", 0.0), metrics.get("grad_norm", 0.0))
         if self.config.entropy_masks and "entropy_high" in metrics and "entropy_low" in metrics:

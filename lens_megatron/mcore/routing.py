@@ -6,7 +6,7 @@ still computed from this model's router, which learns through them.
 
     with replay_routing(policy.chunks, sequences, routing):        with record_routing(policy.chunks, sequences) as seen:
         train_step(policy, sequences, ...)                             policy.score(sequences, ...)
-                                                                   routing = seen.result()
+                                                                   routing = [Routing.of(e.numpy()) for e in seen.result()]
 
 Megatron-Core asks an object at each router which experts to take (moe/router_replay.py). Its own RouterReplay keeps all
 routers of the process in one list, policy and reference alike, and must be told before each backward that what follows is
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -34,8 +35,7 @@ from lens_megatron.mcore.model import innermost
 from lens_megatron.mcore.packing import Pack, local_positions
 from lens_megatron.mcore.runtime import device
 from lens_megatron.model_spec import MoESpec
-
-OWN_CHOICE = -1  # in place of an expert: the model chooses for this token itself
+from lens_megatron.routed_experts import OWN_CHOICE, Routing
 
 
 @dataclass
@@ -67,20 +67,23 @@ class _Router:
 
 @contextlib.contextmanager
 def replay_routing(
-    chunks: Sequence[torch.nn.Module], sequences: Sequence[Tensor], routing: Sequence[Tensor]
+    chunks: Sequence[torch.nn.Module], sequences: Sequence[Tensor], routing: Sequence[Routing | None]
 ) -> Iterator[None]:
-    """Passes of `sequences` inside take the experts of `routing`: one [tokens, layers, K] a sequence, as an engine tells.
+    """Passes of `sequences` inside take the experts of `routing`. Every rank gives that of all sequences.
 
-    Tokens at the end that it leaves out (the engine never reads the last token that it samples) and rows of OWN_CHOICE
-    are routed by the model. Every rank gives the routing of all sequences.
+    What it leaves out is routed by the model: sequences without any, tokens before and behind its rows (an engine never
+    reads the last token that it samples) and rows of OWN_CHOICE.
     """
-    spec = innermost(chunks[0]).spec
-    _check_shapes(sequences, routing, spec.layers, _experts(chunks[0]).experts_per_token)
+    if all(reported is None for reported in routing):
+        yield
+        return
+    layers, moe = innermost(chunks[0]).spec.layers, _experts(chunks[0])
+    _check_shapes(sequences, routing, layers, moe.experts_per_token)
 
     def before_pack(routers: Sequence[_Router], config: Any, pack: Pack) -> None:
-        layers = torch.tensor([router.layer for router in routers])
-        given_TLK = _of_this_rank(_given(pack, routing, layers), pack, config).to(device())
-        _check_experts(given_TLK, _experts(chunks[0]).experts)
+        given_TLK = _given(pack, routing, [router.layer for router in routers], layers, moe.experts_per_token)
+        given_TLK = _of_this_rank(given_TLK, pack, config).to(device())
+        _check_experts(given_TLK, moe.experts)
         for place, router in enumerate(routers):
             router.given_TK = given_TLK[:, place]
 
@@ -136,15 +139,6 @@ def record_routing(chunks: Sequence[torch.nn.Module], sequences: Sequence[Tensor
         yield recording
 
 
-def after_another_prompt(routing_TLK: Tensor, rolled_prompt: int, prompt: int) -> Tensor:
-    """The routing of a rollout sampled under a prompt of `rolled_prompt` tokens, for training it under one of `prompt`.
-
-    The response keeps the engine's experts; the prompt's tokens are others, which the model routes itself.
-    """
-    own = torch.full((prompt, *routing_TLK.shape[1:]), OWN_CHOICE, dtype=torch.int16)
-    return torch.cat([own, routing_TLK[rolled_prompt:].to(torch.int16)])
-
-
 @contextlib.contextmanager
 def _at_routers(
     chunks: Sequence[torch.nn.Module], before_pack: Callable[[Sequence[_Router], Any, Pack], None]
@@ -177,13 +171,15 @@ def _at_routers(
                 layer.mlp.router.router_replay = router
 
 
-def _given(pack: Pack, routing: Sequence[Tensor], layers: Tensor) -> Tensor:
+def _given(pack: Pack, routing: Sequence[Routing | None], layers: list[int], all_layers: int, topk: int) -> Tensor:
     """The pack's rows of `routing` for these layers, OWN_CHOICE where nothing is reported."""
-    given = torch.full((pack.tokens, len(layers), routing[0].size(-1)), OWN_CHOICE)
+    given = torch.full((pack.tokens, len(layers), topk), OWN_CHOICE)
     start = 0
     for index, padded in zip(pack.sequences, pack.padded_lengths, strict=False):  # pure padding has no sequence
-        reported = routing[index]
-        given[start : start + len(reported)] = reported[:, layers].long()
+        if (reported := routing[index]) is not None:
+            rows = reported.experts().reshape(-1, all_layers, topk)[:, layers].astype(np.int64)
+            begin = start + reported.first
+            given[begin : begin + len(rows)] = torch.from_numpy(rows)
         start += padded
     return given
 
@@ -210,14 +206,18 @@ def _experts(chunk: torch.nn.Module) -> MoESpec:
     return moe
 
 
-def _check_shapes(sequences: Sequence[Tensor], routing: Sequence[Tensor], layers: int, topk: int) -> None:
+def _check_shapes(sequences: Sequence[Tensor], routing: Sequence[Routing | None], layers: int, topk: int) -> None:
     if len(routing) != len(sequences):
         raise RunError(f"routing replay: routing of {len(routing)} sequences was given for {len(sequences)}")
     for number, (sequence, reported) in enumerate(zip(sequences, routing, strict=True)):
-        if reported.dim() != 3 or reported.shape[1:] != (layers, topk) or len(reported) > len(sequence):
+        if reported is None:
+            continue
+        rows, width = reported.experts().shape
+        if width != layers * topk or reported.first + rows > len(sequence):
             raise RunError(
-                f"routing replay: sequence {number} has routing of shape {tuple(reported.shape)}; "
-                f"at most {len(sequence)} tokens x {layers} layers x {topk} experts is right for this model"
+                f"routing replay: sequence {number} of {len(sequence)} tokens has routing of {width} experts a token for "
+                f"{rows} tokens from token {reported.first} on; this model has {layers} layers x {topk} experts = "
+                f"{layers * topk} a token"
             )
 
 

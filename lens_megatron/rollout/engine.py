@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from lens_megatron.routed_experts import Routing
     from lens_megatron.types import FinishReason
 
 
@@ -27,6 +28,7 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
     priority: int = 0  # smaller enters first
+    routing: bool = False  # also which experts every token went to
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -53,6 +55,7 @@ class Finished:
     logprobs: tuple[float, ...]  # log_softmax(logits / temperature) over the whole vocabulary, also when top_p < 1
     finish: FinishReason
     versions: tuple[VersionSpan, ...] = ()
+    routing: Routing | None = None  # of prompt and response but the last token, where the request asked for it
 
     @property
     def oldest_version(self) -> int:
@@ -60,11 +63,16 @@ class Finished:
 
     def followed_by(self, rest: Finished) -> Finished:
         """One response from the part before an abort and what was sampled after it. Each token keeps the log-prob and the
-        version that it was sampled with."""
+        version that it was sampled with; the routing is that of the second pass, which read all of it again."""
         begin = len(self.tokens)
         moved = tuple(VersionSpan(span.version, begin + span.start, begin + span.end) for span in rest.versions)
         return Finished(
-            rest.id, self.tokens + rest.tokens, self.logprobs + rest.logprobs, rest.finish, self.versions + moved
+            rest.id,
+            self.tokens + rest.tokens,
+            self.logprobs + rest.logprobs,
+            rest.finish,
+            self.versions + moved,
+            rest.routing,
         )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lens_megatron.algorithms.rescue import RescueConfig, rescue_is_certain, rescue_is_moot
+from lens_megatron.errors import UsageError
 from lens_megatron.rewards.config import RewardConfig
 from lens_megatron.rewards.judgement import Judgement
 from lens_megatron.rollout.sampler import Sampler
@@ -121,13 +122,21 @@ def sglang_sampler(
 
     tokenizer = load_tokenizer(str(folder))
     # token ids in, token ids out; a server that shares its GPUs with the trainer must be able to let go of its memory
-    common = {"dtype": dtype, "skip_tokenizer_init": True, **({"enable_memory_saver": True} if colocated else {})}
+    common: dict[str, Any] = {"dtype": dtype, "skip_tokenizer_init": True}
+    common |= {"enable_memory_saver": True} if colocated else {}
+    common |= {"enable_return_routed_experts": True} if sampling.routing_replay else {}
     found = seats(server, servers, str(folder), logs, first_gpu, common, seed, take_over=True)
     where = "" if server.urls else f"; logs in {logs}"
     print(f"waiting for {len(found)} SGLang server{'s' * (len(found) > 1)}{where}", file=sys.stderr, flush=True)
     began = time.monotonic()
     engine = SGLangEngine(found, server, resync, load_model_spec(str(folder)).max_positions)
     print(f"SGLang is ready after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    if sampling.routing_replay and (silent := engine.servers_without("enable_return_routed_experts")):
+        engine.close()
+        raise UsageError(
+            f"rollout.routing_replay: {', '.join(silent)} would not tell which experts it took: start it with "
+            "--enable-return-routed-experts"
+        )
     stop = tuple(sorted({*stop_tokens(tokenizer), *ends_of_the_model(folder)}))
     reward = TextReward(tokenizer, rewards, sampling.stall_seconds)
     return Sampler(engine, reward, rescue_rules(rescue), sampling, stop, seed)

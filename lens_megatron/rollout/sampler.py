@@ -225,6 +225,7 @@ class _Batch:
             # the same rollout whatever the schedule and the attempt
             derive_seed(self.sampler.seed, self.step, job.group, state.prompt.id, job.index, job.purified),
             priority=2 if job.speculative else int(job.purified),
+            routing=config.routing_replay,
         )
 
     # what comes back
@@ -252,6 +253,7 @@ class _Batch:
             job.index,
             job.purified,
             weight_version=response.oldest_version,
+            routing=response.routing,
         )
         reward = self.sampler.reward(state.prompt, rollout)
         if isinstance(reward, Future):

@@ -16,6 +16,7 @@ class SamplingConfig:
     """n                    rollouts a prompt, of x and again of x'.
     speculate_from       speculation needs at least this chance that the rescue will be wanted (0..1).
     stall_seconds        no token and no reward for so long ends the run with a message.
+    routing_replay       the trainer sends the tokens of rollouts to the experts that the engine's routers took.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
@@ -26,6 +27,7 @@ class SamplingConfig:
     schedule: Schedule = "speculative"
     speculate_from: float = 0.1
     stall_seconds: float = 600.0
+    routing_replay: bool = False
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.max_response_tokens < 1:

@@ -125,9 +125,11 @@ class SGLangClient:
         top_p: float = 1.0,
         seed: int | None = None,
         prompt_logprobs: bool = False,
+        routing: bool = False,
         timeout_s: float | None = None,
     ) -> Generation:
-        """One response. An aborted one comes back with `finish == "abort"` and what it had.
+        """One response. An aborted one comes back with `finish == "abort"` and what it had. `routing`: also the experts that
+        every token went to, of a server started with enable_return_routed_experts.
 
         The server aborts by prefix: no `request_id` may begin with another one.
         """
@@ -156,9 +158,11 @@ class SGLangClient:
             "logprob_start_len": 0 if prompt_logprobs else -1,
             "stream": False,
         }
+        if routing:
+            body["return_routed_experts"] = True
         answer = await self._json("POST", "/generate", _encoded(body), timeout_s)
         try:
-            return parse_generation(answer, request_id, prompt, max_tokens, stop, prompt_logprobs)
+            return parse_generation(answer, request_id, prompt, max_tokens, stop, prompt_logprobs, routing)
         except BadAnswer as error:
             raise BadAnswer(f"{self.url}/{error}") from None
 

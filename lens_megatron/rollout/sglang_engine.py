@@ -155,6 +155,14 @@ class SGLangEngine:
         self._raise_failure()
         return [seat.address for seat in self._pool.answering()]
 
+    def servers_without(self, argument: str) -> list[str]:
+        """Those that were started without this switch."""
+        return [
+            f"{seat.name} ({seat.client.url})"
+            for seat in self._pool.seats
+            if seat.info is not None and not seat.info.raw.get(argument)
+        ]
+
     def health(self) -> Health:
         running = sum(len(seat.jobs) for seat in self._pool.seats)
         detail = str(self._failure) if self._failure else self._pool.states()
@@ -203,6 +211,7 @@ class SGLangEngine:
                 request.temperature,
                 request.top_p,
                 request.seed & SEED_BITS,
+                routing=request.routing,
                 timeout_s=self._config.request_timeout_s,
             )
         except RunError as error:
@@ -269,7 +278,11 @@ class SGLangEngine:
         if generation.finish != "abort":
             total = len(job.request.prompt) + len(generation.tokens)
             self._mean_tokens += (total - self._mean_tokens) * (0.02 if self._mean_tokens else 1.0)
-        self._finished.put(Finished(job.request.id, generation.tokens, generation.logprobs, generation.finish, spans))
+        self._finished.put(
+            Finished(
+                job.request.id, generation.tokens, generation.logprobs, generation.finish, spans, generation.routing
+            )
+        )
 
     def _resend(self, jobs: list[Job]) -> None:
         for job in jobs:

@@ -3,13 +3,17 @@ place, so every field that is used is checked: a rollout is either exactly what 
 
 from __future__ import annotations
 
+import base64
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from lens_megatron.errors import RunError
+from lens_megatron.routed_experts import Routing
 
 if TYPE_CHECKING:
     from lens_megatron.types import FinishReason
@@ -37,6 +41,7 @@ class Generation:
     versions: tuple[tuple[str, int, int], ...]
     # of the prompt's tokens where they were asked for; null for the first
     prompt_logprobs: tuple[float | None, ...] = ()
+    routing: Routing | None = None  # of prompt and response but the last token, where it was asked for
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,13 @@ def parse_version(text: Any) -> tuple[int, int, int]:
 
 
 def parse_generation(
-    answer: Any, request_id: str, prompt: Sequence[int], max_tokens: int, stop: Sequence[int], prompt_logprobs: bool
+    answer: Any,
+    request_id: str,
+    prompt: Sequence[int],
+    max_tokens: int,
+    stop: Sequence[int],
+    prompt_logprobs: bool,
+    routing: bool = False,
 ) -> Generation:
     """The answer to one /generate with return_logprob."""
     meta = _mapping(_mapping(answer, "generate").get("meta_info"), "generate: meta_info")
@@ -111,15 +122,33 @@ def parse_generation(
         _equal(meta.get("prompt_tokens"), len(prompt), "generate: tokens of the prompt")
     _check_end(tokens, finish, max_tokens, stop)
     version, versions = _versions(meta, len(tokens))
+    experts = _routing(meta.get("routed_experts"), len(prompt) + len(tokens) - 1, finish) if routing else None
+    generation = Generation(request_id, tuple(tokens), tuple(logprobs), finish, version, versions, routing=experts)
     if finish == "abort" or not prompt_logprobs:
-        return Generation(request_id, tuple(tokens), tuple(logprobs), finish, version, versions)
+        return generation
     given = meta.get("input_token_logprobs")
     if not isinstance(given, list) or not given or not isinstance(given[0], list) or not given[0]:
         raise BadAnswer(f"generate: input_token_logprobs are {_short(given)}")
     rest, ids = _logprobs(given[1:], "input_token_logprobs")
     if [given[0][1], *ids] != list(prompt):
         raise BadAnswer("generate: input_token_logprobs are of other tokens than the prompt's")
-    return Generation(request_id, tuple(tokens), tuple(logprobs), finish, version, versions, (None, *rest))
+    return replace(generation, prompt_logprobs=(None, *rest))
+
+
+def _routing(encoded: Any, rows: int, finish: FinishReason) -> Routing | None:
+    """int32, a row a token: what the server has read, which is all but the last."""
+    if finish == "abort" and not encoded:  # what goes on from there is read, and told, from the start
+        return None
+    if encoded is None:
+        raise BadAnswer("generate: no routed_experts: start the server with --enable-return-routed-experts")
+    try:
+        data = base64.b64decode(encoded, validate=True)
+        experts = np.frombuffer(data, np.int32).reshape(rows, -1)
+    except (TypeError, ValueError):
+        raise BadAnswer(f"generate: routed_experts {_short(encoded)} are not those of {rows} tokens") from None
+    if not experts.size or experts.min() < 0:
+        raise BadAnswer(f"generate: routed_experts of {rows} tokens name no expert, or one below 0")
+    return Routing.of(experts)
 
 
 def _finish(reason: Any) -> FinishReason:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from lens_megatron.mcore.layout import ParallelConfig
+from lens_megatron.routed_experts import Routing
+from lens_megatron.types import Sample
 from tests.distributed import cases, reference
 
 
@@ -36,7 +38,7 @@ def replay(
     sequences: Sequence[Tensor],
     data: reference.LossData,
     budget: int,
-    routing: Sequence[Tensor] | None,
+    routing: Sequence[Routing | None] | None,
     recompute: str = "none",
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Log-probs and HF-named gradients with these experts.
@@ -69,7 +71,27 @@ def replay(
     return logprobs, gradients
 
 
-def refused(folder: Path, sequences: Sequence[Tensor], budget: int, routing: Sequence[Tensor]) -> str:
+def updated(
+    folder: Path, layout: ParallelConfig, groups: list[list[Sample]], budget: int, reuse: bool
+) -> tuple[list[Tensor | None], list[Tensor], dict[str, float]]:
+    """pi_old of every sample, log pi(y | x), and the metrics of an update, all with the samples' experts."""
+    from lens_megatron.diagnostics import response_logprobs
+    from lens_megatron.mcore.settings import MemoryConfig
+    from lens_megatron.presets import load_algorithm
+    from lens_megatron.update import evaluate_samples, update_policy
+    from lens_megatron.update_config import UpdateConfig
+
+    cases.start(folder, layout)
+    policy = cases._policy(folder, layout, MemoryConfig(recompute="full"))
+    loss = load_algorithm({"preset": "lens", "loss": {"kl_coef": 0.0}}).loss
+    update = UpdateConfig(tokens_per_microbatch=budget, reuse_logprobs=reuse)
+    evaluated = evaluate_samples(groups, policy, None, loss, update, 1.0)
+    every = [e for group in evaluated for e in group]
+    under_x = response_logprobs(policy, every, update, 1.0)
+    return [e.proximal_R for e in every], under_x, update_policy(policy, evaluated, loss, update, 1.0)
+
+
+def refused(folder: Path, sequences: Sequence[Tensor], budget: int, routing: Sequence[Routing | None]) -> str:
     from lens_megatron.errors import RunError
     from lens_megatron.mcore.routing import replay_routing
     from lens_megatron.mcore.step import build_frozen

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from lens_megatron.mcore.layout import ParallelConfig
+from lens_megatron.routed_experts import Routing
+from lens_megatron.types import Sample
 from tests.distributed import reference, replay_cases
 from tests.tiny_models import hf_model, random_sequences
 
@@ -57,16 +59,19 @@ def another_engine() -> list[Tensor]:
     return routing
 
 
-def forced(folder: Path, sequence_number: list[int]) -> Any:
-    """The HF model with `another_engine`'s experts for the sequence whose number stands in the list."""
+def as_routing(experts: list[Tensor]) -> list[Routing]:
+    return [Routing.of(one.numpy()) for one in experts]
+
+
+def forced(folder: Path, given: list[Tensor]) -> Any:
+    """The HF model with the experts that stand in the list, [tokens, layers, K]; it chooses itself where they are -1."""
     model = reference.load(folder)
     for place, layer in enumerate(model.model.layers):
 
         def forward(hidden: Tensor, gate: Any = layer.mlp.gate, place: int = place) -> tuple[Tensor, Tensor, Tensor]:
             logits = hidden.reshape(-1, hidden.size(-1)) @ gate.weight.t()
             experts = logits.topk(TOPK).indices
-            given = another_engine()[sequence_number[0]][:, place].long()
-            for token, chosen in enumerate(given.tolist()):
+            for token, chosen in enumerate(given[0][:, place].tolist()):
                 if chosen[0] >= 0:
                     experts[token] = torch.tensor(chosen)
             return logits, logits.gather(1, experts).softmax(-1), experts
@@ -77,18 +82,19 @@ def forced(folder: Path, sequence_number: list[int]) -> Any:
 
 @functools.cache
 def expected(folder: Path) -> tuple[list[Tensor], dict[str, Tensor]]:
-    number = [0]
-    model = forced(folder, number)
+    given: list[Tensor] = [torch.empty(0)]
+    model = forced(folder, given)
     logprobs = []
     total: dict[str, Tensor] = {}
-    for number[0], sequence in enumerate(SEQUENCES):
+    for number, sequence in enumerate(SEQUENCES):
+        given[0] = another_engine()[number]
         with torch.no_grad():
             logprobs.append(reference.scores(model, sequence)[0])
 
-        start, old = DATA.starts[number[0]], DATA.old[number[0]]
+        start, old = DATA.starts[number], DATA.old[number]
         model.zero_grad()
         logp, entropy = reference.scores(model, sequence)
-        loss = reference.token_loss(logp[start:], entropy[start:], old[start:], DATA.advantages[number[0]])
+        loss = reference.token_loss(logp[start:], entropy[start:], old[start:], DATA.advantages[number])
         (loss.sum() / DATA.responses).backward()
         for name, parameter in model.named_parameters():
             total[name] = total.get(name, 0) + parameter.grad
@@ -116,7 +122,7 @@ def test_recorded_experts_are_those_of_hf_and_change_nothing_when_replayed(
         replay_cases.replay, folder, parallel, SEQUENCES, DATA, BUDGET, None, recompute
     )[0]
     again_logprobs, again = workers(world).run(
-        replay_cases.replay, folder, parallel, SEQUENCES, DATA, BUDGET, routing, recompute
+        replay_cases.replay, folder, parallel, SEQUENCES, DATA, BUDGET, as_routing(routing), recompute
     )[0]
     for before, without, replayed in zip(logprobs, plain_logprobs, again_logprobs, strict=True):
         torch.testing.assert_close(before, without, atol=1e-6, rtol=0, equal_nan=True)
@@ -130,7 +136,7 @@ def test_replaying_another_models_experts_equals_hf_forced_to_them(layout: str, 
     folder = hf_folder("qwen3_moe")
     hf_logprobs, hf_gradients = expected(folder)
     logprobs, gradients = workers(world).run(
-        replay_cases.replay, folder, parallel, SEQUENCES, DATA, BUDGET, another_engine(), recompute
+        replay_cases.replay, folder, parallel, SEQUENCES, DATA, BUDGET, as_routing(another_engine()), recompute
     )[0]
     for found, wanted in zip(logprobs, hf_logprobs, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0, equal_nan=True)
@@ -150,8 +156,11 @@ def test_the_two_models_really_choose_differently(hf_folder: Any) -> None:
     ("planted", "words"),
     [
         (lambda routing: routing[:-1], "10 sequences was given for 11"),
-        (lambda routing: [routing[0][:, :3], *routing[1:]], "sequence 0 has routing of shape"),
-        (lambda routing: [routing[0].repeat(3, 1, 1), *routing[1:]], "sequence 0 has routing of shape"),
+        (lambda routing: [routing[0][:, :3], *routing[1:]], "tokens has routing of 6 experts a token"),
+        (
+            lambda routing: [routing[0].repeat(3, 1, 1), *routing[1:]],
+            f"tokens from token 0 on; this model has {LAYERS} layers",
+        ),
         (lambda routing: [routing[0][:, :, :1].expand(-1, -1, 2), *routing[1:]], "choice of different experts below 8"),
         (lambda routing: [*routing[:-1], routing[-1] + EXPERTS], "choice of different experts below 8"),
         (lambda routing: [*routing[:-1], routing[-1] - EXPERTS], "choice of different experts below 8"),
@@ -160,15 +169,74 @@ def test_the_two_models_really_choose_differently(hf_folder: Any) -> None:
 )
 def test_routing_that_cannot_be_this_models_is_refused(planted: Any, words: str, workers: Any, hf_folder: Any) -> None:
     folder = hf_folder("qwen3_moe")
-    answer = workers(1).run(replay_cases.refused, folder, SEQUENCES, BUDGET, planted(routing_of(0)))[0]
+    answer = workers(1).run(replay_cases.refused, folder, SEQUENCES, BUDGET, as_routing(planted(routing_of(0))))[0]
     assert words in answer
 
 
-def test_a_rollout_moved_to_another_prompt_keeps_its_responses_experts() -> None:
-    from lens_megatron.mcore.routing import OWN_CHOICE, after_another_prompt
+@functools.cache
+def samples(folder: Path) -> tuple[tuple[list[Sample], ...], list[Tensor], list[Tensor]]:
+    """Groups of rollouts of another engine, every second under x' (x without its second token), with the log-probs that
+    the forced HF model has of each response under x_roll and under x. The last was sampled by an engine that tells nothing."""
+    given: list[Tensor] = [torch.empty(0)]
+    model = forced(folder, given)
+    groups: list[list[Sample]] = []
+    under_roll, under_x = [], []
+    for number, sequence in enumerate(SEQUENCES):
+        tokens, start = tuple(sequence.tolist()), max(3, DATA.starts[number])
+        purified, silent = number % 2 == 1, number == len(SEQUENCES) - 1
+        prompt, response = tokens[:start], tokens[start:]
+        roll = prompt[:1] + prompt[2:] if purified else prompt
+        rows = another_engine()[number][:-1] if purified else another_engine()[number]
+        rows = torch.full_like(rows, -1) if silent else rows
 
-    routing = torch.randint(0, EXPERTS, (9, LAYERS, TOPK), dtype=torch.uint8)  # 4 of the prompt, 5 of the response
-    moved = after_another_prompt(routing, rolled_prompt=4, prompt=6)
-    assert moved.shape == (11, LAYERS, TOPK)
-    assert bool((moved[:6] == OWN_CHOICE).all())
-    assert torch.equal(moved[6:].long(), routing[4:].long())
+        def scored(x: tuple[int, ...], experts: Tensor, response: tuple[int, ...] = response) -> Tensor:
+            given[0] = experts
+            with torch.no_grad():
+                return reference.scores(model, torch.tensor(x + response))[0][len(x) :]
+
+        under_roll.append(scored(roll, rows))
+        own = torch.full((start, LAYERS, TOPK), -1, dtype=rows.dtype)
+        under_x.append(scored(prompt, torch.cat([own, rows[len(roll) :]]) if purified else rows))
+        sample = Sample(
+            f"p{number}", prompt, roll, response, tuple(under_roll[-1].tolist()), 1.0, purified, 1.0, 1.0, roll,
+            None if silent else Routing.of(rows.numpy()),
+        )  # fmt: skip
+        groups.append([sample])
+    return tuple(groups), under_roll, under_x
+
+
+@pytest.mark.parametrize("layout", ["1", "tp2 pp2", "cp2", "ep2"])
+@pytest.mark.parametrize("reuse", [True, False])
+def test_an_update_has_the_engines_experts_in_every_pass(
+    layout: str, reuse: bool, workers: Any, hf_folder: Any
+) -> None:
+    """pi_old with those of prompt and response under x_roll, pi_theta with those of the response under x."""
+    world, parallel, _ = LAYOUTS[layout]
+    groups, under_roll, under_x = samples(hf_folder("qwen3_moe"))
+    every = [s for group in groups for s in group]
+    old, now, metrics = workers(world).run(
+        replay_cases.updated, hf_folder("qwen3_moe"), parallel, list(groups), BUDGET, reuse
+    )[0]
+    for sample, found, wanted in zip(every, old, under_roll, strict=True):
+        assert (found is None) == (reuse and not sample.purified)
+        if found is not None:
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    for found, wanted in zip(now, under_x, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    # of the training pass itself: it agrees with the engine, and differs from pi_old by the prompt alone
+    assert metrics["logprob_diff_max"] < 1e-4
+    assert metrics["ratio_original"] == pytest.approx(1.0, abs=1e-4)
+    ratios = torch.cat([(x - r).exp() for s, x, r in zip(every, under_x, under_roll, strict=True) if s.purified])
+    assert metrics["ratio_purified"] == pytest.approx(float(ratios.mean()), rel=1e-3)
+
+
+def test_those_experts_are_not_the_models_own(hf_folder: Any) -> None:
+    """Otherwise the test above would pass without any replay, but for the one sample that has none."""
+    groups, under_roll, _ = samples(hf_folder("qwen3_moe"))
+    model = reference.load(hf_folder("qwen3_moe"))
+    for [sample], forced_R in zip(groups, under_roll, strict=True):
+        with torch.no_grad():
+            own_R = reference.scores(model, torch.tensor(sample.roll_tokens + sample.response))[0][
+                len(sample.roll_tokens) :
+            ]
+        assert (float((own_R - forced_R).abs().max()) > 1e-2) == (sample.routing is not None)

@@ -27,8 +27,8 @@ STEPS = 8  # of the run that others are compared with
 PATIENCE_S = 240.0  # of a command on a busy machine; idle, it takes some ten seconds
 
 
-def write_task(folder: Path) -> Path:
-    """A model folder `model` with random weights and prompts `train.jsonl`."""
+def write_task(folder: Path, **model: Any) -> Path:
+    """A model folder `model` with random weights and prompts `train.jsonl`. `model`: of its config.json."""
     from lens_megatron.data import toy
     from lens_megatron.mcore.hf_files import random_weights, write_hf_folder
     from lens_megatron.mcore.hf_names import hf_shapes
@@ -37,7 +37,7 @@ def write_task(folder: Path) -> Path:
     shape = folder / "shape"
     toy.write_tokenizer(shape)
     tiny = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "max_position_embeddings": 256}
-    (shape / "config.json").write_text(json.dumps({**toy.model_config(), **tiny}))
+    (shape / "config.json").write_text(json.dumps({**toy.model_config(), **tiny, **model}))
     weights = random_weights(hf_shapes(load_model_spec(shape)), seed=1, std=0.2)
     write_hf_folder(folder / "model", weights, companions_from=shape)
     toy.write_jsonl(folder / "train.jsonl", toy.prompt_rows(24, seed=0))

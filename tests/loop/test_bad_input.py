@@ -73,6 +73,10 @@ def _without_weights(tree: dict[str, Any], folder: Path) -> None:
     tree["model"] = str(folder / "model")
 
 
+def _experts_of_a_dense_model(tree: dict[str, Any], folder: Path) -> None:
+    tree["rollout"] |= {"engine": "sglang", "routing_replay": True}
+
+
 ROW = '{"prompt": "How many?", "answer": "1"}'
 WRONG: dict[str, tuple[Change, list[str]]] = {
     "empty data": (_data(), ["rows.jsonl", "empty"]),
@@ -90,6 +94,7 @@ WRONG: dict[str, tuple[Change, list[str]]] = {
     "no such layout": (_set("parallel.tp", 3), ["tp"]),
     "steps": (_set("steps", 0), ["steps"]),
     "a slip in keep_best": (_set("checkpoint.keep_best", "sucess"), ["checkpoint.keep_best", "did you mean 'success'"]),
+    "no experts": (_experts_of_a_dense_model, ["rollout.routing_replay", "no experts"]),
     "no reward function": (_set("rewards.default.function", "loop_rewards"), ["module:name"]),
 }
 

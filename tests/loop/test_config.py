@@ -138,6 +138,14 @@ def test_what_could_never_be_left_out_is_refused(
             load_run(given, overrides)
 
 
+def test_only_an_engine_that_tells_its_experts_can_have_them_replayed(tmp_path: Path) -> None:
+    given = tmp_path / "RUN.yaml"
+    given.write_text(yaml.safe_dump({**MINIMAL, "algorithm": "grpo"}))
+    assert load_run(given, ["rollout.routing_replay=true", "rollout.engine=sglang"]).rollout.routing_replay
+    with pytest.raises(UsageError, match=r"rollout\.routing_replay needs rollout\.engine sglang"):
+        load_run(given, ["rollout.routing_replay=true"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "least"),
     [

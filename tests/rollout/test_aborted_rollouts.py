@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from lens_megatron.rollout.engine import Finished, Request, VersionSpan
 from lens_megatron.rollout.sampler import Sampler
 from lens_megatron.rollout.sampling import NO_RESCUE, RescueRules, SampleResult, SamplingConfig
+from lens_megatron.routed_experts import Routing
 from lens_megatron.types import Prompt, Rollout
 
 from .scripted import ScriptedEngine, prompts
@@ -57,9 +60,21 @@ class DrawingEngine(ScriptedEngine):
         return Finished(request.id, tokens, logprobs, finish, (VersionSpan(self.version, 0, len(tokens)),))  # type: ignore[arg-type]
 
 
-def result_of(engine: DrawingEngine, count: int, rules: RescueRules = NO_RESCUE, success: float = 1.0) -> SampleResult:
+def result_of(
+    engine: DrawingEngine,
+    count: int,
+    rules: RescueRules = NO_RESCUE,
+    success: float = 1.0,
+    routing_replay: bool = False,
+) -> SampleResult:
     rng = random.Random(7)
-    config = SamplingConfig(n=4, max_response_tokens=LONGEST, schedule="speculative", speculate_from=0.0)
+    config = SamplingConfig(
+        n=4,
+        max_response_tokens=LONGEST,
+        schedule="speculative",
+        speculate_from=0.0,
+        routing_replay=routing_replay,
+    )
 
     def reward(prompt: Prompt, rollout: Rollout) -> float:
         return float(rng.random() < success)
@@ -96,6 +111,29 @@ def test_each_part_keeps_the_log_probs_and_the_version_of_its_weights() -> None:
         assert rollout.behaviour_logprobs == (-1.0,) * before + (-2.0,) * new
         assert rollout.weight_version == 0
     assert result.counts.wasted_tokens == 0
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_experts_are_asked_for_and_are_those_of_the_last_pass(asked: bool) -> None:
+    """Which read prompt and first part once more: a row for each of their tokens, and for the second part's."""
+
+    class Telling(DrawingEngine):
+        def _out(self, request_id: str, finish: str) -> Finished:
+            request, response = self.running[request_id], super()._out(request_id, finish)
+            assert request.routing is asked
+            rows = len(request.prompt) + len(response.tokens) - 1
+            told = Routing.of(np.full((rows, 2), self.version)) if asked and finish != "abort" else None
+            return replace(response, routing=told)
+
+    result = result_of(Telling(10**6, 3, True), 50, routing_replay=asked)
+    rollouts = [r for group in result.groups for r in group.originals]
+    assert any(len(r.response) >= UPDATE_AT for r in rollouts)
+    for rollout in rollouts:
+        assert (rollout.routing is not None) == asked
+        if rollout.routing is not None:
+            rows = len(rollout.roll_tokens) + len(rollout.response) - 1
+            version = int(len(rollout.response) >= UPDATE_AT)
+            assert rollout.routing.experts().tolist() == [[version, version]] * rows
 
 
 def test_speculation_that_gave_way_goes_on() -> None:

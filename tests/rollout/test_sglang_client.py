@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lens_megatron.errors import RunError
@@ -190,6 +192,45 @@ def test_an_abort_before_the_first_token_is_empty() -> None:
     meta = {"id": "a", "finish_reason": {"type": "abort"}, "weight_version": "1", "completion_tokens": 0}
     parsed = parse_generation({"output_ids": [], "meta_info": meta}, "a", (5, 6), 4, (), False)
     assert parsed.finish == "abort" and parsed.tokens == ()
+
+
+def encoded(experts: list[list[int]]) -> str:
+    return base64.b64encode(np.array(experts, np.int32).tobytes()).decode()
+
+
+EXPERTS = [[0, 7, 3, 2], [1, 2, 4, 5], [300, 0, 6, 1]]  # two layers of two, for prompt and response but the last token
+
+
+def test_experts_are_kept_a_row_a_token() -> None:
+    parsed = parse_generation(answer(routed_experts=encoded(EXPERTS)), "a", (5, 6), 4, (3,), False, routing=True)
+    assert parsed.routing is not None
+    assert parsed.routing.experts().tolist() == EXPERTS
+    unasked = parse_generation(answer(routed_experts=encoded(EXPERTS)), "a", (5, 6), 4, (3,), False)
+    assert unasked.routing is None
+
+
+@pytest.mark.parametrize(
+    "experts, says",
+    [
+        (None, "start the server with --enable-return-routed-experts"),
+        (encoded(EXPERTS[:2]), r"not those of 3 tokens|name no expert"),
+        (encoded([[*EXPERTS[0]], [*EXPERTS[1]], [1, 2, 3, -1]]), "below 0"),
+        ("", "name no expert"),
+        ("AAA", "not those of 3 tokens"),
+        ([1, 2], "not those of 3 tokens"),
+    ],
+)
+def test_experts_that_cannot_be_replayed_are_refused(experts: Any, says: str) -> None:
+    with pytest.raises(BadAnswer, match=says):
+        parse_generation(answer(routed_experts=experts), "a", (5, 6), 4, (3,), False, routing=True)
+
+
+def test_an_abort_may_come_without_experts() -> None:
+    """What goes on from there is read once more, and its experts are told from the start."""
+    meta = {"finish_reason": {"type": "abort"}}
+    assert parse_generation(answer(**meta), "a", (5, 6), 4, (3,), False, routing=True).routing is None
+    told = parse_generation(answer(**meta, routed_experts=encoded(EXPERTS)), "a", (5, 6), 4, (3,), False, routing=True)
+    assert told.routing is not None and len(told.routing.experts()) == 3
 
 
 def test_versions_of_the_server() -> None:

@@ -1,0 +1,42 @@
+"""Which experts a rollout's tokens went to, on the way from the engine to the routers that replay them (mcore/routing.py).
+
+A token of a model with 48 layers and 8 experts each has 384 numbers: they travel as bytes, in the smallest type that holds
+them, and a prompt that changes moves a window over them and copies nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+OWN_CHOICE = -1  # in place of an expert: the model chooses for this token itself
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A row a token, of all layers' experts one after another; what lies before and behind the rows the model routes itself."""
+
+    data: bytes
+    dtype: str
+    width: int  # numbers a row
+    skipped: int = 0  # rows
+    first: int = 0  # token of the sequence that the first row which is not skipped belongs to
+
+    @classmethod
+    def of(cls, experts: NDArray[np.integer]) -> Routing:
+        """[tokens, layers x K], or [tokens, layers, K]."""
+        whole = experts.reshape(len(experts), math.prod(experts.shape[1:]))
+        small = np.uint8 if whole.size == 0 or (whole.min() >= 0 and whole.max() < 256) else np.int16
+        return cls(whole.astype(small).tobytes(), np.dtype(small).name, whole.shape[1])
+
+    def experts(self) -> NDArray[np.integer]:
+        """[tokens from `first` on, layers x K]; not to be written to."""
+        return np.frombuffer(self.data, self.dtype).reshape(-1, self.width)[self.skipped :]
+
+    def under(self, prompt: int, rolled: int) -> Routing:
+        """Of a rollout sampled under `rolled` prompt tokens, for the same response under `prompt` others, which the model
+        routes itself."""
+        return replace(self, skipped=rolled, first=prompt)
