@@ -22,6 +22,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def described() -> str:
+    """The same in a line."""
+    there = machine()
+    versions = ", ".join(f"{name} {number}" for name, number in there["versions"].items())
+    return f"{there['machine']}, load {there['load_average']}, {versions}, {there['date']}."
+
+
 def _version(name: str) -> str | None:
     try:
         return version(name)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks._machine import machine
+from benchmarks._machine import described
 
 STEPS = 12
 
@@ -67,12 +67,6 @@ def table(lines: list[dict[str, float]]) -> str:
     rows.append(f"| together | | {1000 * total / len(rest):.2f} | {total / step:.3%} |")
     median = statistics.median(line["time/step"] for line in rest)
     return "\n".join(rows) + f"\n\n{len(rest)} steps, median {median:.2f} s each.\n"
-
-
-def described() -> str:
-    there = machine()
-    versions = ", ".join(f"{name} {number}" for name, number in there["versions"].items())
-    return f"{there['machine']}, load {there['load_average']}, {versions}, {there['date']}."
 
 
 def main() -> None:

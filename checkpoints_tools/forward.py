@@ -154,8 +154,11 @@ def _megatron_weights(source: MegatronSource) -> Weights:
 
 
 @torch.no_grad()
-def states(weights: Weights, tokens_T: list[int]) -> Iterator[tuple[str, Tensor]]:
-    """The hidden states after the embedding and each layer, [T, H]; last the logits, [T, V]."""
+def states(
+    weights: Weights, tokens_T: list[int], note_experts: Callable[[Tensor], None] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The hidden states after the embedding and each layer, [T, H]; last the logits, [T, V]. `note_experts` gets [T, K] of
+    each layer of a mixture."""
     spec = weights.spec
     hidden_TH = torch.cat([weights.embedding(token, token + 1) for token in tokens_T])
     yield "embedding", hidden_TH
@@ -165,7 +168,7 @@ def states(weights: Weights, tokens_T: list[int]) -> Iterator[tuple[str, Tensor]
         normed_TH = _norm(hidden_TH, layer.attention_norm_H, spec.norm_eps)
         hidden_TH = hidden_TH + _attention(layer, normed_TH, cos_TD, sin_TD, spec.norm_eps)
         normed_TH = _norm(hidden_TH, layer.mlp_norm_H, spec.norm_eps)
-        hidden_TH = hidden_TH + _mlp(layer, normed_TH, spec)
+        hidden_TH = hidden_TH + _mlp(layer, normed_TH, spec, note_experts)
         yield f"layer {number}", hidden_TH
     hidden_TH = _norm(hidden_TH, weights.final_norm(), spec.norm_eps)
     starts = range(0, spec.vocab_size, _HEAD_ROWS)
@@ -213,11 +216,13 @@ def _attention(layer: LayerWeights, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor
     return mixed_NTD.transpose(0, 1).flatten(1) @ layer.out_HX.T
 
 
-def _mlp(layer: LayerWeights, x_TH: Tensor, spec: ModelSpec) -> Tensor:
+def _mlp(layer: LayerWeights, x_TH: Tensor, spec: ModelSpec, note_experts: Callable[[Tensor], None] | None) -> Tensor:
     if spec.moe is None or layer.router_EH is None:
         return _swiglu(x_TH, layer.mlp(0))
     top = (x_TH @ layer.router_EH.T).topk(spec.moe.experts_per_token)
     share_TK = top.values.softmax(-1)  # over the chosen ones
+    if note_experts is not None:
+        note_experts(top.indices)
     out_TH = torch.zeros_like(x_TH)
     for expert in top.indices.unique().tolist():
         token, slot = (top.indices == expert).nonzero(as_tuple=True)

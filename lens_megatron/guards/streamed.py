@@ -8,20 +8,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lens_megatron.routed_experts import Routing
+
 _ROWS = 8  # of each tensor, spread over it
 
 
-def streamed_logprobs(folder: Path, tokens: Sequence[int]) -> Tensor:
-    """log p(token | tokens before it) of all but the first, [T - 1]. In memory: one layer, of experts one."""
+def streamed_logprobs(folder: Path, tokens: Sequence[int]) -> tuple[Tensor, Routing | None]:
+    """log p(token | tokens before it) of all but the first, [T - 1], and the experts of a mixture. In memory: one layer, of
+    experts one."""
     from checkpoints_tools.forward import states, weights_of
     from checkpoints_tools.sources import HfSource
 
     logits_TV = torch.empty(0)
-    for name, value in states(weights_of(HfSource(folder)), list(tokens)):
+    experts: list[Tensor] = []  # [T, K] a layer
+    for name, value in states(weights_of(HfSource(folder)), list(tokens), experts.append):
         if name == "logits":
             logits_TV = value
     target_T = torch.tensor(tokens[1:])
-    return logits_TV[:-1].log_softmax(-1).gather(1, target_T[:, None]).squeeze(1)
+    logprobs_T = logits_TV[:-1].log_softmax(-1).gather(1, target_T[:, None]).squeeze(1)
+    return logprobs_T, Routing.of(torch.stack(experts, dim=1).numpy()) if experts else None
 
 
 def different_exports(folder: Path, exported: Iterator[tuple[str, Tensor]]) -> tuple[list[tuple[str, str]], int]:

@@ -104,3 +104,36 @@ def refused(folder: Path, sequences: Sequence[Tensor], budget: int, routing: Seq
     except RunError as error:
         return str(error)
     return "accepted"
+
+
+def parity_in_bf16(folder: Path, layout: ParallelConfig, swap: bool) -> tuple[list[str], float, float]:
+    """What the guards after loading say of a bf16 model, without and with two experts of a layer that changed places; and the
+    mean differences from the HF files where routers choose for themselves, and where they are given the files' experts."""
+    from lens_megatron.guards import checks
+    from lens_megatron.guards.config import ModelGuardConfig
+    from lens_megatron.guards.run_guards import ModelGuards
+    from lens_megatron.guards.streamed import streamed_logprobs
+    from lens_megatron.mcore.routing import replay_routing
+    from lens_megatron.mcore.step import build_frozen
+
+    spec = cases.start(folder, layout)
+    model = build_frozen(spec, layout, folder, dtype=torch.bfloat16)
+    if swap:
+        experts = dict(model.chunks[0].named_parameters())
+        names = sorted(n for n in experts if "layers.0." in n and "linear_fc1" in n and "local_experts" in n)
+        with torch.no_grad():
+            first = experts[names[0]].clone()
+            experts[names[0]].copy_(experts[names[1]])
+            experts[names[1]].copy_(first)
+    said = []
+    try:
+        ModelGuards(ModelGuardConfig(), 512, 60.0).after_loading(model, "policy", folder)
+    except checks.GuardFailed as error:
+        said.append(str(error))
+    probe = checks.probe_text(spec.vocab_size, 128)
+    expected_T, experts = streamed_logprobs(folder, probe)
+    sequences = [torch.tensor(probe)]
+    own_T = model.score(sequences, 512).logprobs[0][1:]
+    with replay_routing(model.chunks, sequences, [experts]):
+        replayed_T = model.score(sequences, 512).logprobs[0][1:]
+    return said, float((own_T - expected_T).abs().mean()), float((replayed_T - expected_T).abs().mean())

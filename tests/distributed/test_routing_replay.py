@@ -14,7 +14,7 @@ from lens_megatron.mcore.layout import ParallelConfig
 from lens_megatron.routed_experts import Routing
 from lens_megatron.types import Sample
 from tests.distributed import reference, replay_cases
-from tests.tiny_models import hf_model, random_sequences
+from tests.tiny_models import hf_config, hf_model, random_sequences
 
 pytestmark = pytest.mark.distributed
 
@@ -240,3 +240,32 @@ def test_those_experts_are_not_the_models_own(hf_folder: Any) -> None:
                 len(sample.roll_tokens) :
             ]
         assert (float((own_R - forced_R).abs().max()) > 1e-2) == (sample.routing is not None)
+
+
+@pytest.mark.parametrize("layout", ["1", "ep2"])
+def test_parity_with_the_files_is_judged_with_the_same_experts_in_bf16(
+    layout: str, workers: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Routers that take another expert near a tie are no fault, and would hide one: experts that changed places are."""
+    world, parallel, _ = LAYOUTS[layout]
+    folder = tmp_path_factory.mktemp("many") / "model"
+    save_many_experts(folder)
+    said, own, replayed = workers(world).run(replay_cases.parity_in_bf16, folder, parallel, False)[0]
+    assert said == []
+    assert own > 2 * replayed
+    said, _, _ = workers(world).run(replay_cases.parity_in_bf16, folder, parallel, True)[0]
+    assert len(said) == 1 and "hf_parity" in said[0]
+
+
+def save_many_experts(folder: Path) -> None:
+    """Many choices, so that some are close, between experts that are nothing alike."""
+    from transformers import AutoModelForCausalLM
+
+    config = hf_config("qwen3_moe")
+    config.num_experts, config.num_experts_per_tok, config.num_hidden_layers = 64, 4, 4
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(0, 0.2)
+    model.save_pretrained(folder)

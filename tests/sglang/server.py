@@ -59,6 +59,11 @@ def cpu_config(env: dict[str, str] | None = None, args: dict[str, Any] | None = 
     return replace(config, **changes)
 
 
+def unpinned_command() -> tuple[str, ...]:
+    """`rollout.server.command` of a server on CPU that is to return experts."""
+    return str(venv.build()), str(Path(__file__).parent / "unpinned.py")
+
+
 @contextlib.contextmanager
 def servers(
     model: Path, folder: Path, count: int = 1, config: ServerConfig | None = None, **arguments: Any

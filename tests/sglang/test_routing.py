@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import routing_replay
 from lens_megatron.cli import main
 from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import SGLangClient
@@ -16,8 +17,6 @@ from lens_megatron.rollout.sglang_server import ServerProcess
 from lens_megatron.run_folder import RunFolder
 from tests.loop.runs import run_tree, train, write_run, write_task
 from tests.rollout.test_sglang_client import stub_server
-from tests.sglang import venv
-from tests.sglang.server import cpu_config, servers
 
 pytestmark = pytest.mark.sglang
 LAYERS, EXPERTS, TOPK = 2, 8, 2
@@ -40,10 +39,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    command = (str(venv.build()), str(Path(__file__).parent / "unpinned.py"))
-    config = cpu_config(args={"context_length": 256}, command=command)
-    logs = tmp_path_factory.mktemp("logs")
-    with servers(task / "model", logs, config=config, enable_return_routed_experts=True) as (one,):
+    with routing_replay.server_that_tells(task / "model", tmp_path_factory.mktemp("logs"), "float32") as one:
         yield one
 
 
@@ -95,21 +91,14 @@ def test_the_experts_of_every_token_but_the_last(server: ServerProcess, net: Any
         loop.close()
 
 
-def tree_for(task: Path, folder: Path, server: ServerProcess, **parallel: int) -> dict[str, Any]:
-    key = folder / "key"
-    key.write_text(str(server.api_key))
-    tree = run_tree(task, folder / "run", steps=2, parallel=parallel)
-    found = {"urls": [server.url], "api_key_file": str(key)}
-    sync = {"transport": "tensor", "fallback": "none", "timeout_s": 60.0}
-    tree["rollout"] |= {"engine": "sglang", "server": found, "sync": sync, "routing_replay": True}
-    return tree
-
-
-def test_trains_with_the_engines_experts(task: Path, server: ServerProcess, tmp_path: Path) -> None:
-    lines = train(tmp_path, tree_for(task, tmp_path, server, ep=2))
+def test_trains_with_the_engines_experts(tmp_path: Path) -> None:
+    """In bf16, with many experts: without replay single tokens differ by 1 or more (benchmarks/routing_replay.py)."""
+    task = write_task(tmp_path / "task", **routing_replay.MIXTURE)
+    with routing_replay.server_that_tells(task / "model", tmp_path / "logs", "bfloat16") as server:
+        tree = routing_replay.tree_for(task, tmp_path / "run", server, replay=True, parallel={"ep": 2})
+        lines = train(tmp_path, tree)
     for line in lines:
-        assert line["logprob_diff_max"] < 1e-4
-        assert line["sync/probe_diff_max"] < 1e-4
+        assert line["logprob_diff_max"] < 0.3
         assert line["grad_norm"] > 0
     assert any(line["purified_ratio"] > 0 for line in lines)
 

@@ -22,6 +22,7 @@ from lens_megatron.rollout.weight_sync.checksums import ExpectedChecksums
 from lens_megatron.rollout.weight_sync.config import SyncConfig
 from lens_megatron.rollout.weight_sync.fleet import Fleet
 from lens_megatron.rollout.weight_sync.ledger import Entry, Ledger, fingerprint
+from lens_megatron.rollout.weight_sync.probe import Probe
 
 
 class Member(NamedTuple):
@@ -75,10 +76,8 @@ class Transport(Protocol):
     def transfer(self, delivery: Delivery) -> None:
         """On every rank. SyncFailed on rank 0 when no server has all of it; single servers may be lost."""
 
-    def proved(
-        self, version: int, label: str, probe: Sequence[int], logprobs: Sequence[float], tolerance: float
-    ) -> None:
-        """On rank 0: every check of the version has passed; these are the trainer's log-probs of the probe.
+    def proved(self, version: int, label: str, probe: Probe) -> None:
+        """On rank 0: every check of the version has passed, the probe last.
         `label`: what the servers call the weights of this attempt."""
 
     def close(self) -> None: ...

@@ -6,7 +6,7 @@ The newest two versions are kept: a server may still be reading the older one.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from lens_megatron.mcore.hf_files import write_hf_folder
 from lens_megatron.rollout.weight_sync.delivery import Delivery, Noted, exhaust
 from lens_megatron.rollout.weight_sync.fleet import SyncFailed
 from lens_megatron.rollout.weight_sync.ledger import fingerprint
+from lens_megatron.rollout.weight_sync.probe import Probe
 from lens_megatron.rollout.weight_sync.snapshot import version_folder, write_proof
 
 KEPT = 2
@@ -69,10 +70,8 @@ class DiskTransport:
         for folder in (*folders[: max(0, last + 1 - KEPT)], *folders[last + 1 :]):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def proved(
-        self, version: int, label: str, probe: Sequence[int], logprobs: Sequence[float], tolerance: float
-    ) -> None:
-        write_proof(self.version_folder(version), label, probe, logprobs, tolerance)
+    def proved(self, version: int, label: str, probe: Probe) -> None:
+        write_proof(self.version_folder(version), label, probe)
 
     def close(self) -> None:
         pass

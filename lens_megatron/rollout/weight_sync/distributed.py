@@ -14,7 +14,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch.distributed as dist
 from torch import Tensor
@@ -25,6 +25,7 @@ from lens_megatron.rollout.weight_sync.buckets import Bucket, Buffers, plan_buck
 from lens_megatron.rollout.weight_sync.delivery import Delivery, Member, Noted, bucket_numbers, exhaust, fingerprints
 from lens_megatron.rollout.weight_sync.fleet import Fleet, SyncFailed
 from lens_megatron.rollout.weight_sync.ledger import Entry
+from lens_megatron.rollout.weight_sync.probe import Probe
 from lens_megatron.rollout.weight_sync.process_group import GroupWithServers, Stopped, address_towards
 
 LOOK_SECONDS = 1e-3
@@ -223,9 +224,7 @@ class DistributedTransport:
         if reason:
             raise SyncFailed(reason)
 
-    def proved(
-        self, version: int, label: str, probe: Sequence[int], logprobs: Sequence[float], tolerance: float
-    ) -> None:
+    def proved(self, version: int, label: str, probe: Probe) -> None:
         pass
 
     def close(self) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from lens_megatron.errors import RunError
 from lens_megatron.output import replace_text
 from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import SGLangClient
+from lens_megatron.rollout.weight_sync.probe import Bound, Probe
 
 if TYPE_CHECKING:
     from lens_megatron.rollout.sglang_server import ServerAddress
@@ -44,10 +46,13 @@ def version_folder(folder: Path, version: int) -> Path:
     return folder / f"version_{version:06d}"
 
 
-def write_proof(folder: Path, label: str, probe: Sequence[int], logprobs: Sequence[float], tolerance: float) -> None:
+def write_proof(folder: Path, label: str, probe: Probe) -> None:
     """By the trainer, when every check of this version has passed."""
-    tree = {"label": label, "probe": list(probe), "logprobs": list(logprobs), "tolerance": tolerance}
-    replace_text(folder / PROOF, json.dumps(tree))
+    replace_text(folder / PROOF, json.dumps({"label": label, "probe": asdict(probe)}))
+
+
+def _read_proof(tree: Mapping[str, Any]) -> Probe:
+    return Probe(tuple(tree["tokens"]), tuple(tree["logprobs"]), Bound(**tree["bound"]))
 
 
 class Snapshots:
@@ -72,11 +77,10 @@ async def _load(client: SGLangClient, folder: Path, proof: dict[str, Any]) -> No
     try:
         label = proof["label"]
         await client.update_weights_from_disk(str(folder.resolve()), f"unfinished-{label}")
-        probe, expected = proof["probe"], proof["logprobs"]
-        answer, _ = await client.prompt_logprobs(f"resync/{label}/", probe)
-        worst = max(abs(a - b) for a, b in zip(answer, expected, strict=True))
-        if not worst <= proof["tolerance"]:
-            raise RunError(f"{client.url}: after reloading {folder.name} the probe differs by {worst:.3g}")
+        probe = _read_proof(proof["probe"])
+        answer, _ = await client.prompt_logprobs(f"resync/{label}/", probe.tokens)
+        if complaint := probe.complaint(answer):
+            raise RunError(f"{client.url}: after reloading {folder.name} {complaint}")
         await client.set_weight_version(label)
     finally:
         await client.close()

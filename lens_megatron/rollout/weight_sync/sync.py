@@ -31,6 +31,7 @@ from lens_megatron.rollout.weight_sync.config import SyncConfig
 from lens_megatron.rollout.weight_sync.delivery import Delivery, Member, Transport
 from lens_megatron.rollout.weight_sync.fleet import Fleet, SyncFailed
 from lens_megatron.rollout.weight_sync.ledger import Ledger, some
+from lens_megatron.rollout.weight_sync.probe import Probe, bound_for
 
 if TYPE_CHECKING:
     from lens_megatron.rollout.sglang_server import ServerAddress
@@ -238,26 +239,22 @@ class WeightSync:
         fleet, version = attempt.fleet, attempt.ledger.version
         fleet.release(attempt.label)
         dtypes = {entry.dtype for entry in attempt.ledger.entries.values()}
-        default = 1e-4 if dtypes == {"float32"} else 0.5
-        tolerance = self.config.probe_tolerance or default
-        largest, means = 0.0, []
+        bound = bound_for(self.config.probe_tolerance, dtypes == {"float32"}, self.policy.spec.moe is not None)
+        probe = Probe(tuple(self.probe), tuple(logprobs_T[1:].tolist()), bound)
+        apart: list[tuple[float, float]] = []
         for url, answer in fleet.probe(self.probe, attempt.label).items():
-            difference_T = (torch.tensor(answer) - logprobs_T[1:]).abs()
-            worst = float(difference_T.max()) if bool(difference_T.isfinite().all()) else float("inf")
-            if worst > tolerance:
-                fleet.refuse(
-                    url,
-                    f"{url}: log-probs of the probe differ from the trainer's by up to {worst:.3g} "
-                    f"(rollout.sync.probe_tolerance {tolerance:g})",
-                )
+            if complaint := probe.complaint(answer):
+                fleet.refuse(url, f"{url}: {complaint}")
             else:
-                largest = max(largest, worst)
-                means.append(float(difference_T.mean()))
+                apart.append(probe.differences(answer))
         fleet.dismiss(f"refused-{version}")
-        attempt.probe = (largest, sum(means) / len(means) if means else 0.0)
+        attempt.probe = (
+            max((largest for largest, _ in apart), default=0.0),
+            sum(mean for _, mean in apart) / max(1, len(apart)),
+        )
         if not fleet.live:
             return "; ".join(fleet.lost.values())
-        attempt.transport.proved(version, attempt.label, self.probe, logprobs_T[1:].tolist(), tolerance)
+        attempt.transport.proved(version, attempt.label, probe)
         return None
 
     def _end(self, version: int, failures: list[str], began: float) -> Synced | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import pickle
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
@@ -23,6 +23,7 @@ from torch import Tensor, multiprocessing
 
 from lens_megatron.rollout.weight_sync.buckets import Bucket, Buffers, plan_buckets
 from lens_megatron.rollout.weight_sync.delivery import Delivery, Noted, bucket_numbers, exhaust, fingerprints
+from lens_megatron.rollout.weight_sync.probe import Probe
 
 CPU = torch.device("cpu")
 SHARED_MEMORY = "/dev/shm"
@@ -84,9 +85,7 @@ class TensorTransport:
         if fleet.lost:
             self._kept = []  # somebody may still read what is in them
 
-    def proved(
-        self, version: int, label: str, probe: Sequence[int], logprobs: Sequence[float], tolerance: float
-    ) -> None:
+    def proved(self, version: int, label: str, probe: Probe) -> None:
         pass
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from lens_megatron.errors import RunError
 from lens_megatron.rollout.sglang_server import ServerAddress
 from lens_megatron.rollout.weight_sync.config import SyncConfig
 from lens_megatron.rollout.weight_sync.disk import DiskTransport
+from lens_megatron.rollout.weight_sync.probe import Probe, bound_for
 from lens_megatron.rollout.weight_sync.snapshot import (
     Snapshots,
     forget_snapshots,
@@ -18,12 +19,13 @@ from lens_megatron.rollout.weight_sync.snapshot import (
     write_proof,
 )
 
+PROBE = Probe((1, 2), (-1.0,), bound_for(None, fp32=True, mixture=False))
 ADDRESS = ServerAddress("s", "http://127.0.0.1:9", None, 1)
 
 
 def test_no_proof_no_server(tmp_path: Path) -> None:
     version_folder(tmp_path, 3).mkdir()
-    write_proof(version_folder(tmp_path, 3), "3.a", [1, 2], [-1.0], 1e-4)
+    write_proof(version_folder(tmp_path, 3), "3.a", PROBE)
     with pytest.raises(RunError, match="no snapshot of version 4"):
         Snapshots(tmp_path, 1.0).resync(ADDRESS, 4, "4.a")
     version_folder(tmp_path, 4).mkdir()  # written, and never proved
@@ -35,7 +37,7 @@ def test_no_proof_no_server(tmp_path: Path) -> None:
 
 def test_a_snapshot_of_another_life_of_the_run_is_not_taken(tmp_path: Path) -> None:
     version_folder(tmp_path, 3).mkdir()
-    write_proof(version_folder(tmp_path, 3), "3.before", [1, 2], [-1.0], 1e-4)
+    write_proof(version_folder(tmp_path, 3), "3.before", PROBE)
     with pytest.raises(RunError, match="no snapshot of version 3"):
         Snapshots(tmp_path, 1.0).resync(ADDRESS, 3, "3.now")
 
