@@ -95,8 +95,11 @@ def made_up_answer(experts: np.ndarray[Any, Any] | None) -> bytes:
 def costs() -> dict[str, dict[str, float]]:
     """Of one rollout: what is read, the seconds to read and check it, and to hand it to the trainer."""
     from lens_megatron.rollout.sglang_schema import parse_generation
+    from lens_megatron.routed_experts import Routers
 
-    experts = np.random.default_rng(0).integers(0, EXPERTS, (PROMPT + RESPONSE - 1, LAYERS * TOPK))
+    routers = Routers(LAYERS, EXPERTS, TOPK)
+    random = np.random.default_rng(0).random(((PROMPT + RESPONSE - 1) * LAYERS, EXPERTS), dtype=np.float32)
+    experts = np.argpartition(random, TOPK, axis=1)[:, :TOPK].reshape(-1, LAYERS * TOPK)
     result = {}
     for name, told in (("without", None), ("with", experts)):
         answer = made_up_answer(told)
@@ -104,7 +107,7 @@ def costs() -> dict[str, dict[str, float]]:
         for _ in range(15):
             began = time.perf_counter()
             parsed = parse_generation(
-                json.loads(answer), "a", range(PROMPT), RESPONSE, (), False, routing=told is not None
+                json.loads(answer), "a", range(PROMPT), RESPONSE, (), False, None if told is None else routers
             )
             read.append(time.perf_counter() - began)
             began = time.perf_counter()

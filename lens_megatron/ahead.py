@@ -26,9 +26,12 @@ class Ahead:
     signals: Sequence[Signals] = ()
     result: SampleResult | None = None  # None: under way
 
-    def tree(self) -> dict[str, Any]:
-        """JSON-ready, once the rollouts are done."""
+    def tree(self) -> dict[str, Any] | None:
+        """JSON-ready, once the rollouts are done. None where they carry experts, half a kilobyte a token of a large mixture:
+        a resumed run draws the same prompts and rolls them out again."""
         assert self.result is not None
+        if any(r.routing is not None for group in self.result.groups for r in (*group.originals, *group.purified)):
+            return None
         return {
             "step": self.step,
             "prompts": [prompt.id for prompt in self.prompts],

@@ -16,6 +16,27 @@ OWN_CHOICE = -1  # in place of an expert: the model chooses for this token itsel
 
 
 @dataclass(frozen=True)
+class Routers:
+    """What a model's routers choose, and among how many."""
+
+    layers: int
+    experts: int
+    topk: int
+
+    def complaint(self, experts: NDArray[np.integer]) -> str | None:
+        """Why these rows [tokens, layers x K] cannot be this model's. An expert named twice would silently count once."""
+        width = experts.shape[1]
+        if width != self.layers * self.topk:
+            return f"{width} a token, and {self.layers} layers x {self.topk} are this model's"
+        if experts.min() < 0 or experts.max() >= self.experts:
+            return f"one of a token is not of 0 to {self.experts - 1}"
+        chosen = np.ascontiguousarray(experts.reshape(-1, self.topk).T)  # pairs: several times as fast as sorting
+        if any((chosen[a] == chosen[b]).any() for a in range(self.topk) for b in range(a)):
+            return "a token has one of them twice in a layer"
+        return None
+
+
+@dataclass(frozen=True)
 class Routing:
     """A row a token, of all layers' experts one after another; what lies before and behind the rows the model routes itself."""
 

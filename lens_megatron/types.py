@@ -8,10 +8,9 @@ current is under x.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from lens_megatron.routed_experts import Routing
+from lens_megatron.routed_experts import Routing
 
 FinishReason = Literal["stop", "length", "abort"]
 

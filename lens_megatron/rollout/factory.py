@@ -18,6 +18,7 @@ from lens_megatron.rewards.judgement import Judgement
 from lens_megatron.rollout.sampler import Sampler
 from lens_megatron.rollout.sampling import RescueRules, SamplingConfig
 from lens_megatron.rollout.sglang_config import ServerConfig
+from lens_megatron.routed_experts import Routers
 from lens_megatron.types import Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -129,14 +130,18 @@ def sglang_sampler(
     where = "" if server.urls else f"; logs in {logs}"
     print(f"waiting for {len(found)} SGLang server{'s' * (len(found) > 1)}{where}", file=sys.stderr, flush=True)
     began = time.monotonic()
-    engine = SGLangEngine(found, server, resync, load_model_spec(str(folder)).max_positions)
+    spec = load_model_spec(str(folder))
+    routers = None
+    if sampling.routing_replay and spec.moe is not None:
+        routers = Routers(spec.layers, spec.moe.experts, spec.moe.experts_per_token)
+    engine = SGLangEngine(found, server, resync, spec.max_positions, routers)
     print(f"SGLang is ready after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    if sampling.routing_replay and (silent := engine.servers_without("enable_return_routed_experts")):
-        engine.close()
-        raise UsageError(
-            f"rollout.routing_replay: {', '.join(silent)} would not tell which experts it took: start it with "
-            "--enable-return-routed-experts"
-        )
+    if routers is not None:
+        try:
+            engine.demand_experts()
+        except UsageError:
+            engine.close()
+            raise
     stop = tuple(sorted({*stop_tokens(tokenizer), *ends_of_the_model(folder)}))
     reward = TextReward(tokenizer, rewards, sampling.stall_seconds)
     return Sampler(engine, reward, rescue_rules(rescue), sampling, stop, seed)

@@ -268,10 +268,12 @@ class _Batch:
             response = job.begun.followed_by(response)
         tokens = response.tokens
         if response.finish == "abort" and tokens:  # one that came after the last token aborted nothing
-            if tokens[-1] in self.sampler.stop_tokens:
-                return replace(response, finish="stop")
-            if len(tokens) == self.config.max_response_tokens:
-                return replace(response, finish="length")
+            stopped = tokens[-1] in self.sampler.stop_tokens
+            if stopped or len(tokens) == self.config.max_response_tokens:
+                # nothing is left to be asked for, and so its experts neither: drawn once more
+                if self.config.routing_replay and response.routing is None:
+                    return replace(response, tokens=(), logprobs=(), versions=())
+                return replace(response, finish="stop" if stopped else "length")
         return response
 
     def _aborted(self, job: Job, part: Finished, by_us: bool) -> None:

@@ -41,6 +41,7 @@ from lens_megatron.rollout.sglang_schema import (
     parse_load,
     parse_server_info,
 )
+from lens_megatron.routed_experts import Routers
 
 PauseMode = Literal["abort", "retract", "in_place"]
 MemoryTag = Literal["weights", "kv_cache", "cuda_graph"]
@@ -125,10 +126,10 @@ class SGLangClient:
         top_p: float = 1.0,
         seed: int | None = None,
         prompt_logprobs: bool = False,
-        routing: bool = False,
+        routers: Routers | None = None,
         timeout_s: float | None = None,
     ) -> Generation:
-        """One response. An aborted one comes back with `finish == "abort"` and what it had. `routing`: also the experts that
+        """One response. An aborted one comes back with `finish == "abort"` and what it had. `routers`: also the experts that
         every token went to, of a server started with enable_return_routed_experts.
 
         The server aborts by prefix: no `request_id` may begin with another one.
@@ -158,11 +159,11 @@ class SGLangClient:
             "logprob_start_len": 0 if prompt_logprobs else -1,
             "stream": False,
         }
-        if routing:
+        if routers is not None:
             body["return_routed_experts"] = True
         answer = await self._json("POST", "/generate", _encoded(body), timeout_s)
         try:
-            return parse_generation(answer, request_id, prompt, max_tokens, stop, prompt_logprobs, routing)
+            return parse_generation(answer, request_id, prompt, max_tokens, stop, prompt_logprobs, routers)
         except BadAnswer as error:
             raise BadAnswer(f"{self.url}/{error}") from None
 

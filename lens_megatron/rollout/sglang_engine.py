@@ -28,9 +28,10 @@ from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import Refused, SGLangClient, Unreachable
 from lens_megatron.rollout.sglang_config import ServerConfig
 from lens_megatron.rollout.sglang_pool import Resync, ServerPool
-from lens_megatron.rollout.sglang_schema import UNUSED_PLACES, Generation
+from lens_megatron.rollout.sglang_schema import UNUSED_PLACES, Generation, untold_experts
 from lens_megatron.rollout.sglang_seat import Job, Seat
 from lens_megatron.rollout.sglang_server import ServerAddress
+from lens_megatron.routed_experts import Routers
 
 if TYPE_CHECKING:
     import torch
@@ -50,13 +51,14 @@ class SGLangEngine:
         config: ServerConfig,
         resync: Resync | None = None,
         positions: int | None = None,
+        routers: Routers | None = None,
     ) -> None:
         """Returns when every server answers. `resync` loads a version whole into a restarted server, or raises.
-        `positions`: the model's."""
+        `positions` and `routers`: the model's; routers only of requests with `routing`."""
         # a response is a list a token: at Python's 700 of them a fifth of the client's time went into collecting garbage
         gc.set_threshold(OBJECTS_A_COLLECTION, *gc.get_threshold()[1:])
         allow_many_sockets()
-        self._config, self._positions = config, positions
+        self._config, self._positions, self._routers = config, positions, routers
         self._loop = EventLoop("sglang")
         self._pool = ServerPool(seats, config, resync, self._resend, self._fail)
         self._router = (
@@ -155,13 +157,11 @@ class SGLangEngine:
         self._raise_failure()
         return [seat.address for seat in self._pool.answering()]
 
-    def servers_without(self, argument: str) -> list[str]:
-        """Those that were started without this switch."""
-        return [
-            f"{seat.name} ({seat.client.url})"
-            for seat in self._pool.seats
-            if seat.info is not None and not seat.info.raw.get(argument)
-        ]
+    def demand_experts(self) -> None:
+        """UsageError for a server that would not tell which experts it took, or would tell wrong ones."""
+        for seat in self._pool.seats:
+            if seat.info is not None and (why := untold_experts(seat.info.raw)) is not None:
+                raise UsageError(f"rollout.routing_replay: {seat.name} ({seat.client.url}) {why}")
 
     def health(self) -> Health:
         running = sum(len(seat.jobs) for seat in self._pool.seats)
@@ -211,7 +211,7 @@ class SGLangEngine:
                 request.temperature,
                 request.top_p,
                 request.seed & SEED_BITS,
-                routing=request.routing,
+                routers=self._routers if request.routing else None,
                 timeout_s=self._config.request_timeout_s,
             )
         except RunError as error:

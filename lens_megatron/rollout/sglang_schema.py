@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from lens_megatron.errors import RunError
-from lens_megatron.routed_experts import Routing
+from lens_megatron.routed_experts import Routers, Routing
 
 if TYPE_CHECKING:
     from lens_megatron.types import FinishReason
@@ -100,9 +100,9 @@ def parse_generation(
     max_tokens: int,
     stop: Sequence[int],
     prompt_logprobs: bool,
-    routing: bool = False,
+    routers: Routers | None = None,
 ) -> Generation:
-    """The answer to one /generate with return_logprob."""
+    """The answer to one /generate with return_logprob, and with return_routed_experts where `routers` are given."""
     meta = _mapping(_mapping(answer, "generate").get("meta_info"), "generate: meta_info")
     if meta.get("id") != request_id:
         raise BadAnswer(f"generate: asked as {request_id}, answered as {_short(meta.get('id'))}")
@@ -122,7 +122,8 @@ def parse_generation(
         _equal(meta.get("prompt_tokens"), len(prompt), "generate: tokens of the prompt")
     _check_end(tokens, finish, max_tokens, stop)
     version, versions = _versions(meta, len(tokens))
-    experts = _routing(meta.get("routed_experts"), len(prompt) + len(tokens) - 1, finish) if routing else None
+    rows = len(prompt) + len(tokens) - 1
+    experts = None if routers is None else _routing(meta.get("routed_experts"), rows, finish, routers)
     generation = Generation(request_id, tuple(tokens), tuple(logprobs), finish, version, versions, routing=experts)
     if finish == "abort" or not prompt_logprobs:
         return generation
@@ -135,7 +136,7 @@ def parse_generation(
     return replace(generation, prompt_logprobs=(None, *rest))
 
 
-def _routing(encoded: Any, rows: int, finish: FinishReason) -> Routing | None:
+def _routing(encoded: Any, rows: int, finish: FinishReason, routers: Routers) -> Routing | None:
     """int32, a row a token: what the server has read, which is all but the last."""
     if finish == "abort" and not encoded:  # what goes on from there is read, and told, from the start
         return None
@@ -146,8 +147,8 @@ def _routing(encoded: Any, rows: int, finish: FinishReason) -> Routing | None:
         experts = np.frombuffer(data, np.int32).reshape(rows, -1)
     except (TypeError, ValueError):
         raise BadAnswer(f"generate: routed_experts {_short(encoded)} are not those of {rows} tokens") from None
-    if not experts.size or experts.min() < 0:
-        raise BadAnswer(f"generate: routed_experts of {rows} tokens name no expert, or one below 0")
+    if complaint := routers.complaint(experts):
+        raise BadAnswer(f"generate: routed_experts: {complaint}: is the server serving this model?")
     return Routing.of(experts)
 
 
@@ -229,6 +230,30 @@ def parse_server_info(answer: Any) -> ServerInfo:
         str(info.get("device")),
         info,
     )
+
+
+def untold_experts(server: Mapping[str, Any]) -> str | None:
+    """Why a server started with these arguments does not tell the experts of its tokens, or not the right ones: it notes them
+    by the token's place in its cache, on the last pipeline stage (read in SGLang 0.5.21)."""
+    if not server.get("enable_return_routed_experts"):
+        return "does not tell which experts it took: start it with --enable-return-routed-experts"
+    moves = {
+        "enable_hierarchical_cache": "what comes back from a lower level of its cache has another token's experts",
+        "enable_lmcache": "what comes back from a lower level of its cache has another token's experts",
+        "speculative_algorithm": "experts of tokens that were drafted are not told apart",
+    }
+    for name, why in moves.items():
+        if server.get(name):
+            return f"was started with {name}: {why}"
+    if _more_than_one(server.get("pp_size")):
+        return "was started with pp_size above 1: only the last stage tells its experts"
+    if server.get("disaggregation_mode") not in (None, "null"):
+        return "was started with a disaggregation_mode: a prompt's experts stay where it was read"
+    return None
+
+
+def _more_than_one(value: Any) -> bool:
+    return isinstance(value, int) and value > 1
 
 
 def parse_load(answer: Any) -> Load:

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.distributed
 LAYOUTS = {
     "1": (1, ParallelConfig(), "none"),
     "1 full recompute": (1, ParallelConfig(), "full"),
+    "1 light": (1, ParallelConfig(), "light on Transformer Engine"),
     "tp2+sp selective": (2, ParallelConfig(tp=2), "selective"),
     "pp2 full recompute": (2, ParallelConfig(pp=2), "full"),
     "pp2 vpp2 full recompute": (2, ParallelConfig(pp=2, vpp=2), "full"),
@@ -161,9 +162,6 @@ def test_the_two_models_really_choose_differently(hf_folder: Any) -> None:
             lambda routing: [routing[0].repeat(3, 1, 1), *routing[1:]],
             f"tokens from token 0 on; this model has {LAYERS} layers",
         ),
-        (lambda routing: [routing[0][:, :, :1].expand(-1, -1, 2), *routing[1:]], "choice of different experts below 8"),
-        (lambda routing: [*routing[:-1], routing[-1] + EXPERTS], "choice of different experts below 8"),
-        (lambda routing: [*routing[:-1], routing[-1] - EXPERTS], "choice of different experts below 8"),
         (lambda routing: routing, "accepted"),
     ],
 )

@@ -21,7 +21,13 @@ import yaml
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
 # What speculation cost, and how long things took: the rest is decided by the seed.
-FREE_TO_DIFFER = ("time/", "sampling/speculated", "sampling/wasted", "sampling/saved", "sampling/seconds")
+FREE_TO_DIFFER: tuple[str, ...] = (
+    "time/",
+    "sampling/speculated",
+    "sampling/wasted",
+    "sampling/saved",
+    "sampling/seconds",
+)
 FREE_TO_DIFFER += ("sampling/originals_seconds", "sampling/resubmitted")
 STEPS = 8  # of the run that others are compared with
 PATIENCE_S = 240.0  # of a command on a busy machine; idle, it takes some ten seconds

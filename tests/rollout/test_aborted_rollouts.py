@@ -136,6 +136,28 @@ def test_experts_are_asked_for_and_are_those_of_the_last_pass(asked: bool) -> No
             assert rollout.routing.experts().tolist() == [[version, version]] * rows
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_what_was_complete_when_it_was_aborted_is_drawn_again_where_its_experts_are_unknown(told: bool) -> None:
+    class Late(DrawingEngine):
+        """Aborts each of its first four responses after the last token."""
+
+        late = 4
+
+        def _out(self, request_id: str, finish: str) -> Finished:
+            request, response = self.running[request_id], super()._out(request_id, finish)
+            rows = len(request.prompt) + len(response.tokens) - 1
+            response = replace(response, routing=Routing.of(np.zeros((rows, 2), int)))
+            if finish == "stop" and self.late:
+                self.late -= 1
+                response = replace(response, finish="abort", routing=response.routing if told else None)
+            return response
+
+    engine = Late(10**6, 3, False)
+    rollouts = [r for group in result_of(engine, 5, routing_replay=True).groups for r in group.originals]
+    assert all(is_whole(r) and r.finish == "stop" and r.routing is not None for r in rollouts)
+    assert len(engine.log) == 2 * (20 + (0 if told else 4))  # submitted and come back
+
+
 def test_speculation_that_gave_way_goes_on() -> None:
     rules = RescueRules(
         certain=lambda rewards, n: (sum(rewards) + n - len(rewards)) / n < 0.5,

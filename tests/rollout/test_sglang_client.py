@@ -19,7 +19,8 @@ from lens_megatron.errors import RunError
 from lens_megatron.rollout import sglang_client
 from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import Refused, SGLangClient, Unreachable
-from lens_megatron.rollout.sglang_schema import BadAnswer, parse_generation, parse_version
+from lens_megatron.rollout.sglang_schema import BadAnswer, parse_generation, parse_version, untold_experts
+from lens_megatron.routed_experts import Routers
 
 
 @contextlib.contextmanager
@@ -198,11 +199,12 @@ def encoded(experts: list[list[int]]) -> str:
     return base64.b64encode(np.array(experts, np.int32).tobytes()).decode()
 
 
+ROUTERS = Routers(layers=2, experts=301, topk=2)
 EXPERTS = [[0, 7, 3, 2], [1, 2, 4, 5], [300, 0, 6, 1]]  # two layers of two, for prompt and response but the last token
 
 
 def test_experts_are_kept_a_row_a_token() -> None:
-    parsed = parse_generation(answer(routed_experts=encoded(EXPERTS)), "a", (5, 6), 4, (3,), False, routing=True)
+    parsed = parse_generation(answer(routed_experts=encoded(EXPERTS)), "a", (5, 6), 4, (3,), False, ROUTERS)
     assert parsed.routing is not None
     assert parsed.routing.experts().tolist() == EXPERTS
     unasked = parse_generation(answer(routed_experts=encoded(EXPERTS)), "a", (5, 6), 4, (3,), False)
@@ -213,23 +215,43 @@ def test_experts_are_kept_a_row_a_token() -> None:
     "experts, says",
     [
         (None, "start the server with --enable-return-routed-experts"),
-        (encoded(EXPERTS[:2]), r"not those of 3 tokens|name no expert"),
-        (encoded([[*EXPERTS[0]], [*EXPERTS[1]], [1, 2, 3, -1]]), "below 0"),
-        ("", "name no expert"),
+        (encoded(EXPERTS[:2]), "not those of 3 tokens|a token, and"),
+        (encoded([*EXPERTS, *EXPERTS]), "8 a token, and 2 layers x 2"),
+        (encoded([*EXPERTS[:2], [1, 2, 3, -1]]), "not of 0 to 300"),
+        (encoded([*EXPERTS[:2], [1, 2, 3, 301]]), "not of 0 to 300"),
+        (encoded([*EXPERTS[:2], [1, 2, 4, 4]]), "twice in a layer"),
+        ("", "0 a token"),
         ("AAA", "not those of 3 tokens"),
         ([1, 2], "not those of 3 tokens"),
     ],
 )
 def test_experts_that_cannot_be_replayed_are_refused(experts: Any, says: str) -> None:
     with pytest.raises(BadAnswer, match=says):
-        parse_generation(answer(routed_experts=experts), "a", (5, 6), 4, (3,), False, routing=True)
+        parse_generation(answer(routed_experts=experts), "a", (5, 6), 4, (3,), False, ROUTERS)
+
+
+@pytest.mark.parametrize(
+    "server, says",
+    [
+        ({}, "--enable-return-routed-experts"),
+        ({"enable_return_routed_experts": False}, "--enable-return-routed-experts"),
+        ({"enable_return_routed_experts": True, "pp_size": 2}, "pp_size above 1"),
+        ({"enable_return_routed_experts": True, "enable_hierarchical_cache": True}, "enable_hierarchical_cache"),
+        ({"enable_return_routed_experts": True, "speculative_algorithm": "EAGLE"}, "speculative_algorithm"),
+        ({"enable_return_routed_experts": True, "disaggregation_mode": "decode"}, "disaggregation_mode"),
+        ({"enable_return_routed_experts": True, "pp_size": 1, "disaggregation_mode": "null"}, None),
+    ],
+)
+def test_servers_that_would_tell_no_experts_or_wrong_ones(server: dict[str, Any], says: str | None) -> None:
+    found = untold_experts(server)
+    assert found is None if says is None else found is not None and says in found
 
 
 def test_an_abort_may_come_without_experts() -> None:
     """What goes on from there is read once more, and its experts are told from the start."""
     meta = {"finish_reason": {"type": "abort"}}
-    assert parse_generation(answer(**meta), "a", (5, 6), 4, (3,), False, routing=True).routing is None
-    told = parse_generation(answer(**meta, routed_experts=encoded(EXPERTS)), "a", (5, 6), 4, (3,), False, routing=True)
+    assert parse_generation(answer(**meta), "a", (5, 6), 4, (3,), False, ROUTERS).routing is None
+    told = parse_generation(answer(**meta, routed_experts=encoded(EXPERTS)), "a", (5, 6), 4, (3,), False, ROUTERS)
     assert told.routing is not None and len(told.routing.experts()) == 3
 
 

@@ -14,12 +14,14 @@ from lens_megatron.cli import main
 from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import SGLangClient
 from lens_megatron.rollout.sglang_server import ServerProcess
+from lens_megatron.routed_experts import Routers
 from lens_megatron.run_folder import RunFolder
 from tests.loop.runs import run_tree, train, write_run, write_task
 from tests.rollout.test_sglang_client import stub_server
 
 pytestmark = pytest.mark.sglang
 LAYERS, EXPERTS, TOPK = 2, 8, 2
+ROUTERS = Routers(LAYERS, EXPERTS, TOPK)
 MIXTURE = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -74,17 +76,16 @@ def test_the_experts_of_every_token_but_the_last(server: ServerProcess, net: Any
     try:
         prompt = tuple(range(5, 40))
         for turn in range(2):
-            check(prompt, loop.run(client.generate(f"whole/{turn}/", prompt, 30, routing=True)))
-        running = loop.start(client.generate("part/", prompt, 200, routing=True))
+            check(prompt, loop.run(client.generate(f"whole/{turn}/", prompt, 30, routers=ROUTERS)))
+        running = loop.start(client.generate("part/", prompt, 200, routers=ROUTERS))
         while loop.run(client.load()).running == 0:
             pass
         loop.run(client.abort_request("part/"))
         part = running.result(60)
         assert part.finish == "abort" and len(part.tokens) < 200
-        if part.routing is not None:
-            check(prompt, part)
+        check(prompt, part)
         again = prompt + part.tokens
-        check(again, loop.run(client.generate("rest/", again, 20, routing=True)))
+        check(again, loop.run(client.generate("rest/", again, 20, routers=ROUTERS)))
         assert loop.run(client.generate("unasked/", prompt, 5)).routing is None
     finally:
         loop.run(client.close())

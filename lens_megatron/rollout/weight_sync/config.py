@@ -22,7 +22,7 @@ class SyncConfig:
                  probe in any precision. Where the server offers it.
     checksums    the servers' own checksums are compared with the exported weights', where they can be (SGLang on CPU).
     probe_tolerance   largest difference of a probe token's log-prob, engine to trainer; null: 1e-4 in fp32, 0.5 in bf16; of
-                 mixtures of experts in bf16, whose routers take other experts near ties, 0.25 of the mean.
+                 mixtures of experts in bf16, whose routers take other experts near ties, 3, and 0.15 on average.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
