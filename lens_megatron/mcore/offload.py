@@ -15,15 +15,20 @@ import torch
 from torch import Tensor
 
 from lens_megatron.machine import free_memory_bytes
+from lens_megatron.mcore.runtime import device
 from lens_megatron.mcore.step import ShardedModel, Trainable
+
+PIECE_BYTES = 2**28  # of a host copy: torch rounds what it pins up to a power of two, and a flat buffer is tens of GB
 
 
 class Residence:
-    """Where a policy's weights, gradients and optimizer state are."""
+    """Where a policy's weights, gradients and optimizer state are. On the host they are pinned where there is room for it, as
+    decided when they leave first: torch keeps what it has pinned for the next time."""
 
     def __init__(self, policy: Trainable) -> None:
         self._policy = policy
-        self._away: list[tuple[torch.UntypedStorage, int, Tensor | None]] = []  # storage, bytes, its content
+        self._away: list[tuple[torch.UntypedStorage, int, list[Tensor] | None]] = []  # storage, bytes, its content
+        self._pinned: bool | None = None
 
     @property
     def on_device(self) -> bool:
@@ -34,21 +39,18 @@ class Residence:
         """Bytes that the device got back. Gradients are not kept: every step begins by zeroing them."""
         if self._away:
             return 0
-        freed = 0
-        seen: set[int] = set()
-        for tensor, kept in self._tensors():
-            storage = tensor.untyped_storage()
-            if storage._cdata in seen or storage.nbytes() == 0:
-                continue
-            seen.add(storage._cdata)
-            content = _host_copy(storage) if kept else None
-            self._away.append((storage, storage.nbytes(), content))
-            freed += storage.nbytes()
+        leaving = self._storages()
+        if self._pinned is None:
+            sizes = [size for storage, kept in leaving if kept for size in _piece_sizes(storage.nbytes())]
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            self._pinned = torch.cuda.is_available() and room_to_pin(sizes, ranks, free_memory_bytes())
+        for storage, kept in leaving:
+            self._away.append((storage, storage.nbytes(), _host_copy(storage, self._pinned) if kept else None))
         for storage, _, _ in self._away:
             storage.resize_(0)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return freed
+        return sum(size for _, size, _ in self._away)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -58,8 +60,18 @@ class Residence:
             if content is None:
                 bytes_B.zero_()
             else:
-                bytes_B.copy_(content)
+                for part_B, piece_B in zip(bytes_B.split(PIECE_BYTES), content, strict=True):
+                    part_B.copy_(piece_B)
         self._away = []
+
+    def _storages(self) -> list[tuple[torch.UntypedStorage, bool]]:
+        """Of this rank's device, each once: moments that live on the host anyway (memory.offload_optimizer) stay there."""
+        seen: dict[int, tuple[torch.UntypedStorage, bool]] = {}
+        for tensor, kept in self._tensors():
+            storage = tensor.untyped_storage()
+            if storage.device.type == device().type and storage.nbytes() > 0:
+                seen.setdefault(storage._cdata, (storage, kept))
+        return list(seen.values())
 
     def _tensors(self) -> Iterator[tuple[Tensor, bool]]:
         """Everything that the policy holds, and whether its content must come back."""
@@ -96,9 +108,9 @@ class FrozenOnHost:
         self._on_host = [_kept(parameter.data, pinned) for parameter in self._parameters]
         self.leave()
 
-    def arrive(self, device: torch.device) -> None:
+    def arrive(self, where: torch.device) -> None:
         for parameter, kept in zip(self._parameters, self._on_host, strict=True):
-            parameter.data = kept.to(device, non_blocking=True)  # what uses it is in the same stream
+            parameter.data = kept.to(where, non_blocking=True)  # what uses it is in the same stream
 
     def leave(self) -> None:
         for parameter, kept in zip(self._parameters, self._on_host, strict=True):
@@ -127,11 +139,13 @@ def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _host_copy(storage: torch.UntypedStorage) -> Tensor:
-    bytes_B = _bytes_of(storage)
-    pinned = storage.device.type == "cuda"
-    copy = torch.empty(bytes_B.shape, dtype=torch.uint8, pin_memory=pinned)
-    return copy.copy_(bytes_B)
+def _host_copy(storage: torch.UntypedStorage, pinned: bool) -> list[Tensor]:
+    parts = _bytes_of(storage).split(PIECE_BYTES)
+    return [torch.empty(part_B.shape, dtype=torch.uint8, pin_memory=pinned).copy_(part_B) for part_B in parts]
+
+
+def _piece_sizes(size: int) -> list[int]:
+    return [min(PIECE_BYTES, size - start) for start in range(0, size, PIECE_BYTES)]
 
 
 def residual_bytes() -> int:
