@@ -11,7 +11,7 @@ import select
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lens_megatron import __version__, commands, workers
 from lens_megatron.errors import RunError, UsageError
@@ -94,12 +94,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"failed: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"interrupted{_what_then()}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         if not _stdout_is_gone():
             raise  # a connection of ours broke: that is a failure, not `| head`
         return 0
+
+
+def _what_then() -> str:
+    """Of commands that say how to go on (endings.on_signals), which others need not import."""
+    endings: Any = sys.modules.get("lens_megatron.endings")
+    return f"; {endings.advice}" if endings is not None and endings.advice else ""
 
 
 def _one_line(error: Exception) -> str:

@@ -22,21 +22,24 @@ RESUME = "go on with --resume from the last whole checkpoint"
 AGAIN = "run it again to go on"  # of commands that find by themselves what is done
 AFRESH = "start it again"  # of commands that keep nothing
 _WAITED_FOR_NOTE_S, _NOTING_S = 1.0, 10
+advice = ""  # of the command that runs, for when it is ended
 
 
-def on_signals(advice: str = AGAIN) -> None:
-    """SIGTERM (a scheduler, `stop`) unwinds like an error, so that drivers and files are closed; `advice` says what to do
-    then. Ctrl-C, which a terminal sends to every process, is left to the command that started the workers."""
+def on_signals(what_then: str = AGAIN) -> None:
+    """SIGTERM (a scheduler, `stop`) unwinds like an error, so that drivers and files are closed; `what_then` says how to go
+    on. Ctrl-C, which a terminal sends to every process, is left to the command that started the workers."""
+    global advice
+    advice = what_then
     if workers.is_local_worker():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, partial(_terminated, advice))
+    signal.signal(signal.SIGTERM, partial(_terminated, what_then))
 
 
-def _terminated(advice: str, number: int, frame: FrameType | None) -> None:
+def _terminated(what_then: str, number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: closing must not be cut short
     if workers.is_local_worker():
         raise SystemExit(workers.TERMINATED)
-    raise RunError(f"ended by SIGTERM; {advice}")
+    raise RunError(f"ended by SIGTERM; {what_then}")
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from lens_megatron.guards import checks
 from lens_megatron.guards.bits import PassingSums
 from lens_megatron.model_spec import ModelConfig
 from lens_megatron.purification.strategies import Outcome, Signals, purify
-from lens_megatron.rewards.answerable import check_answers
+from lens_megatron.rewards.answerable import check_answers, check_functions
 from lens_megatron.rollout.driver import RolloutDriver
 from lens_megatron.rollout.factory import embedded_sampler, sglang_sampler
 from lens_megatron.rollout.sampling import SampleCounts, SampleResult, SamplingConfig
@@ -50,6 +50,7 @@ class Host:
 
     def __init__(self, config: RunConfig, model: ModelConfig, weights: Path, folder: RunFolder) -> None:
         self.config, self.folder = config, folder
+        check_functions(config.rewards)
         self.tokenizer = load_tokenizer(str(weights))
         check_tokenizer(self.tokenizer, model.spec.vocab_size)
         if config.rollout.routing_replay and model.spec.moe is None:
@@ -263,7 +264,7 @@ class Host:
                     group.members[place].origin if place is not None else "unused" if rollout.purified else "removed"
                 )
                 yield RolloutRow(
-                    step=self.step,
+                    step=self.step + 1,
                     prompt_id=prompt.id,
                     source=prompt.source,
                     answer=prompt.answer,

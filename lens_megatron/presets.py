@@ -78,7 +78,8 @@ def _find(name: str, where: str, folder: Path) -> Path:
         return path.resolve()
     path = FOLDER / f"{name}.yaml"
     if not path.is_file():
-        near = difflib.get_close_matches(name, preset_names(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(preset_names())}"
+        near = difflib.get_close_matches(name, preset_names())
+        near.sort(key=lambda other: sorted(other) != sorted(name))  # letters that changed places are the likeliest slip
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(preset_names())}"
         raise UsageError(f"{where}: no preset {name!r}; {hint}")
     return path.resolve()

@@ -15,8 +15,10 @@ from types import TracebackType
 from typing import IO
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
+from rich.text import Text
 
 _RECENT_STEPS = 20  # for the time left: early steps are slower than later ones
 
@@ -24,6 +26,16 @@ _RECENT_STEPS = 20  # for the time left: early steps are slower than later ones
 @dataclass
 class Timer:
     seconds: float = 0.0  # of this phase, once it has ended
+
+
+class _Summary(ProgressColumn):
+    """The one that gives way where the terminal is narrow, by its end."""
+
+    def get_table_column(self) -> Column:
+        return Column(no_wrap=False)
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["summary"], no_wrap=True, overflow="ellipsis")
 
 
 class Progress:
@@ -50,9 +62,9 @@ class Progress:
         if self._shown and self._console.is_terminal:
             self._bar = RichProgress(
                 TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=20),
-                TextColumn("[bold]{task.fields[phase]:<9}[/]"),
-                TextColumn("{task.fields[summary]}", markup=False),
+                BarColumn(bar_width=12),
+                TextColumn("[bold]{task.fields[phase]:<8}[/]"),
+                _Summary(),
                 console=self._console,
             )
             self._task = self._bar.add_task("", total=self.total, completed=self.done, phase="", summary="")
@@ -114,13 +126,14 @@ class Progress:
         }
         if shown.get("reward") == shown.get("success"):  # rewards of 0 and 1: the line has to fit a terminal
             shown.pop("success", None)
-        parts = [f"{label} {value}" for label, value in shown.items()]
+        ended = self.done >= self.total
+        left = (self.total - self.done) * sum(self._recent) / len(self._recent)
+        parts = [] if ended else [f"{duration(left)} left"]  # first: a narrow terminal cuts the end
+        parts += [f"{label} {value}" for label, value in shown.items()]
+        parts.append(f"{seconds:.1f} s")
         if metrics.get("tokens") and seconds > 0:
             parts.append(f"{metrics['tokens'] / seconds:,.0f} tokens/s")
-        parts.append(f"{seconds:.1f} s")
-        left = (self.total - self.done) * sum(self._recent) / len(self._recent)
-        parts.append(f"{duration(left)} left" if self.done < self.total else "done")
-        return "  ".join(parts)
+        return "  ".join([*parts, "done"] if ended else parts)
 
 
 def duration(seconds: float) -> str:

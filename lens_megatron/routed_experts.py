@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # not at run time: types.py is light, and needs this
+    import numpy as np
+    from numpy.typing import NDArray
 
 OWN_CHOICE = -1  # in place of an expert: the model chooses for this token itself
 
@@ -25,6 +27,8 @@ class Routers:
 
     def complaint(self, experts: NDArray[np.integer]) -> str | None:
         """Why these rows [tokens, layers x K] cannot be this model's. An expert named twice would silently count once."""
+        import numpy as np
+
         width = experts.shape[1]
         if width != self.layers * self.topk:
             return f"{width} a token, and {self.layers} layers x {self.topk} are this model's"
@@ -49,12 +53,16 @@ class Routing:
     @classmethod
     def of(cls, experts: NDArray[np.integer]) -> Routing:
         """[tokens, layers x K], or [tokens, layers, K]."""
+        import numpy as np
+
         whole = experts.reshape(len(experts), math.prod(experts.shape[1:]))
         small = np.uint8 if whole.size == 0 or (whole.min() >= 0 and whole.max() < 256) else np.int16
         return cls(whole.astype(small).tobytes(), np.dtype(small).name, whole.shape[1])
 
     def experts(self) -> NDArray[np.integer]:
         """[tokens from `first` on, layers x K]; not to be written to."""
+        import numpy as np
+
         return np.frombuffer(self.data, self.dtype).reshape(-1, self.width)[self.skipped :]
 
     def under(self, prompt: int, rolled: int) -> Routing:

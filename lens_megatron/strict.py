@@ -160,7 +160,7 @@ def _explain(kind: type, problem: Mapping[str, Any], where: str) -> str:
     path = ".".join(str(key) for key in keys)
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         near = difflib.get_close_matches(str(keys[-1]), _keys_at(kind, problem["loc"][:-1]), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {'.'.join([*map(str, keys[:-1]), *near])!r}?" if near else ""
         return f"{where}: unknown key {path!r}{hint}"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if problem["type"] in ("dataclass_type", "model_type", "dict_type"):

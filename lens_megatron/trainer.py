@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from lens_megatron.stopping import Order
 from lens_megatron.types import Prompt, Sample
 from lens_megatron.update import Evaluated, evaluate_samples, update_policy
 
+_STEPS_WITHOUT_REWARD = 3  # before a note
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -100,6 +101,7 @@ class Trainer:
         self.engine.connect(self.policy, weights, self._choose_probe)
         self.first_step = 0
         self._last_metrics: dict[str, float] = {}  # of the step that ended last; rank 0's
+        self._without_reward = 0  # steps in a row
         self.progress = Progress(config.steps, shown=self.host is not None)
         if self.host is not None:
             for note in self.host.data_notes:
@@ -343,7 +345,16 @@ class Trainer:
             self.host.trackers.log(tree)
             self._last_metrics = {name: value for name, value in tree.items() if value is not None}
             self.progress.finish_step(self._last_metrics)
+            self._note_steps_without_reward(self._last_metrics)
             check_keep_best(self.config.checkpoint.keep_best, [*tree, *self.host.benchmark_names])
+
+    def _note_steps_without_reward(self, metrics: Mapping[str, float]) -> None:
+        self._without_reward = self._without_reward + 1 if metrics.get("reward") == 0.0 else 0
+        if self._without_reward == _STEPS_WITHOUT_REWARD:
+            self.progress.note(
+                f"every reward of the last {self._without_reward} steps was 0, and nothing is learnt from that: are answers "
+                "given in the form that the rule (rewards) reads? The report shows them beside the golden ones"
+            )
 
     def close(self) -> None:
         self.engine.close()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lens_megatron import __version__, cli
+from lens_megatron import __version__, cli, endings
 from lens_megatron.errors import RunError, UsageError
 
 
@@ -101,7 +101,10 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
         raise KeyboardInterrupt
 
     fake_command(monkeypatch, interrupted)
+    monkeypatch.setattr(endings, "advice", "")
     assert outcome(capsys, "try-it") == (130, "", "interrupted\n")
+    monkeypatch.setattr(endings, "advice", "run it again to go on")
+    assert outcome(capsys, "try-it") == (130, "", "interrupted; run it again to go on\n")
 
 
 def test_a_broken_connection_of_ours_is_not_taken_for_a_closed_pipe() -> None:

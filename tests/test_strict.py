@@ -78,11 +78,17 @@ def test_a_whole_tree_and_back() -> None:
         ({"model": "m", "__pydantic_confi__": 3}, "run.yaml: unknown key '__pydantic_confi__'"),
         (
             {"model": "m", "algorithm": {"preset": "lens", "loss": {"clipp": 1}}},
-            "run.yaml: unknown key 'algorithm.loss.clipp'; did you mean 'clip'?",
+            "run.yaml: unknown key 'algorithm.loss.clipp'; did you mean 'algorithm.loss.clip'?",
         ),
-        ({"model": "m", "servers": [{}, {"tpp": 1}]}, "run.yaml: unknown key 'servers.1.tpp'; did you mean 'tp'?"),
-        ({"model": "m", "sites": {"a": {"tpp": 1}}}, "run.yaml: unknown key 'sites.a.tpp'; did you mean 'tp'?"),
-        ({"model": "m", "reference": {"tpp": 1}}, "run.yaml: unknown key 'reference.tpp'; did you mean 'tp'?"),
+        (
+            {"model": "m", "servers": [{}, {"tpp": 1}]},
+            "run.yaml: unknown key 'servers.1.tpp'; did you mean 'servers.1.tp'?",
+        ),
+        ({"model": "m", "sites": {"a": {"tpp": 1}}}, "run.yaml: unknown key 'sites.a.tpp'; did you mean 'sites.a.tp'?"),
+        (
+            {"model": "m", "reference": {"tpp": 1}},
+            "run.yaml: unknown key 'reference.tpp'; did you mean 'reference.tp'?",
+        ),
         ({}, "run.yaml: model: Field required"),
         ({"model": "m", "servers": [3]}, "run.yaml: servers.0: expected keys and values (got 3)"),
         ([1], "run.yaml: expected keys and values (got [1])"),

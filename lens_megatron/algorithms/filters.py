@@ -114,10 +114,12 @@ class PromptFilter:
         if planned is None:
             return None
         if now.batches == self.config.max_batches:
+            why = "is the data too easy or too hard? Raise algorithm.filter.max_batches or change data.train"
+            if not any(now.means):
+                why = "every reward was 0: do prompts ask for answers in the form that the rule (rewards) reads?"
             raise NotEnoughGroups(
-                f"step {now.step}: only {len(now.kept)} of {self.prompts_per_step} groups with differing rewards after "
-                f"{now.batches} batches ({now.drawn} prompts); is the data too easy or too hard? "
-                "Raise algorithm.filter.max_batches or change data.train"
+                f"step {now.step + 1}: only {len(now.kept)} of {self.prompts_per_step} groups with differing rewards after "
+                f"{now.batches} batches ({now.drawn} prompts); {why}"
             )
         now.batches += 1
         now.to_draw, now.last_batch = planned

@@ -89,9 +89,20 @@ def _check(config: RunConfig, model: ModelConfig) -> None:
     finally:
         trainer.close()
     if speaks:
-        on = [name for name, value in vars(config.guards).items() if value is True]
         shutil.rmtree(config.run_dir, ignore_errors=True)
         print(
             f"check passed: two steps, a checkpoint and its resume in the layout of {config.name.removeprefix('check of ')}"
         )
-        print(f"guards that held: {', '.join([*on, 'logprob_diff', 'replicas_every'])}")
+        print(f"guards that held: {', '.join(_guards_that_looked(config))}")
+
+
+def _guards_that_looked(config: RunConfig) -> list[str]:
+    guards, algorithm = config.guards, config.algorithm
+    looked = {
+        "first_step": algorithm.needs_reference,
+        "engine_weights": config.rollout.engine == "embedded",
+        "entropy_masks": algorithm.loss.entropy_split is not None,
+    }
+    on = [name for name, value in vars(guards).items() if value is True and looked.get(name, True)]
+    on += ["logprob_diff"] if config.update.old_logprobs == "megatron" and guards.on_logprob_diff != "report" else []
+    return on + (["replicas_every"] if guards.replicas_every else [])

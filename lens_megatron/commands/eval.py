@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from lens_megatron import endings, strict
     from lens_megatron.evaluation.config import EvalConfig
     from lens_megatron.evaluation.evaluate import evaluate, settings
-    from lens_megatron.evaluation.models import find_models
+    from lens_megatron.evaluation.models import find_models, run_rewards
     from lens_megatron.evaluation.results import results_tree
     from lens_megatron.output import write_json
 
@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     for key in ("data", "samples", "limit", "engine"):
         if getattr(args, key) is not None:
             tree[key] = getattr(args, key)
+    if (rewards := run_rewards(args.model)) is not None:
+        tree["rewards"] = strict.merge(rewards, tree.get("rewards", {}))
     config = strict.build(EvalConfig, tree, "eval")
     if not config.benchmarks:
         raise UsageError("--benchmarks: give all, or some of them")

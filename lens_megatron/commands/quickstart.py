@@ -27,9 +27,9 @@ def run(args: argparse.Namespace) -> int:
     endings.on_signals()
     folder = Path(args.dir)
     outcomes = quickstart(folder, args.steps)
-    table = Table(title="share of rollouts that succeed, and of prompts without any success")
-    headings = ("algorithm", "success, first fifth", "last fifth", "zero-reward, first fifth", "last fifth")
-    for heading in (*headings, "held-out, base model", "trained"):
+    table = Table(title="rollouts that succeed, prompts without success: first and last fifth")
+    headings = ("", "success\nfirst", "success\nlast", "no success\nfirst", "no success\nlast", "held-out\nbase")
+    for heading in (*headings, "held-out\ntrained"):
         table.add_column(heading)
     for o in outcomes:
         numbers = (o.first, o.last, o.zero_reward_first, o.zero_reward_last, o.held_out_base, o.held_out)

@@ -79,7 +79,9 @@ def _default_id(where: str) -> str:
 def _messages(where: str, columns: dict[str, Any], key: str) -> tuple[Message, ...]:
     prompt = columns.get(key)
     if prompt is None:
-        raise UsageError(f"{where}: no {key!r}; it has {_names(columns)} (data.prompt_key names the column)")
+        raise UsageError(
+            f"{where}: no {key!r}; it has {_names(columns)} (another name: data.prompt_key of a run; elsewhere rename it)"
+        )
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not prompt:

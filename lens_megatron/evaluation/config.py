@@ -84,7 +84,8 @@ class GenerationConfig:
     max_response_tokens: int = PAPER_TOKENS
     stall_seconds: float = 600.0  # without a token or a judgement, then the evaluation ends with a message
     seed: int = 0
-    rewards: RewardConfig = field(default_factory=RewardConfig)  # of files; benchmarks have rules of their own
+    # of files (of a run: the run's, unless any is given); benchmarks have rules of their own
+    rewards: RewardConfig = field(default_factory=RewardConfig)
 
     def __post_init__(self) -> None:
         if self.engine not in ("embedded", "sglang") and not self.engine.startswith(("http://", "https://")):

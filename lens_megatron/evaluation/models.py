@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lens_megatron import checkpoints, strict
 from lens_megatron.errors import UsageError
@@ -79,6 +80,14 @@ def find_models(model: str) -> list[EvalModel]:
     source = find_weights(model)
     name = "_".join(source.resolve().parts[-2:]) if folder.is_dir() else model.replace("/", "_")
     return [EvalModel(name, model.rstrip("/"), source, config.spec, config.template)]
+
+
+def run_rewards(model: str) -> dict[str, Any] | None:
+    """The rules that judged in training, where `model` is a run's folder or a checkpoint in one."""
+    folder = Path(model)
+    run = folder.resolve().parent.parent if (folder / checkpoints.MANIFEST).is_file() else folder
+    path = run / "config.yaml"
+    return strict.read_yaml(path).get("rewards") if path.is_file() and (run / "checkpoints").is_dir() else None
 
 
 def _run(folder: Path) -> list[EvalModel]:

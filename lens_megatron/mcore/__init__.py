@@ -22,5 +22,7 @@ import warnings
 # Said at every import by Megatron-Core without Transformer Engine; `lens-megatron doctor` says it once, with what to do.
 warnings.filterwarnings("ignore", module=r"megatron\.")
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*deprecated", category=FutureWarning)
+# Megatron-Core's checkpoints are made of them; the CPU mode looks at their class, and the warning names our line.
+warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
 # The CPU mode looks at every attribute through torch's dispatch, which warns where Megatron-Core asks a view for .grad.
 warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")

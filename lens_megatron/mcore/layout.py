@@ -76,7 +76,8 @@ def check_budget(key: str, budget: int, longest: int, layout: ParallelConfig) ->
     unit = sequence_unit(layout.cp)
     least = -(-longest // unit) * unit + padding_reserved(layout.cp, layout.tp)
     if budget < least:
-        raise UsageError(f"{key}: {budget} tokens cannot hold a sequence of {longest}; set at least {least}")
+        padded = f" and the padding of tp={layout.tp} cp={layout.cp}" if least > longest else ""
+        raise UsageError(f"{key}: {budget} tokens cannot hold a sequence of {longest}{padded}; set at least {least}")
 
 
 _VOCAB_MULTIPLE = 128
@@ -135,7 +136,10 @@ def check_layout(spec: ModelSpec, layout: ParallelConfig, world_size: int) -> No
         )
     dp = world_size // layout.model_ranks
     if layout.dp is not None and layout.dp != dp:
-        _refuse("dp", f"dp={layout.dp} needs {layout.dp * layout.model_ranks} processes, there are {world_size}")
+        _refuse(
+            "dp",
+            f"dp={layout.dp} needs {layout.dp * layout.model_ranks} processes, there are {world_size}; left out, all are used",
+        )
     expert_ranks = layout.ep * layout.expert_tp * layout.pp
     if world_size % expert_ranks:
         _refuse("ep", f"ep x etp x pp = {expert_ranks} does not divide the {world_size} processes")

@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
 from lens_megatron.errors import UsageError
 from lens_megatron.rewards.config import RewardConfig
+from lens_megatron.rewards.custom import missing
 from lens_megatron.rewards.extract import golden_answer, words_outside_formulas
 from lens_megatron.rewards.pool import RewardPool
-from lens_megatron.rewards.worker_process import Request
+from lens_megatron.rewards.worker_process import Request, environment
 from lens_megatron.types import Prompt
 
 LOOKED_AT = 64  # answers of each source, evenly spread over it: seconds, and two minutes where all are slow to judge
+_IMPORT_SECONDS = 60.0
 _ENOUGH = 8  # to say of a source that none can
 _MOST_WORDS = 12  # of an answer, beside its formulas
 _LETTER = re.compile(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
 _PLAIN_NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?")
+
+
+def check_functions(config: RewardConfig) -> None:
+    """UsageError for a function of the user's that is not there, before anything is loaded. Imported in a process of its own,
+    as its workers will be: the module may do anything."""
+    rules = [rule for rule in (config.default, *config.sources.values()) if rule is not None]
+    names = sorted({str(rule.function) for rule in rules if rule.kind == "function"})
+    if not names:
+        return
+    code = f"import sys; from {missing.__module__} import missing; sys.exit(missing(sys.argv[1:]) or 0)"
+    command = [sys.executable, "-c", code, *names]
+    there = {**os.environ, **environment(custom=True)}
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS, env=there)
+    except subprocess.TimeoutExpired:
+        return  # it may take its time: its workers will tell
+    lines = found.stderr.strip().splitlines()
+    if found.returncode == 1 and lines:
+        raise UsageError(f"rewards: {lines[-1]}")
 
 
 def check_answers(prompts: Sequence[Prompt], config: RewardConfig, data: str) -> str:

@@ -10,7 +10,7 @@ import math
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, get_args
 
@@ -38,6 +38,16 @@ def load(name: str) -> Callable[..., Any]:
     if not callable(function):
         raise CustomRewardError(f"reward function {name}: {module_name} has no function {attribute}")
     return function
+
+
+def missing(names: Sequence[str]) -> str:
+    """What is wrong with the first that `load` does not find; "" when all are there."""
+    for name in names:
+        try:
+            load(name)
+        except CustomRewardError as error:
+            return str(error)
+    return ""
 
 
 def judge_custom(rule: RewardRule, source: str, answer: str, response: str, seconds: float) -> Judgement:

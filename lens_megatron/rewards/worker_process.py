@@ -83,7 +83,7 @@ class Worker:
         return float(times.user + times.system)
 
 
-def _environment(custom: bool) -> dict[str, str]:
+def environment(custom: bool) -> dict[str, str]:
     """One thread and no GPU each. The user's functions are found as the trainer finds them, from the working folder too;
     the shipped kinds are safe from what happens to lie there."""
     package = str(Path(__file__).resolve().parents[2])
@@ -100,7 +100,7 @@ def started(custom: bool, settings: str) -> Worker:
         process = subprocess.Popen(
             [sys.executable, "-m", "lens_megatron.rewards.worker", told],
             pass_fds=[theirs.fileno()],
-            env={**os.environ, **_environment(custom)},
+            env={**os.environ, **environment(custom)},
             stdin=subprocess.DEVNULL,
             stdout=STDERR,
         )

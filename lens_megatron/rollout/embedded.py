@@ -111,7 +111,9 @@ class EmbeddedEngine:
     def from_folder(cls, folder: Path | str, slots: int = 128, device: str = "cpu", dtype: str = "float32") -> Any:
         """With the weights of an HF folder or hub id."""
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()  # a bar for each model of a run that is evaluated
         try:
             model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype))
         except (OSError, ValueError) as error:

@@ -117,9 +117,12 @@ def test_dynamic_sampling_keeps_groups_with_variance_only() -> None:
 def test_dynamic_sampling_gives_up_after_max_batches() -> None:
     prompts = PromptFilter(replace(DYNAMIC, size_factor=1.0), 4, 0)
     drawn: list[str] = []
-    with pytest.raises(NotEnoughGroups, match=r"only 0 of 4 groups .* after 10 batches"):
+    with pytest.raises(NotEnoughGroups, match=r"step 1: only 0 of 4 groups .* after 10 batches.*every reward was 0"):
         run_step(prompts, endless(), lambda p: drawn.append(p) or [0.0, 0.0])
     assert len(drawn) == 40
+    prompts = PromptFilter(replace(DYNAMIC, size_factor=1.0), 4, 0)
+    with pytest.raises(NotEnoughGroups, match=r"too easy or too hard\? Raise algorithm\.filter\.max_batches"):
+        run_step(prompts, endless(), lambda p: [1.0, 1.0])
 
 
 def test_the_tenth_batch_still_counts() -> None:

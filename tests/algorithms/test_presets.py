@@ -169,9 +169,10 @@ REFUSED = [
     ({"preset": "lens", "loss": {"purified_ratio": "floor"}}, r"floor\(C\)"),
     ({"preset": "lens", "loss": {"purified_ratio": "floor(2)"}}, r"\(0, 1\]"),
     ({"preset": "lens", "loss": {"purified_ratio": "mixture"}}, r"mixture\(token\)"),
-    ({"preset": "grpo", "loss": {"clip_lo": 0.1}}, "did you mean 'clip_low'"),
+    ({"preset": "grpo", "loss": {"clip_lo": 0.1}}, r"did you mean '(loss\.)?clip_low'"),
     ({"preset": "grpo", "loss": {"engine_correction": {"mode": "truncate", "cap": 0.5}}}, "1 <= cap"),
     ({"preset": "len"}, "did you mean 'lens'"),
+    ("gpro", "did you mean 'grpo'"),  # not gspo, which is as near by difflib
     ("no_such_thing", "no preset"),
     (3, "expected a preset's name"),
 ]

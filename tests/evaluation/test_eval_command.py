@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
-from lens_megatron import cli
+from lens_megatron import checkpoints, cli
 from lens_megatron.evaluation.benchmarks import BENCHMARKS
 from tests.data.tokenizers import byte_level
 from tests.evaluation.small_benchmarks import write_benchmarks
@@ -93,3 +95,24 @@ def test_what_cannot_be_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("model: nowhere\n")
     assert "no whole checkpoint" in complaint(str(tmp_path / "run"), "--benchmarks", "all")
+
+
+@pytest.mark.parametrize("given", [[], ["rewards.workers=1"], ["rewards.default.kind=exact"]])
+def test_files_are_judged_as_the_run_judged_them(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen = tmp_path / "run", []
+    (run / "checkpoints" / "step_000001").mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump({"rewards": {"default": {"kind": "numeric"}, "seconds": 1.5}}))
+    (run / "checkpoints" / "step_000001" / checkpoints.MANIFEST).write_text("{}")
+    monkeypatch.setattr("lens_megatron.evaluation.models.find_models", lambda model: [SimpleNamespace(name="m")])
+    monkeypatch.setattr(
+        "lens_megatron.evaluation.evaluate.evaluate", lambda models, config, out: seen.append(config.rewards) or []
+    )
+    monkeypatch.setattr("lens_megatron.commands.eval._show", lambda results, out: None)
+    for model in (run, run / "checkpoints" / "step_000001"):
+        assert cli.main(["eval", str(model), "--benchmarks", "math500", *given]) == 0
+    for rewards in seen:
+        assert rewards.seconds == 1.5
+        assert rewards.default.kind == ("exact" if "rewards.default.kind=exact" in given else "numeric")
+    assert len(seen) == 2

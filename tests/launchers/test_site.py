@@ -22,7 +22,7 @@ def test_shipped_sites_load(path: Path) -> None:
     ("text", "message"),
     [
         ("partion: gpu", "unknown key 'partion'; did you mean 'partition'"),
-        ("servers: {imag: x}", "unknown key 'servers.imag'; did you mean 'image'"),
+        ("servers: {imag: x}", "unknown key 'servers.imag'; did you mean 'servers.image'"),
         ("time: 4 hours", "'4 hours' is not"),
         ("gpus_per_node: 0", "set ranks_per_node"),
         ("{gpus_per_node: 4, ranks_per_node: 8}", "8 ranks do not find a GPU each"),

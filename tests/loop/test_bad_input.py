@@ -95,12 +95,19 @@ WRONG: dict[str, tuple[Change, list[str]]] = {
     "steps": (_set("steps", 0), ["steps"]),
     "a slip in keep_best": (_set("checkpoint.keep_best", "sucess"), ["checkpoint.keep_best", "did you mean 'success'"]),
     "no experts": (_experts_of_a_dense_model, ["rollout.routing_replay", "no experts"]),
+    "reward function of another name": (
+        _set("rewards.default.function", "loop_rewards:by_hsah"),
+        ["loop_rewards has no function by_hsah"],
+    ),
     "no reward function": (_set("rewards.default.function", "loop_rewards"), ["module:name"]),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_refused_with_one_line(task: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_refused_with_one_line(
+    task: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))  # where its reward function is
     tree = run_tree(task, tmp_path / "run", parallel={"tp": 1})
     change, expected = WRONG[name]
     change(tree, tmp_path)

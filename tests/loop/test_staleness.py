@@ -40,6 +40,7 @@ def test_all_but_the_first_batch_are_one_version_old(stale: Path) -> None:
     folder = RunFolder.open(stale)
     for step in range(1, STEPS + 1):
         assert {row.weight_version for row in folder.read_rollouts(step)} == {max(0, step - 2)}
+        assert {row.step for row in folder.read_rollouts(step)} == {step}  # as the line of metrics.jsonl is numbered
     # what the trainer says of them differs from what the engine said, by one update; the correction sees it
     assert lines[0]["logprob_diff"] < 1e-5
     assert all(line["logprob_diff"] > 1e-4 for line in lines[1:])

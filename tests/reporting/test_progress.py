@@ -6,6 +6,7 @@ import io
 import time
 
 import pytest
+from rich.text import Text
 
 from lens_megatron.progress import Progress, duration
 
@@ -64,8 +65,8 @@ def test_a_log_gets_a_line_a_step(clock: list[float]) -> None:
             progress.finish_step(metrics | progress.times())
         progress.note("[bold]checkpoint[/]")
     assert log.getvalue().splitlines() == [
-        "step 7/10  reward 0.250  success 0.500  zero-reward 0.125  3,000 tokens/s  10.0 s  30 s left",
-        "step 8/10  reward 0.250  success 0.500  zero-reward 0.125  1,500 tokens/s  20.0 s  30 s left",  # 2 x 15 s
+        "step 7/10  30 s left  reward 0.250  success 0.500  zero-reward 0.125  10.0 s  3,000 tokens/s",
+        "step 8/10  30 s left  reward 0.250  success 0.500  zero-reward 0.125  20.0 s  1,500 tokens/s",  # 2 x 15 s
         "[bold]checkpoint[/]",
     ]
 
@@ -97,3 +98,14 @@ def test_a_terminal_gets_a_bar_and_other_ranks_nothing() -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_narrow_terminal_cuts_the_summary_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "72")
+    terminal = Terminal()
+    progress = Progress(50, file=terminal)
+    with progress, progress.phase("generate"):
+        progress.finish_step({"reward": 0.297, "zero_reward_ratio": 0.312, "tokens": 5662.0})
+        progress._bar.update(progress._task, phase="generate", refresh=True)  # type: ignore[union-attr]
+    last = [line for line in Text.from_ansi(terminal.getvalue()).plain.splitlines() if line.strip()][-1]
+    assert "step 1/50" in last and "generate" in last and "s left  reward 0.297" in last and last.endswith("…")

@@ -271,7 +271,7 @@ def test_rules_are_found_by_source() -> None:
         ({"default": {"kind": "http", "url": "ftp://x"}}, "http"),
         ({"default": {"tolerance": 2}}, "tolerance"),
         ({"default": {"format": {"pattern": "("}}}, "regular expression"),
-        ({"sources": {"a": {"knd": "math"}}}, "did you mean 'kind'"),
+        ({"sources": {"a": {"knd": "math"}}}, "did you mean 'sources.a.kind'"),
         ({"seconds": 5, "wall_seconds": 1}, "wall_seconds"),
     ],
 )
