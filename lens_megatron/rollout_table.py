@@ -17,6 +17,7 @@ RolloutOrigin = Literal["success", "failure", "purified", "purified_failure", "r
 class RolloutRow:
     """One rollout, with everything needed to explain it later.
 
+    step: from 1, as in metrics.jsonl and in the file's name.
     origin: its place in G (rescue.Origin), or `removed` (a failure that made room), or `unused` (rolled out under x',
     but not taken).  trained: whether the update saw it.  prompt_tokens: x; prompt_pieces: the text of each.
     proximal_logprobs: pi_old under roll_tokens; null where it was not scored: not trained on, or equal to pi_theta of the
