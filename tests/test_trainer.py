@@ -114,3 +114,15 @@ def test_what_was_measured_in_another_dtype_or_layout_is_known_as_such(
         monkeypatch.setattr(checkpoint_run, name, value)
     resumed = checkpoint_run.resume(None, tmp_path)  # type: ignore[arg-type]
     assert resumed is not None and resumed.same_rounding == same
+
+
+def test_steps_without_any_reward_are_told_once() -> None:
+    notes: list[str] = []
+    one: Any = object.__new__(trainer.Trainer)
+    one._without_reward, one.progress = 0, SimpleNamespace(note=notes.append)
+    for reward in (0.0, 0.0, 0.5, 0.0, 0.0):
+        one._note_steps_without_reward({"reward": reward})
+    assert notes == []
+    for _ in range(5):
+        one._note_steps_without_reward({"reward": 0.0})
+    assert len(notes) == 1 and "every reward of the last 3 steps was 0" in notes[0]
