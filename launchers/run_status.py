@@ -64,7 +64,8 @@ def describe(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     of = f" of {status['steps']}" if status["steps"] is not None else ""
     reward = f"; reward {status['reward']:.3f}" if status["reward"] is not None else ""
     yield "step", f"{status['step']}{of}" + (f", {duration(ago)} ago{reward}" if ago is not None else "")
-    yield "checkpoint", "none yet" if status["checkpoint"] is None else f"step {status['checkpoint']}"
+    none = "none" if status["state"] in ("done", "failed") else "none yet"
+    yield "checkpoint", none if status["checkpoint"] is None else f"step {status['checkpoint']}"
     yield "last error", status["last_error"] or "none"
 
 

@@ -173,8 +173,8 @@ def load_model_config(name_or_folder: str | Path) -> ModelConfig:
         cached = _cached_snapshot(given)
         if cached is None:
             raise UsageError(
-                f"model {given!r}: not a shipped model ({', '.join(shipped_models())}), "
-                f"not a folder, and not in the Hugging Face cache{_download_hint(given)}"
+                f"model {given!r}: not a folder, not in the Hugging Face cache, and not a shipped model "
+                f"({', '.join(shipped_models())}){_download_hint(given)}"
             )
         folder = cached
     file = folder if folder.is_file() else folder / "config.json"

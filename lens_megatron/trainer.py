@@ -309,7 +309,10 @@ class Trainer:
                     self.progress.note(
                         "the reference's files are not those that this run was saved with: see that it is the same model"
                     )
-                self.progress.note(f"resuming after step {self.first_step}")
+                ended = self.first_step >= self.config.steps
+                self.progress.note(
+                    f"resuming after step {self.first_step}{', the last: nothing is left to do' if ended else ''}"
+                )
             else:
                 self.progress.note(f"{host.folder.path}: no checkpoint to resume from: starting with step 1")
 

@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     target = _write(args)
     seconds = time.monotonic() - start
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    print(f"{target}: {size / 2**30:.2f} GiB in {seconds:.1f} s ({size / 2**20 / seconds:,.0f} MiB/s)")
+    much = f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
+    print(f"{target}: {much} in {seconds:.1f} s ({size / 2**20 / seconds:,.0f} MiB/s)")
     return 0
 
 
