@@ -16,6 +16,7 @@ from lens_megatron.rollout.sglang_server import ServerAddress
 from lens_megatron.rollout.weight_sync.handover import Handover, ServerMemory
 from lens_megatron.rollout.weight_sync.sync import WeightSync
 from lens_megatron.rollout.weight_sync.transports import make_transports
+from lens_megatron.routed_experts import Routers
 
 
 class EngineSide:
@@ -74,6 +75,7 @@ class EngineSide:
             run_dir / "sync",
             self._config.timeout_s,
             self._config.update.tokens_per_microbatch,
+            Routers.of(self._policy.spec) if self._config.rollout.routing_replay else None,
         )
 
     # on shared GPUs; elsewhere both have their own, all the time

@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # not at run time: types.py is light, and needs this
     import numpy as np
     from numpy.typing import NDArray
 
+    from lens_megatron.model_spec import ModelSpec
+
 OWN_CHOICE = -1  # in place of an expert: the model chooses for this token itself
 
 
@@ -24,6 +26,12 @@ class Routers:
     layers: int
     experts: int
     topk: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Routers | None:
+        """None: a dense model's."""
+        moe = spec.moe
+        return None if moe is None else cls(spec.layers, moe.experts, moe.experts_per_token)
 
     def complaint(self, experts: NDArray[np.integer]) -> str | None:
         """Why these rows [tokens, layers x K] cannot be this model's. An expert named twice would silently count once."""

@@ -131,9 +131,7 @@ def sglang_sampler(
     print(f"waiting for {len(found)} SGLang server{'s' * (len(found) > 1)}{where}", file=sys.stderr, flush=True)
     began = time.monotonic()
     spec = load_model_spec(str(folder))
-    routers = None
-    if sampling.routing_replay and spec.moe is not None:
-        routers = Routers(spec.layers, spec.moe.experts, spec.moe.experts_per_token)
+    routers = Routers.of(spec) if sampling.routing_replay else None
     engine = SGLangEngine(found, server, resync, spec.max_positions, routers)
     print(f"SGLang is ready after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     if routers is not None:

@@ -171,10 +171,17 @@ class SGLangClient:
         self, request_id: str, tokens: Sequence[int], timeout_s: float | None = None
     ) -> tuple[tuple[float, ...], str]:
         """log p(tokens[i] | tokens[:i]) for i >= 1, at temperature 1 and past the prefix cache; and the weight version."""
-        answer = await self.generate(request_id, tokens, 1, prompt_logprobs=True, timeout_s=timeout_s)
+        answer = await self.probe(request_id, tokens, timeout_s=timeout_s)
+        return answer.prompt_logprobs, answer.version
+
+    async def probe(
+        self, request_id: str, tokens: Sequence[int], routers: Routers | None = None, timeout_s: float | None = None
+    ) -> Generation:
+        """What is said of the tokens themselves; one more is sampled because the server must sample some."""
+        answer = await self.generate(request_id, tokens, 1, prompt_logprobs=True, routers=routers, timeout_s=timeout_s)
         if answer.finish == "abort":
             raise Unreachable(f"{self.url}/generate: the probe was aborted")
-        return tuple(logprob for logprob in answer.prompt_logprobs if logprob is not None), answer.version
+        return answer
 
     async def abort_request(self, request_id: str, timeout_s: float | None = None) -> None:
         await self._send("POST", "/abort_request", _encoded({"rid": request_id}), timeout_s)

@@ -39,8 +39,7 @@ class Generation:
     finish: FinishReason
     version: str
     versions: tuple[tuple[str, int, int], ...]
-    # of the prompt's tokens where they were asked for; null for the first
-    prompt_logprobs: tuple[float | None, ...] = ()
+    prompt_logprobs: tuple[float, ...] = ()  # of the prompt's tokens but the first, where they were asked for
     routing: Routing | None = None  # of prompt and response but the last token, where it was asked for
 
 
@@ -133,7 +132,7 @@ def parse_generation(
     rest, ids = _logprobs(given[1:], "input_token_logprobs")
     if [given[0][1], *ids] != list(prompt):
         raise BadAnswer("generate: input_token_logprobs are of other tokens than the prompt's")
-    return replace(generation, prompt_logprobs=(None, *rest))
+    return replace(generation, prompt_logprobs=tuple(rest))
 
 
 def _routing(encoded: Any, rows: int, finish: FinishReason, routers: Routers) -> Routing | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -246,10 +246,13 @@ def _plant_not_acknowledged(patch: Any, buckets: Any, delivery: Any, fleet: Any,
 def _plant_first_probe_differs(patch: Any, buckets: Any, delivery: Any, fleet: Any, ledger: Any) -> None:
     probe, count = fleet.Fleet.probe, [0]
 
-    def wrong_once(self: Any, tokens: Any, label: str) -> Any:
+    def wrong_once(self: Any, tokens: Any, label: str, routers: Any) -> Any:
         count[0] += 1
-        answers = probe(self, tokens, label)
-        return {url: [1e12] * len(values) for url, values in answers.items()} if count[0] == 1 else answers
+        answers = probe(self, tokens, label, routers)
+        if count[0] > 1:
+            return answers
+        wrong = (1e12,) * (len(tokens) - 1)
+        return {url: replace(answer, prompt_logprobs=wrong) for url, answer in answers.items()}
 
     patch.setattr(fleet.Fleet, "probe", wrong_once)
 

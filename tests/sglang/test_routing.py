@@ -16,6 +16,7 @@ from lens_megatron.rollout.sglang_client import SGLangClient
 from lens_megatron.rollout.sglang_server import ServerProcess
 from lens_megatron.routed_experts import Routers
 from lens_megatron.run_folder import RunFolder
+from tests.loop import runs
 from tests.loop.runs import run_tree, train, write_run, write_task
 from tests.rollout.test_sglang_client import stub_server
 
@@ -100,13 +101,15 @@ def test_trains_with_the_engines_experts(tmp_path: Path) -> None:
         lines = train(tmp_path, tree)
     for line in lines:
         assert line["logprob_diff_max"] < 0.3
+        assert line["sync/probe_diff_max"] < 0.3  # the probe's experts are the server's too
         assert line["grad_norm"] > 0
     assert any(line["purified_ratio"] > 0 for line in lines)
 
 
 def test_a_server_that_would_not_tell_is_refused_before_any_model_is_built(
-    task: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    task: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(str(runs.HERE))  # where the run's reward function is
     with stub_server() as url:
         tree = run_tree(task, tmp_path / "run", steps=1, parallel={"tp": 1})
         tree["rollout"] |= {"engine": "sglang", "server": {"urls": [url]}, "routing_replay": True}

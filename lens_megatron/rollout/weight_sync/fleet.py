@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lens_megatron.errors import RunError
 from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import Refused, SGLangClient
-from lens_megatron.rollout.sglang_schema import ServerInfo
+from lens_megatron.rollout.sglang_schema import Generation, ServerInfo
 from lens_megatron.rollout.weight_sync.config import SyncConfig
+from lens_megatron.routed_experts import Routers
 
 if TYPE_CHECKING:
     from lens_megatron.rollout.sglang_server import ServerAddress
@@ -152,13 +153,13 @@ class Fleet:
 
     # proof
 
-    def probe(self, tokens: Sequence[int], label: str) -> dict[str, tuple[float, ...]]:
-        """Log-probs of the tokens after the first, by every live server; one that names another version is lost."""
-        answers = self.each(lambda server: server.prompt_logprobs(f"probe/{label}/", tokens))
-        for url, (_, version) in answers.items():
-            if version != label:
-                self.refuse(url, f"{url} says that its weights are version {version!r}, synced was {label!r}")
-        return {url: logprobs for url, (logprobs, _) in answers.items() if url not in self.lost}
+    def probe(self, tokens: Sequence[int], label: str, routers: Routers | None) -> dict[str, Generation]:
+        """What every live server says of the tokens; one that names another version is lost."""
+        answers = self.each(lambda server: server.probe(f"probe/{label}/", tokens, routers))
+        for url, answer in answers.items():
+            if answer.version != label:
+                self.refuse(url, f"{url} says that its weights are version {answer.version!r}, synced was {label!r}")
+        return {url: answer for url, answer in answers.items() if url not in self.lost}
 
     def checksums(self) -> dict[str, Mapping[str, Any]]:
         """Of the servers that offer them."""

@@ -12,7 +12,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -23,15 +23,17 @@ from lens_megatron.errors import RunError
 from lens_megatron.mcore.hf_bridge import Holdings, agree_on_holdings
 from lens_megatron.mcore.hf_names import hf_shapes
 from lens_megatron.mcore.rendezvous import from_rank_zero, rank_zero_alive
+from lens_megatron.mcore.routing import replay_routing
 from lens_megatron.mcore.step import ShardedModel
 from lens_megatron.rollout.event_loop import EventLoop
-from lens_megatron.rollout.sglang_schema import ServerInfo
+from lens_megatron.rollout.sglang_schema import Generation, ServerInfo
 from lens_megatron.rollout.weight_sync.checksums import ExpectedChecksums, can_be_compared, reported_by_rank
 from lens_megatron.rollout.weight_sync.config import SyncConfig
 from lens_megatron.rollout.weight_sync.delivery import Delivery, Member, Transport
 from lens_megatron.rollout.weight_sync.fleet import Fleet, SyncFailed
 from lens_megatron.rollout.weight_sync.ledger import Ledger, some
 from lens_megatron.rollout.weight_sync.probe import Probe, bound_for
+from lens_megatron.routed_experts import Routers, Routing
 
 if TYPE_CHECKING:
     from lens_megatron.rollout.sglang_server import ServerAddress
@@ -93,6 +95,7 @@ class _Attempt:
     checksums: ExpectedChecksums | None = None
     began: float = 0.0
     transfer_seconds: float = 0.0
+    answers: dict[str, Generation] = field(default_factory=dict)  # to the probe, by URL
     probe: tuple[float, float] = (0.0, 0.0)
 
 
@@ -109,10 +112,12 @@ class WeightSync:
         folder: Path | None,
         silence_s: float = 600.0,
         tokens_per_microbatch: int = 16384,
+        routers: Routers | None = None,
     ) -> None:
+        """`routers`: the model's, where the servers tell which experts they took."""
         self.config, self.policy, self.transports = config, policy, list(transports)
         self.probe, self._servers, self._folder = list(probe), servers, folder
-        self._silence_s, self._budget = silence_s, tokens_per_microbatch
+        self._silence_s, self._budget, self._routers = silence_s, tokens_per_microbatch, routers
         self._loop = EventLoop("weight-sync") if servers is not None else None
         self._attempt: _Attempt | None = None
         self._addresses: dict[str, ServerAddress] = {}
@@ -165,10 +170,20 @@ class WeightSync:
         problem = self._on_rank_zero(lambda: problem or self._check(), "check the servers' weights")
         if problem is not None:
             return problem
-        logprobs_T = self.policy.score([torch.tensor(self.probe)], self._budget).logprobs[0]
+        own_T = self.policy.score([torch.tensor(self.probe)], self._budget).logprobs[0]
         if before_probe is not None:
             before_probe()
-        return self._on_rank_zero(lambda: self._release_and_compare(logprobs_T), "probe the rollout servers")
+        routing = self._on_rank_zero(self._release_and_probe, "probe the rollout servers")
+        replayed = self._replayed(routing) if before_probe is None else []  # else the weights are not here any more
+        return self._on_rank_zero(lambda: self._compare(own_T, replayed), "compare the rollout servers' log-probs")
+
+    def _replayed(self, routing: Sequence[Routing]) -> list[Tensor]:
+        """The probe's log-probs with the experts of each server, where they tell them."""
+        probes = [torch.tensor(self.probe)] * len(routing)
+        if not probes:
+            return []
+        with replay_routing(self.policy.chunks, probes, routing):
+            return self.policy.score(probes, self._budget).logprobs
 
     def _on_rank_zero(self, work: Callable[[], T], what: str) -> T:
         return from_rank_zero(work, what, self._silence_s)
@@ -233,20 +248,34 @@ class WeightSync:
                 if wrong := checksums.differences(reported, self.policy.spec.tied):
                     fleet.refuse(url, f"{url} holds other weights than were exported: {some(wrong)}")
 
-    def _release_and_compare(self, logprobs_T: Tensor) -> str | None:
+    def _release_and_probe(self) -> list[Routing]:
+        """The experts that each server took for the probe, in the order of `answers`; none where they do not tell them."""
+        attempt = self._attempt
+        assert attempt is not None
+        attempt.fleet.release(attempt.label)
+        attempt.answers = attempt.fleet.probe(self.probe, attempt.label, self._routers)
+        return [answer.routing for answer in attempt.answers.values() if answer.routing is not None]
+
+    def _compare(self, own_T: Tensor, replayed: Sequence[Tensor]) -> str | None:
+        """`replayed`: with each server's own experts, so that it is held to what a dense model's is."""
         attempt = self._attempt
         assert attempt is not None
         fleet, version = attempt.fleet, attempt.ledger.version
-        fleet.release(attempt.label)
-        dtypes = {entry.dtype for entry in attempt.ledger.entries.values()}
-        bound = bound_for(self.config.probe_tolerance, dtypes == {"float32"}, self.policy.spec.moe is not None)
-        probe = Probe(tuple(self.probe), tuple(logprobs_T[1:].tolist()), bound)
+        fp32 = {entry.dtype for entry in attempt.ledger.entries.values()} == {"float32"}
+        mixture = self.policy.spec.moe is not None
+
+        def probe_of(logprobs_T: Tensor, ties: bool) -> Probe:
+            bound = bound_for(self.config.probe_tolerance, fp32, ties)
+            return Probe(tuple(self.probe), tuple(logprobs_T[1:].tolist()), bound)
+
+        probe = probe_of(own_T, mixture)
+        probes = [probe_of(logprobs_T, False) for logprobs_T in replayed] or [probe] * len(attempt.answers)
         apart: list[tuple[float, float]] = []
-        for url, answer in fleet.probe(self.probe, attempt.label).items():
-            if complaint := probe.complaint(answer):
+        for mine, (url, answer) in zip(probes, attempt.answers.items(), strict=True):
+            if complaint := mine.complaint(answer.prompt_logprobs):
                 fleet.refuse(url, f"{url}: {complaint}")
             else:
-                apart.append(probe.differences(answer))
+                apart.append(mine.differences(answer.prompt_logprobs))
         fleet.dismiss(f"refused-{version}")
         attempt.probe = (
             max((largest for largest, _ in apart), default=0.0),

@@ -31,7 +31,7 @@ def meet(loop: EventLoop, *urls: str) -> Fleet:
 def test_a_probe_that_is_no_number_loses_that_server_alone(loop: EventLoop) -> None:
     with stub_server("--fault", "nan") as bad, stub_server() as good:
         fleet = meet(loop, bad, good)
-        assert list(fleet.probe([5, 6, 7], "default")) == [good]
+        assert list(fleet.probe([5, 6, 7], "default", None)) == [good]
         assert "no finite number" in fleet.lost[bad]
         fleet.close()
 
