@@ -158,7 +158,7 @@ def test_ended_from_outside(task: Path, base: Path, tmp_path: Path, how: str) ->
     assert code == expected, words
     if how == "interrupt":
         assert "Traceback" not in words
-        assert words.splitlines().count("interrupted") == 1
+        assert words.splitlines().count("interrupted; go on with --resume from the last whole checkpoint") == 1
     else:
         reason = {"terminate": "SIGTERM", "driver": "rollout driver", "0": "rank 0", "1": "rank 1"}[how]
         assert reason in complaint(words), words
