@@ -18,7 +18,7 @@ class Bound:
         return f"at most {self.largest:g}" + ("" if self.mean is None else f", {self.mean:g} on average")
 
 
-# Near a tie a router of a mixture takes another expert, and in bf16 there always is one: single tokens differ by nats then (1.4
+# Near a tie a router of a mixture takes another expert, and in bf16 there always is one: single tokens differ by nats then (2.2
 # seen in a tiny model, 0.04 on average). What a bucket of random experts does to the few tokens that go there is more.
 _DENSE, _MIXTURE, _FP32 = Bound(0.5), Bound(3.0, 0.15), Bound(1e-4)
 
