@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -60,6 +60,14 @@ class Finished:
     @property
     def oldest_version(self) -> int:
         return min((span.version for span in self.versions), default=0)
+
+    def completed(self, stop: Sequence[int], max_tokens: int) -> Finished:
+        """Itself, unless an abort came after the last token: that one aborted nothing."""
+        if self.finish != "abort" or not self.tokens:
+            return self
+        if self.tokens[-1] in stop:
+            return replace(self, finish="stop")
+        return replace(self, finish="length") if len(self.tokens) == max_tokens else self
 
     def followed_by(self, rest: Finished) -> Finished:
         """One response from the part before an abort and what was sampled after it. Each token keeps the log-prob and the

@@ -266,15 +266,11 @@ class _Batch:
         self.counts.speculated_tokens += len(response.tokens) * job.speculative
         if job.begun is not None:
             response = job.begun.followed_by(response)
-        tokens = response.tokens
-        if response.finish == "abort" and tokens:  # one that came after the last token aborted nothing
-            stopped = tokens[-1] in self.sampler.stop_tokens
-            if stopped or len(tokens) == self.config.max_response_tokens:
-                # nothing is left to be asked for, and so its experts neither: drawn once more
-                if self.config.routing_replay and response.routing is None:
-                    return replace(response, tokens=(), logprobs=(), versions=())
-                return replace(response, finish="stop" if stopped else "length")
-        return response
+        whole = response.completed(self.sampler.stop_tokens, self.config.max_response_tokens)
+        if whole.finish != "abort" and self.config.routing_replay and whole.routing is None:
+            # nothing is left to be asked for, and so its experts neither: drawn once more
+            return replace(response, finish="abort", tokens=(), logprobs=(), versions=())
+        return whole
 
     def _aborted(self, job: Job, part: Finished, by_us: bool) -> None:
         """It gave way to others, or its server went away or took new weights: it waits for room again."""

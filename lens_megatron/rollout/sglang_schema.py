@@ -244,15 +244,11 @@ def untold_experts(server: Mapping[str, Any]) -> str | None:
     for name, why in moves.items():
         if server.get(name):
             return f"was started with {name}: {why}"
-    if _more_than_one(server.get("pp_size")):
+    if (server.get("pp_size") or 1) > 1:
         return "was started with pp_size above 1: only the last stage tells its experts"
     if server.get("disaggregation_mode") not in (None, "null"):
         return "was started with a disaggregation_mode: a prompt's experts stay where it was read"
     return None
-
-
-def _more_than_one(value: Any) -> bool:
-    return isinstance(value, int) and value > 1
 
 
 def parse_load(answer: Any) -> Load:
