@@ -10,7 +10,7 @@ import contextlib
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
 
@@ -55,31 +55,47 @@ def noted(folder: RunFolder | None) -> Iterator[None]:
         raise
 
 
-def note_workers(run_dir: str, code: int) -> None:
-    """From the command that started them, where rank 0 was ended before it could say anything. By a process of its own: if
-    what ended the workers is a file system that does not answer, nobody would ever be rid of this one."""
+def noted_workers(run_dir: str, run: Callable[[], int]) -> int:
+    """`run` in the command that starts the workers: of its ends, those that rank 0 was not left time to note are noted."""
+    try:
+        code = run()
+    except KeyboardInterrupt:
+        _note_aside(run_dir, "unfinished", "interrupted")
+        raise
+    except RunError as error:
+        _note_aside(run_dir, "failed", str(error))
+        raise
     if code == 1:
-        # whenever the kernel lets go of it, it dies of the alarm before it writes: by then the run may go on again
-        code_of_it = (
-            f"import signal, sys; signal.alarm({_NOTING_S}); "
-            f"from {__name__} import note_silent_end; note_silent_end(sys.argv[1])"
+        _note_aside(
+            run_dir, "failed", "one of its processes failed: see what it printed where it was started, and logs/"
         )
-        quiet = subprocess.DEVNULL
-        noting = subprocess.Popen(
-            [sys.executable, "-c", code_of_it, run_dir],
-            stdin=quiet,
-            stdout=quiet,
-            stderr=quiet,
-            start_new_session=True,
-        )
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            noting.wait(_WAITED_FOR_NOTE_S)
+    return code
 
 
-def note_silent_end(run_dir: str) -> None:
+def _note_aside(run_dir: str, state: Ending, reason: str) -> None:
+    """By a process of its own: if what ended the workers is a file system that does not answer, nobody would ever be rid of
+    this one."""
+    # whenever the kernel lets go of it, it dies of the alarm before it writes: by then the run may go on again
+    code_of_it = (
+        f"import signal, sys; signal.alarm({_NOTING_S}); "
+        f"from {__name__} import note_silent_end; note_silent_end(*sys.argv[1:])"
+    )
+    quiet = subprocess.DEVNULL
+    noting = subprocess.Popen(
+        [sys.executable, "-c", code_of_it, run_dir, state, reason],
+        stdin=quiet,
+        stdout=quiet,
+        stderr=quiet,
+        start_new_session=True,
+    )
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        noting.wait(_WAITED_FOR_NOTE_S)
+
+
+def note_silent_end(run_dir: str, state: Ending, reason: str) -> None:
     folder = RunFolder(run_dir)
     if folder.holds_run() and folder.read_ending() is None:
-        _note(folder, "failed", "one of its processes failed: see what it printed where it was started, and logs/")
+        _note(folder, state, reason)
 
 
 def _note(folder: RunFolder | None, state: Ending, reason: str) -> None:

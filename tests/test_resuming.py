@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,19 +87,25 @@ def test_status_of_a_run_without_a_scheduler(folder: RunFolder, run: Path) -> No
     found = look(folder.path)
     assert (found["state"], found["reason"]) == ("failed", "the disk is full")
     assert ("reason", "the disk is full") in list(describe(found))
-    endings.note_silent_end(str(folder.path))
+    endings.note_silent_end(str(folder.path), "failed", "silently")
     assert look(folder.path)["reason"] == "the disk is full", "rank 0 knows better"
 
     folder.begin(tree_of(run))  # goes on
     assert folder.read_ending() is None
     for code in (0, 2, 86):
-        endings.note_workers(str(folder.path), code)
+        assert endings.noted_workers(str(folder.path), lambda code=code: code) == code
         assert folder.read_ending() is None
-    endings.note_workers(str(folder.path), 1)
-    deadline = time.monotonic() + 10.0  # it is not waited for long
-    while folder.read_ending() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert look(folder.path)["state"] == "failed"
+    assert endings.noted_workers(str(folder.path), lambda: 1) == 1
+    assert noted(folder)[0] == "failed"
+
+    folder.begin(tree_of(run))
+    with pytest.raises(KeyboardInterrupt):
+        endings.noted_workers(str(folder.path), raising(KeyboardInterrupt()))
+    assert noted(folder) == ("unfinished", "interrupted")
+    folder.begin(tree_of(run))
+    with pytest.raises(RunError):
+        endings.noted_workers(str(folder.path), raising(RunError("ended by SIGTERM")))
+    assert noted(folder) == ("failed", "ended by SIGTERM")
 
     folder.write_ending("done")
     assert look(folder.path)["state"] == "done"
@@ -108,5 +115,20 @@ def test_nothing_is_noted_of_a_start_that_leaves_no_run(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run")
     with pytest.raises(UsageError), endings.noted(folder):
         raise UsageError("empty data")
-    endings.note_silent_end(str(folder.path))
+    endings.note_silent_end(str(folder.path), "failed", "silently")
     assert folder.read_ending() is None
+
+
+def raising(error: BaseException) -> Callable[[], int]:
+    def run() -> int:
+        raise error
+
+    return run
+
+
+def noted(folder: RunFolder) -> tuple[str, str]:
+    deadline = time.monotonic() + 10.0  # it is not waited for long
+    while folder.read_ending() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    found = look(folder.path)
+    return found["state"], found["reason"]

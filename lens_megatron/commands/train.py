@@ -49,9 +49,10 @@ def run(args: argparse.Namespace) -> int:
         check_folder(find_weights(config.model), model.spec)
         if config.parallel.processes > 1:
             how = ["--resume"] if args.resume else ["--continue"] if args.go_on else []
-            code = workers.run_workers(config.parallel.processes, ["train", *how, args.run, *args.overrides])
-            endings.note_workers(config.run_dir, code)
-            return code
+            command = ["train", *how, args.run, *args.overrides]
+            return endings.noted_workers(
+                config.run_dir, lambda: workers.run_workers(config.parallel.processes, command)
+            )
     with endings.lost_peers():
         return _train(config, model, args.resume, args.go_on)
 

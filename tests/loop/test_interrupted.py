@@ -162,12 +162,23 @@ def test_ended_from_outside(task: Path, base: Path, tmp_path: Path, how: str) ->
     else:
         reason = {"terminate": "SIGTERM", "driver": "rollout driver", "0": "rank 0", "1": "rank 1"}[how]
         assert reason in complaint(words), words
+    state, reason = ending_of(run_dir)
+    assert state == ("unfinished" if how == "interrupt" else "failed")
+    assert how != "interrupt" or reason == "interrupted"
     lines = metrics(run_dir)
     expected_lines = RunFolder.open(base).read_metrics()
     assert len(lines) > 2
     for tree, other in zip(lines, expected_lines, strict=False):
         assert decided(tree) == decided(other)
     assert checkpoints.newest_first(run_dir / "checkpoints")[1] == []
+
+
+def ending_of(run_dir: Path) -> tuple[str, str]:
+    deadline = time.monotonic() + 10.0  # the command does not wait long for its note
+    while (ending := RunFolder(run_dir).read_ending()) is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ending is not None
+    return ending
 
 
 @pytest.fixture
