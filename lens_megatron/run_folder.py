@@ -130,7 +130,7 @@ class RunFolder:
         self._write_whole(self._ending_path, lambda file: file.write(text.encode()))
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """One line, flushed. A number that is not finite becomes null: NaN is no JSON."""
+        """One line, on disk. A number that is not finite becomes null: NaN is no JSON."""
         if "step" not in metrics:
             raise ValueError("metrics of a step name it: no 'step'")
         line = json.dumps({name: _finite(value) for name, value in metrics.items()}, allow_nan=False) + "\n"
@@ -141,6 +141,7 @@ class RunFolder:
             try:
                 while rest:
                     rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
             except OSError:
                 file.truncate(size)  # half a line would spoil the next one
                 raise

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
-from lens_megatron.errors import UsageError
+from lens_megatron.errors import RunError, UsageError
 from lens_megatron.machine import allow_many_sockets
 from lens_megatron.mcore.layout import ParallelConfig, check_layout
 from lens_megatron.model_spec import ModelSpec
@@ -254,8 +254,19 @@ def check_gpus() -> None:
 def _meet(world_size: int) -> tuple[Any, int]:
     """The store of all ranks, once all have come: rank 0 reads its data first, and that has its own time."""
     store, rank, _ = next(dist.rendezvous("env://", timeout=_START))  # type: ignore[attr-defined]
-    store.set(f"lens/here/{rank}", "1")
-    store.wait([f"lens/here/{other}" for other in range(world_size)], _START)
+    signs = [f"lens/here/{other}" for other in range(world_size)]
+    store.set(signs[rank], "1")
+    try:
+        store.wait(signs, _START)
+    except dist.DistStoreError:
+        missing = [str(other) for other, sign in enumerate(signs) if not store.check([sign])]
+        if not missing:
+            raise
+        which = f"rank{'s' * (len(missing) > 1)} {', '.join(missing[:8])}{', ...' * (len(missing) > 8)}"
+        raise RunError(
+            f"{which} of {world_size} had not started after {_START.total_seconds():.0f} s: "
+            "see what became of them in their logs"
+        ) from None
     return store, rank
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import resource
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from lens_megatron.errors import UsageError
+from lens_megatron.errors import RunError, UsageError
 from lens_megatron.machine import _SOCKETS, allow_many_sockets
-from lens_megatron.mcore.runtime import check_gpus
+from lens_megatron.mcore import runtime
 
 
 def test_as_many_sockets_as_the_system_allows() -> None:
@@ -53,8 +55,17 @@ def test_a_gpu_for_every_rank(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if not words:
-        check_gpus()
+        runtime.check_gpus()
         return
     with pytest.raises(UsageError) as said:
-        check_gpus()
+        runtime.check_gpus()
     assert all(word in str(said.value) for word in words), said.value
+
+
+def test_ranks_that_never_start_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    store.set("lens/here/2", "1")
+    monkeypatch.setattr(dist, "rendezvous", lambda *args, **kwargs: iter([(store, 0, 4)]))
+    monkeypatch.setattr(runtime, "_START", datetime.timedelta(seconds=1))
+    with pytest.raises(RunError, match="ranks 1, 3 of 4 had not started after 1 s: see what became of them"):
+        runtime._meet(4)
