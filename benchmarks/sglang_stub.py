@@ -61,6 +61,7 @@ class Stub:
         self.api_key, self.fault, self.vocab, self.kv_tokens = api_key, fault, vocab, kv_tokens
         self.weight_version, self.in_session, self.finished_tokens = "default", False, 0
         self.update_seconds = 0.0  # that it takes over new weights
+        self.stages = 1
         self.released: set[str] = set()  # kinds of memory
         self.running: dict[str, Request] = {}
         self.in_cache = True  # what runs; not while it is retracted
@@ -113,7 +114,7 @@ class Stub:
                 "internal_states": [{}],
                 "tp_size": 1,
                 "dp_size": 1,
-                "pp_size": 1,
+                "pp_size": self.stages,
                 "max_running_requests": self.slots,
                 "context_length": CONTEXT,
                 "max_total_num_tokens": self.kv_tokens,
@@ -324,6 +325,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--update-seconds", type=float, default=0.0)
     parser.add_argument("--slots", type=int, default=2048)
     parser.add_argument("--api-key", default="")  # a stub guards nothing
+    parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--fault", choices=FAULTS, default="none")
     parser.add_argument("--kv-tokens", type=int, default=10**8)
     parser.add_argument("--vocab", type=int, default=50000)
@@ -331,7 +333,7 @@ def main(arguments: list[str]) -> None:
 
     async def run() -> None:
         stub = Stub(args.version, args.token_seconds, args.slots, args.api_key, args.fault, args.vocab, args.kv_tokens)
-        stub.update_seconds = args.update_seconds
+        stub.update_seconds, stub.stages = args.update_seconds, args.pp
         await serve(stub, args.port)
 
     asyncio.run(run())

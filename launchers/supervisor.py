@@ -20,9 +20,20 @@ from pathlib import Path
 
 POLL_S = 0.2
 GRACE_S = 10.0
-# Slurm's and the trainer's: a server that saw them would join the trainer's processes
-NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LENS_MEGATRON_MEETING",
+# Slurm's and the trainer's: a server that saw them would join the trainer's processes. As in rollout/sglang_server.py, which
+# may not be here.
+NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
+                 "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
                  "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")  # fmt: skip
+NONE_OF_THESE_INHERITED = ("TORCHELASTIC_", "LENS_MEGATRON_")  # how names begin
+
+
+def inherited(environment: "os._Environ[str] | dict[str, str]") -> "dict[str, str]":
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in NOT_INHERITED and not name.startswith(NONE_OF_THESE_INHERITED)
+    }
 
 
 def own_address() -> str:
@@ -82,7 +93,6 @@ class Server:
         own = self.folder / f"{self.name}.settings.{self.part}.yaml"  # SGLang refuses another ending
         write_private(own, settings)  # JSON is YAML too
         command = [*(request["command"] or [sys.executable, "-m", "sglang.launch_server"]), "--config", str(own)]
-        environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         log_path = request["log"] + (f".{self.part}" if self.part else "")
         with os.fdopen(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
             log.write(f"--- start {self.start_number} of {self.name} on {host}:{settings['port']}\n".encode())
@@ -93,7 +103,7 @@ class Server:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    env={**environment, **request["env"]},
+                    env={**inherited(os.environ), **request["env"]},
                     start_new_session=True,
                 )
             except OSError as error:

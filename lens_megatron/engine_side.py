@@ -13,6 +13,7 @@ from lens_megatron.mcore.offload import Residence
 from lens_megatron.mcore.rendezvous import from_rank_zero
 from lens_megatron.mcore.step import Trainable
 from lens_megatron.rollout.sglang_server import ServerAddress
+from lens_megatron.rollout.sglang_supervised import supervised_folder
 from lens_megatron.rollout.weight_sync.handover import Handover, ServerMemory
 from lens_megatron.rollout.weight_sync.sync import WeightSync
 from lens_megatron.rollout.weight_sync.transports import make_transports
@@ -69,7 +70,9 @@ class EngineSide:
         return WeightSync(
             settings,
             self._policy,
-            make_transports(settings, run_dir, weights, runtime.device().type, self._colocated),
+            make_transports(
+                settings, run_dir, weights, runtime.device().type, self._colocated, self._only_disk_is_fast()
+            ),
             choose_probe(settings.probe_tokens),
             None if self._host is None else self._host.driver,
             run_dir / "sync",
@@ -77,6 +80,12 @@ class EngineSide:
             self._config.update.tokens_per_microbatch,
             Routers.of(self._policy.spec) if self._config.rollout.routing_replay else None,
         )
+
+    def _only_disk_is_fast(self) -> bool:
+        """Servers on the trainer's GPUs, but on other nodes than rank 0, would get their weights in the body of a request; a
+        group with the trainer reaches one pipeline stage."""
+        staged = int(str(self._config.rollout.server.argument("pp_size") or 1)) > 1
+        return staged or (self._colocated and supervised_folder() is not None)
 
     # on shared GPUs; elsewhere both have their own, all the time
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,11 @@ def run_command(command: Sequence[str], timeout_s: float | None = None) -> Outpu
     except subprocess.TimeoutExpired:
         return Output(False, f"{Path(command[0]).name} did not answer within {timeout_s:g} s")
     return Output(done.returncode == 0, (done.stdout if done.returncode == 0 else done.stderr).strip())
+
+
+def usable_cores() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_memory_bytes() -> int | None:

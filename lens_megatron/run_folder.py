@@ -311,7 +311,7 @@ class RunFolder:
 def machine_and_versions() -> dict[str, Any]:
     """Without touching CUDA: this may run before the processes that need it first."""
     from lens_megatron import __version__
-    from lens_megatron.machine import installed_version, run_command
+    from lens_megatron.machine import installed_version, run_command, usable_cores
 
     packages = ("torch", "megatron-core", "transformers", "transformer-engine", "sglang", "numpy", "pyarrow")
     gpus = run_command(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
@@ -323,7 +323,7 @@ def machine_and_versions() -> dict[str, Any]:
         "machine": {
             "host": platform.node(),
             "platform": platform.platform(),
-            "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cpus": usable_cores(),
             "gpus": gpus.text.splitlines() if gpus is not None and gpus.ok else [],
         },
         "command": sys.argv,

@@ -39,10 +39,12 @@ def run(args: argparse.Namespace) -> int:
     from lens_megatron.mcore.hf_files import check_folder
     from lens_megatron.mcore.layout import check_layout
     from lens_megatron.model_spec import find_weights, load_model_config
+    from lens_megatron.rollout.weight_sync import nccl_peers
 
     endings.on_signals(endings.RESUME)
     config = load_run(Path(args.run), args.overrides)
     kernel_order.prepare(config.parallel)
+    nccl_peers.prepare(config)
     model = load_model_config(config.model)
     if not workers.is_worker():
         check_layout(model.spec, config.parallel, config.parallel.processes)

@@ -21,6 +21,7 @@ from lens_megatron.mcore.checksums import SCHEME, differing_replicas, state_chec
 from lens_megatron.mcore.rendezvous import from_rank_zero
 from lens_megatron.mcore.routing import replay_routing
 from lens_megatron.mcore.step import ShardedModel, Trainable
+from lens_megatron.routed_experts import Routing
 from lens_megatron.update import Evaluated
 
 
@@ -30,6 +31,7 @@ class ModelGuards:
     def __init__(self, config: ModelGuardConfig, budget: int, timeout_s: float) -> None:
         self._model_config, self._budget, self._timeout_s = config, budget, timeout_s
         self._skipped_in_row = 0
+        self._expected: dict[Path, tuple[Tensor, Routing | None]] = {}  # of the probe, by folder
         self._seconds: dict[str, float] = {}
 
     @contextmanager
@@ -68,9 +70,11 @@ class ModelGuards:
         length = min(self._model_config.probe_tokens, model.spec.max_positions)
         probe = checks.probe_text(model.spec.vocab_size, length)
         # rank 0 computes alone while the others wait on the store: the collectives of the sharded model come after
-        expected_T, experts = from_rank_zero(
-            lambda: streamed_logprobs(folder, probe), "compute the probe from the HF files", self._timeout_s
-        )
+        if folder not in self._expected:  # policy and reference are often the same
+            self._expected[folder] = from_rank_zero(
+                lambda: streamed_logprobs(folder, probe), "compute the probe from the HF files", self._timeout_s
+            )
+        expected_T, experts = self._expected[folder]
         # in bf16 a router near a tie takes another expert, which is no fault: it is given those of the fp32 computation
         routing = experts if precision(model) == "bf16" else None
         sequences = [torch.tensor(probe)] * 2  # a second sequence in the pack must not see the first

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lens_megatron.machine import usable_cores
 from lens_megatron.routed_experts import Routing
 
 _ROWS = 8  # of each tensor, spread over it
@@ -21,12 +23,24 @@ def streamed_logprobs(folder: Path, tokens: Sequence[int]) -> tuple[Tensor, Rout
 
     logits_TV = torch.empty(0)
     experts: list[Tensor] = []  # [T, K] a layer
-    for name, value in states(weights_of(HfSource(folder)), list(tokens), experts.append):
-        if name == "logits":
-            logits_TV = value
+    with _every_core():
+        for name, value in states(weights_of(HfSource(folder)), list(tokens), experts.append):
+            if name == "logits":
+                logits_TV = value
     target_T = torch.tensor(tokens[1:])
     logprobs_T = logits_TV[:-1].log_softmax(-1).gather(1, target_T[:, None]).squeeze(1)
     return logprobs_T, Routing.of(torch.stack(experts, dim=1).numpy()) if experts else None
+
+
+@contextmanager
+def _every_core() -> Iterator[None]:
+    """All other ranks wait for this one, which a launcher may have left a single thread; 70B take minutes so."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(16, usable_cores()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def different_exports(folder: Path, exported: Iterator[tuple[str, Tensor]]) -> tuple[list[tuple[str, str]], int]:

@@ -81,12 +81,14 @@ class PackedSequences(PackedSeqParams):
 
 def packed_sequences(lengths: Sequence[int], cp_rank: int, cp_ranks: int, device: torch.device) -> PackedSequences:
     cu, longest = _cumulative(lengths, device), max(lengths)
+    # Transformer Engine compares the two by a look at the GPU's values, in every layer; its context parallelism wants both
+    padded = cu if cp_ranks > 1 else None
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu,
         cu_seqlens_kv=cu,
-        cu_seqlens_q_padded=cu,
-        cu_seqlens_kv_padded=cu,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         lengths=tuple(lengths),

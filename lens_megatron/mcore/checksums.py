@@ -31,7 +31,7 @@ SCHEME = 2  # of `state_checksums`: those of another one say nothing about the s
 def differing_replicas(model: ShardedModel) -> list[str]:
     """HF names of weights that are not bit for bit the same on all ranks that hold the same part. Collective."""
     locals_ = list(local_tensors(model.chunks, model.spec))
-    sums = torch.stack([_Place.of(local).sum(local.parameter.detach()).to(device()) for local in locals_])
+    sums = torch.stack([_Place.of(local).sum(local.parameter.detach()) for local in locals_])
     different = torch.zeros(len(locals_), dtype=torch.int64, device=device())
     for mine, group in _groups(locals_, model.spec.tied):
         if group.size() > 1:
@@ -78,7 +78,7 @@ def state_checksums(policy: Trainable) -> dict[str, int]:
     counted: dict[int, _Place] = {}  # parameters whose optimizer state this rank's data-parallel group counts
     for local in local_tensors(policy.chunks, policy.spec):
         if local.primary:
-            weights += _Place.of(local).sum(local.parameter.detach()).to(device())
+            weights += _Place.of(local).sum(local.parameter.detach())
         if _counts_once(local, policy):
             counted[id(local.parameter)] = _Place.of(local)
     kinds = ("param", "exp_avg", "exp_avg_sq")
@@ -89,7 +89,7 @@ def state_checksums(policy: Trainable) -> dict[str, int]:
                 states = part._get_main_param_and_optimizer_states(parameter)
                 for kind in kinds:
                     if kind in states:
-                        sums[kind] += place.sum(states[kind].detach().float(), start).to(device())
+                        sums[kind] += place.sum(states[kind].detach().float(), start)
     totals = torch.stack([weights, *sums.values()])
     dist.all_reduce(totals)
     names = ("weights", *(f"optimizer.{kind}" for kind in kinds))
@@ -128,7 +128,8 @@ class _Place:
         return cls(starts, rows, first_column, columns, _odd_number(local.mapping.hf_names))
 
     def sum(self, part: Tensor, start: int = 0) -> Tensor:
-        """Of the part's elements from number `start` on."""
+        """Of the part's elements from number `start` on; of what lives on the host, too, where the device is fast."""
+        part = part.to(device(), non_blocking=True)
         run_R = part.new_empty(self.rows // len(self.row_starts), dtype=torch.int64)
         row_C = part.new_empty(self.columns, dtype=torch.int64)
         rows_R = torch.cat([odd_words(run_R, 1, first) for first in self.row_starts])

@@ -6,7 +6,7 @@ moments over the bus once in each direction, the next parameter's arriving while
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class MomentsOnHost(torch.optim.AdamW):
         )
         self.param_groups = adam.param_groups
         self._pinned = pinned
-        self._at_home = _first(self._parameters(), share)
+        self._at_home = {id(parameter) for parameter in _first(adam, share)}
         self._ways: tuple[Any, Any] | None = None  # streams: to the GPU, back to the host
 
     def first_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
@@ -74,9 +74,6 @@ class MomentsOnHost(torch.optim.AdamW):
         if self._ways is not None:
             self._ways[1].synchronize()  # whoever reads them on the host next finds them whole
 
-    def _parameters(self) -> Iterator[Tensor]:
-        return (parameter for group in self.param_groups for parameter in group["params"])
-
     def _arrive(self, group: dict[str, Any], parameter: Tensor) -> Callable[[], list[Tensor]]:
         """Their way begins; the answer waits for its end."""
         state = self.first_state(parameter, group)
@@ -112,14 +109,19 @@ class MomentsOnHost(torch.optim.AdamW):
         return self._ways
 
 
-def _first(parameters: Iterable[Tensor], share: float) -> set[int]:
+def host_sizes(adam: torch.optim.Optimizer, share: float) -> list[int]:
+    """Bytes of each tensor that would live on the host."""
+    return [4 * parameter.numel() for parameter in _first(adam, share) for _ in _MOMENTS]
+
+
+def _first(adam: torch.optim.Optimizer, share: float) -> list[Tensor]:
     """The first parameters, whole ones, until they hold `share` of all elements."""
-    parameters = list(parameters)
+    parameters: list[Tensor] = [parameter for group in adam.param_groups for parameter in group["params"]]
     wanted, held = share * sum(p.numel() for p in parameters), 0
-    chosen: set[int] = set()
+    chosen: list[Tensor] = []
     for parameter in parameters:
         if held >= wanted:
             break
-        chosen.add(id(parameter))
+        chosen.append(parameter)
         held += parameter.numel()
     return chosen

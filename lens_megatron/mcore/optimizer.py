@@ -22,7 +22,7 @@ from megatron.core.utils import local_multi_tensor_l2_norm
 
 from lens_megatron.errors import UsageError
 from lens_megatron.machine import free_memory_bytes
-from lens_megatron.mcore.host_moments import MomentsOnHost
+from lens_megatron.mcore.host_moments import MomentsOnHost, host_sizes
 from lens_megatron.mcore.runtime import cuda_literals
 from lens_megatron.mcore.settings import MemoryConfig, OptimizerConfig
 
@@ -159,8 +159,7 @@ def _moments_to_host(inner: Any, share: float) -> None:
     for part in getattr(inner, "chained_optimizers", [inner]):
         if getattr(part, "optimizer", None) is None:  # a rank without experts
             continue
-        elements = sum(p.numel() for group in part.optimizer.param_groups for p in group["params"])
-        sizes = [round(share * 8 * elements)]
+        sizes = host_sizes(part.optimizer, share)
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         pinned = torch.cuda.is_available() and room_to_pin(sizes, ranks, free_memory_bytes())
         part.optimizer = MomentsOnHost(part.optimizer, share, pinned)
@@ -173,7 +172,7 @@ def _set_fused(inner: Any, fused: bool | None) -> None:
         if is_torch_adam(adam):
             wanted = torch.cuda.is_available() if fused is None else fused
             for group in adam.param_groups:
-                group.update(fused=wanted, foreach=False if wanted else group["foreach"])
+                group.update(fused=wanted, foreach=False if wanted else group.get("foreach"))
         elif fused is False and adam is not None:
             raise UsageError("optimizer.fused: Transformer Engine's Adam knows no other way: leave it out")
 

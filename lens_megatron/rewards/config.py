@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
+
+from lens_megatron.machine import usable_cores
 
 Kind = Literal["math", "exact", "numeric", "choice", "function", "http"]
 CUSTOM_KINDS = ("function", "http")
@@ -112,7 +113,7 @@ class RewardConfig:
 
     @property
     def processes(self) -> int:
-        return self.workers or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
+        return self.workers or min(8, usable_cores())
 
     def rule(self, source: str) -> RewardRule | None:
         """The rule of a data source; None: it has none."""

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from lens_megatron.rollout.sglang_pool import Resync
 
 
+# of a GPU, for the server's weights and cache: a trainer that has left still holds up to memory.residual_gib, CUDA's context
+# and NCCL's buffers, which SGLang, measuring before it came, would count as its own
+COLOCATED_FRACTION = 0.75
+
+
 class TextReward:
     """Decodes a response and has it judged by the pool."""
 
@@ -124,7 +129,7 @@ def sglang_sampler(
     tokenizer = load_tokenizer(str(folder))
     # token ids in, token ids out; a server that shares its GPUs with the trainer must be able to let go of its memory
     common: dict[str, Any] = {"dtype": dtype, "skip_tokenizer_init": True}
-    common |= {"enable_memory_saver": True} if colocated else {}
+    common |= {"enable_memory_saver": True, "mem_fraction_static": COLOCATED_FRACTION} if colocated else {}
     common |= {"enable_return_routed_experts": True} if sampling.routing_replay else {}
     found = seats(server, servers, str(folder), logs, first_gpu, common, seed, take_over=True)
     where = "" if server.urls else f"; logs in {logs}"

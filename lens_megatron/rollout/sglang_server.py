@@ -25,9 +25,12 @@ from lens_megatron.rollout.sglang_config import ServerConfig
 
 UNSYNCED = "unsynced"  # weight version of a server that no sync has reached since its start
 CLOSE_SECONDS = 15.0
-# of torchrun and the trainer: a server that saw them would join the trainer's processes, or take its allocator
-_NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+# of torchrun, our own launcher and the trainer: a server that saw them would join the trainer's processes, wait for a store
+# that somebody else should open, or take the trainer's allocator
+_NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
+                  "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
                   "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")  # fmt: skip
+_NONE_OF_THESE_INHERITED = ("TORCHELASTIC_", "LENS_MEGATRON_")  # how names begin
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,7 @@ class ServerProcess:
         port = self._port or free_port(self._config.host)
         self.url = f"http://{self._config.host}:{port}"
         write_private(self._settings, yaml.safe_dump({**self.settings(), "host": self._config.host, "port": port}))
-        environment = {
-            **{name: value for name, value in os.environ.items() if name not in _NOT_INHERITED},
-            **self._config.env,
-        }
+        environment = {**inherited(os.environ), **self._config.env}
         guard = [sys.executable, "-m", "lens_megatron.rollout.sglang_guard", *self.command()]
         self.log.touch(mode=0o600)
         with self.log.open("ab") as log:
@@ -147,6 +147,14 @@ class ServerProcess:
             "weight-version": UNSYNCED,
         }
         return {name.replace("_", "-"): value for name, value in settings.items()}
+
+
+def inherited(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in _NOT_INHERITED and not name.startswith(_NONE_OF_THESE_INHERITED)
+    }
 
 
 def free_port(host: str) -> int:

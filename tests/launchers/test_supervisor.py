@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -17,6 +18,8 @@ import psutil
 import pytest
 
 from launchers import supervisor
+from lens_megatron import workers
+from lens_megatron.rollout import sglang_server
 from lens_megatron.rollout.sglang_config import ServerConfig
 from lens_megatron.rollout.sglang_server import server_processes
 from lens_megatron.rollout.sglang_supervised import FOLDER, SupervisedServer
@@ -139,3 +142,16 @@ def test_names_of_nodes() -> None:
         [("sglang_1", 0, 0)],
         [("sglang_1", 0, 1)],
     ]
+
+
+def test_what_starts_the_trainers_ranks_is_kept_from_servers_on_both_sides() -> None:
+    """With torch's own names: a server that saw one would wait for the trainer's store instead of opening its own."""
+    from torch.distributed.elastic.agent.server import local_elastic_agent
+
+    source = Path(local_elastic_agent.__file__).read_text()
+    start = source.index("worker_env = {")
+    of_torchrun = set(re.findall(r'^ +"(\w+)":', source[start : source.index("}", start)], re.MULTILINE))
+    assert {"RANK", "TORCHELASTIC_USE_AGENT_STORE"} < of_torchrun
+    kept = {"PATH", "CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "HF_HOME"}
+    environment = dict.fromkeys(of_torchrun | kept | {"LENS_MEGATRON_STARTED_BY", workers.MEETING}, "1")
+    assert set(supervisor.inherited(environment)) == set(sglang_server.inherited(environment)) == kept

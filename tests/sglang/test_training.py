@@ -93,6 +93,18 @@ def test_engine_logprobs_stand_for_the_trainers(task: Path, server: ServerProces
     assert lines[0].get("logprob_diff") is None  # compared with itself the engine always agrees
 
 
+def test_the_ranks_of_a_run_start_a_server_of_their_own(task: Path, tmp_path: Path) -> None:
+    """It is not drawn into the processes of the run, whose rank 0 starts it."""
+    config = cpu_config(args={"context_length": 256})
+    tree = run_tree(task, tmp_path / "run", steps=1)
+    assert tree["parallel"] == {"tp": 2}
+    own = {"python": config.python, "args": config.args, "env": config.env, "start_timeout_s": config.start_timeout_s}
+    tree["rollout"] = {**tree["rollout"], "engine": "sglang", "server": own, "sync": {"fallback": "none"}}
+    (line,) = train(tmp_path, tree)
+    assert line["sync/probe_diff_max"] < 1e-4 and line["logprob_diff_max"] < 1e-4
+    assert json.loads((tmp_path / "run" / "sync" / "version_000001.json").read_text())["transport"] == "distributed"
+
+
 def test_trainer_and_server_by_turns(task: Path, server: ServerProcess, tmp_path: Path) -> None:
     """The verbs of `placement: colocated` in their order; on CPU nothing is freed at the server, and it lives on."""
     tree = {**tree_for(task, tmp_path, server, transport="auto"), "placement": "colocated", "steps": 2}

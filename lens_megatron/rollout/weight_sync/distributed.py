@@ -26,7 +26,7 @@ from lens_megatron.rollout.weight_sync.delivery import Delivery, Member, Noted, 
 from lens_megatron.rollout.weight_sync.fleet import Fleet, SyncFailed
 from lens_megatron.rollout.weight_sync.ledger import Entry
 from lens_megatron.rollout.weight_sync.probe import Probe
-from lens_megatron.rollout.weight_sync.process_group import GroupWithServers, Stopped, address_towards
+from lens_megatron.rollout.weight_sync.process_group import GroupWithServers, Stopped, address_towards, advice
 
 LOOK_SECONDS = 1e-3
 _transfers = 0
@@ -117,7 +117,7 @@ class DistributedTransport:
         except Stopped:
             problem = "stopped"
         except Exception as error:  # whatever torch raises of a broken group: told to rank 0, never left to hang
-            problem = f"rank {dist.get_rank()}: {type(error).__name__}: {str(error).splitlines()[0]}"
+            problem = f"rank {dist.get_rank()}: {type(error).__name__}: {str(error).splitlines()[0]}{advice(error)}"
             board.stop(problem)
         return noted.entries, sent, noted.checksums.expected() if noted.checksums else {}, problem
 

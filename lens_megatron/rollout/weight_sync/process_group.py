@@ -128,6 +128,17 @@ def _break_up(group: Any) -> None:
         dist.destroy_process_group(group)
 
 
+def advice(error: Exception) -> str:
+    """What NCCL's own words do not say."""
+    if "invalid usage" not in str(error) and "ncclInvalidUsage" not in str(error):
+        return ""
+    version = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "unknown"
+    return (
+        f"; NCCL refuses a peer of another version: the trainer's is {version}. Install the torch of the servers' environment "
+        "here, or set rollout.sync.transport: disk"
+    )
+
+
 def address_towards(url: str) -> str:
     """This machine's address as the server at `url` can reach it."""
     parts = urlsplit(url)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LEDGERS_KEPT = 20
+GIVEN_UP_AFTER = 3  # failures of a transport in a row, where another one does it: each may have taken the time limit
 
 
 class Servers(Protocol):
@@ -122,6 +123,7 @@ class WeightSync:
         self._attempt: _Attempt | None = None
         self._addresses: dict[str, ServerAddress] = {}
         self._last: dict[str, str] = {}  # fingerprints of the version before
+        self._failures_in_row = dict.fromkeys((transport.name for transport in transports), 0)
 
     def sync(self, version: int, before_probe: Callable[[], None] | None = None) -> Synced | None:
         """`version` at every server that is well; RunError on all ranks when there is none. The result is rank 0's.
@@ -133,12 +135,26 @@ class WeightSync:
         self._on_rank_zero(lambda: self._begin(version), "find the rollout servers")
         holdings = agree_on_holdings(self.policy.chunks, self.policy.spec)
         failures: list[str] = []
-        for transport in self.transports:
+        reached = False
+        for transport in self._worth_trying():
             problem = self._deliver(transport, version, holdings, before_probe)
-            if problem is None:
+            reached = problem is None
+            self._failures_in_row[transport.name] = 0 if reached else self._failures_in_row[transport.name] + 1
+            if reached:
                 break
-            failures.append(f"by {transport.name}: {problem}")
-        return self._on_rank_zero(lambda: self._end(version, failures, began), "end the weight sync")
+            failures.append(f"by {transport.name}: {problem}{self._given_up(transport)}")
+        return self._on_rank_zero(lambda: self._end(version, reached, failures, began), "end the weight sync")
+
+    def _given_up(self, transport: Transport) -> str:
+        times = self._failures_in_row[transport.name]
+        if times < GIVEN_UP_AFTER or transport is self.transports[-1]:
+            return ""
+        return f" ({times} times in a row: {transport.name} is not tried again in this run)"
+
+    def _worth_trying(self) -> list[Transport]:
+        """The last one always is."""
+        *first, last = self.transports
+        return [*(one for one in first if self._failures_in_row[one.name] < GIVEN_UP_AFTER), last]
 
     def close(self) -> None:
         for transport in self.transports:
@@ -206,6 +222,9 @@ class WeightSync:
         fleet = attempt.fleet
         if attempt.ledger.transport:  # a transport before this one failed: those that answer get another chance
             fleet.look_again()
+        staged = [url for url in fleet.live if fleet.infos[url].pp > 1]
+        if staged and transport.name == "distributed":  # every stage would come to the group as its first one
+            return f"{staged[0]} has pipeline stages, which SGLang does not tell apart in a group with the trainer"
         attempt.ledger, attempt.transport = self._empty_ledger(version, transport.name), transport
         attempt.label = f"{version}.{secrets.token_hex(4)}"
         try:
@@ -286,13 +305,12 @@ class WeightSync:
         attempt.transport.proved(version, attempt.label, probe)
         return None
 
-    def _end(self, version: int, failures: list[str], began: float) -> Synced | None:
+    def _end(self, version: int, reached: bool, failures: list[str], began: float) -> Synced | None:
         attempt = self._attempt
         assert attempt is not None and self._servers is not None
         fleet, ledger = attempt.fleet, attempt.ledger
-        failed = len(failures) == len(self.transports)
         self._write(ledger, failures, fleet.lost)
-        if failed:
+        if not reached:
             raise RunError(
                 f"weight sync: version {version} reached no rollout server whole, and nothing is sampled from part of it: "
                 + "; then ".join(failures)
@@ -309,7 +327,7 @@ class WeightSync:
             attempt.transfer_seconds,
             len(fleet.live),
             len(self._addresses) - len(fleet.live),
-            bool(failures),
+            ledger.transport != self.transports[0].name,
             *attempt.probe,
             changed,
             (*failures, *fleet.lost.values()),

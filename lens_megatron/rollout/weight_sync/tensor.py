@@ -68,7 +68,7 @@ class TensorTransport:
             noted.entries.clear()
             whole = encode(bucket, buffer_B) if set(fleet.live) - sharing else b""
             payloads = {
-                url: [encode_place(bucket, buffer_B) if url in sharing else whole for _ in range(fleet.ranks(url))]
+                url: [encode_place(bucket, buffer_B) if url in sharing else whole for _ in range(fleet.infos[url].tp)]
                 for url in fleet.live
             }
             arrived = acknowledged()

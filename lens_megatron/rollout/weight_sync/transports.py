@@ -13,7 +13,12 @@ from lens_megatron.rollout.weight_sync.tensor import TensorTransport
 
 
 def make_transports(
-    config: SyncConfig, run_dir: Path, companions_from: Path, device: str, colocated: bool = False
+    config: SyncConfig,
+    run_dir: Path,
+    companions_from: Path,
+    device: str,
+    colocated: bool = False,
+    only_disk_is_fast: bool = False,
 ) -> list[Transport]:
     """`companions_from`: the model's folder, for the config and tokenizer files beside weights on disk."""
     disk = DiskTransport(snapshot_folder(config, run_dir), companions_from)
@@ -22,7 +27,7 @@ def make_transports(
         "tensor": TensorTransport(),
         "disk": disk,
     }
-    name = config.transport if config.transport != "auto" else "tensor" if colocated else "distributed"
-    first = chosen[name]
+    automatic = "disk" if only_disk_is_fast else "tensor" if colocated else "distributed"
+    first = chosen[automatic if config.transport == "auto" else config.transport]
     # colocated, the trainer's weights are gone when the probe fails: there is no second time
     return [first] if config.fallback == "none" or first is disk or colocated else [first, disk]

@@ -72,3 +72,16 @@ def test_resuming_below_versions_that_are_on_disk(pool: WorkerPool, model: Path,
     kept = sorted((tmp_path / "weights").iterdir())
     assert [folder.name for folder in kept] == ["version_000005", "version_000006"]
     assert all((folder / "proved.json").exists() for folder in kept)
+
+
+def test_a_transport_that_keeps_failing_is_not_tried_for_ever(pool: WorkerPool, model: Path, tmp_path: Path) -> None:
+    """Here because the server has pipeline stages; elsewhere each failure may take the whole time limit."""
+    with stub_server("--pp", "2") as url:
+        open_trainer(pool, model, url, tmp_path, transport="distributed")
+        found = [pool.run(sync_cases.sync, version)[0] for version in range(1, 5)]
+    assert all((synced.transport, synced.fell_back, synced.servers) == ("disk", True, 1) for synced in found)
+    for synced in found[:3]:
+        (complaint,) = synced.complaints
+        assert complaint.startswith(f"by distributed: {url} has pipeline stages")
+    assert "(3 times in a row: distributed is not tried again in this run)" in found[2].complaints[0]
+    assert "in a row" not in found[1].complaints[0] and found[3].complaints == ()
