@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from lens_megatron import __version__, commands, workers
-from lens_megatron.errors import RunError, UsageError
+from lens_megatron.errors import RunError, Terminated, UsageError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
-    except RunError as error:
+    except (RunError, Terminated) as error:
         print(f"failed: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -108,7 +108,7 @@ def _what_then() -> str:
     return f"; {endings.advice}" if endings is not None and endings.advice else ""
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).splitlines())
 
 

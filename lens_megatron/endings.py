@@ -15,7 +15,7 @@ from functools import partial
 from types import FrameType
 
 from lens_megatron import workers
-from lens_megatron.errors import RunError
+from lens_megatron.errors import RunError, Terminated
 from lens_megatron.run_folder import Ending, RunFolder
 
 RESUME = "go on with --resume from the last whole checkpoint"
@@ -39,7 +39,7 @@ def _terminated(what_then: str, number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: closing must not be cut short
     if workers.is_local_worker():
         raise SystemExit(workers.TERMINATED)
-    raise RunError(f"ended by SIGTERM; {what_then}")
+    raise Terminated(f"ended by SIGTERM; {what_then}")
 
 
 @contextlib.contextmanager
@@ -50,7 +50,7 @@ def noted(folder: RunFolder | None) -> Iterator[None]:
     except KeyboardInterrupt:
         _note(folder, "unfinished", "interrupted")
         raise
-    except Exception as error:
+    except (Exception, Terminated) as error:
         _note(folder, "failed", " ".join(str(error).split()) or type(error).__name__)
         raise
 
@@ -62,7 +62,7 @@ def noted_workers(run_dir: str, run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         _note_aside(run_dir, "unfinished", "interrupted")
         raise
-    except RunError as error:
+    except Terminated as error:
         _note_aside(run_dir, "failed", str(error))
         raise
     if code == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
@@ -345,7 +346,8 @@ class Host:
 
     def close(self) -> None:
         self.driver.close()
-        self.trackers.close()
+        for complaint in self.trackers.close():
+            print(complaint, file=sys.stderr)
         self.folder.close()
 
 

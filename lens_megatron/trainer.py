@@ -248,7 +248,8 @@ class Trainer:
             line = {**EVERY_STEP, "step": 0, **metrics, **self.progress.times()}
             with self.watch.doing("write the first evaluation's metrics", self.config.timeout_s):
                 self.host.folder.append_metrics(line)
-                self.host.trackers.log(line)
+                for complaint in self.host.trackers.log(line):
+                    self.progress.note(complaint)
         self.progress.begin_step()
 
     def told_to_end(self) -> Order | None:
@@ -345,7 +346,8 @@ class Trainer:
             self.host.check_seconds = 0.0
             tree.update(self.guards.times())
             self.host.folder.append_metrics(tree)
-            self.host.trackers.log(tree)
+            for complaint in self.host.trackers.log(tree):
+                self.progress.note(complaint)
             self._last_metrics = {name: value for name, value in tree.items() if value is not None}
             self.progress.finish_step(self._last_metrics)
             self._note_steps_without_reward(self._last_metrics)

@@ -11,7 +11,7 @@ import pytest
 from launchers.run_status import describe, look
 from lens_megatron import endings, resuming, strict
 from lens_megatron.config import RunConfig, load_run
-from lens_megatron.errors import RunError, UsageError
+from lens_megatron.errors import RunError, Terminated, UsageError
 from lens_megatron.run_folder import RunFolder
 from tests.loop.runs import run_tree, write_run
 from tests.test_checkpoints import write as write_checkpoint
@@ -103,8 +103,8 @@ def test_status_of_a_run_without_a_scheduler(folder: RunFolder, run: Path) -> No
         endings.noted_workers(str(folder.path), raising(KeyboardInterrupt()))
     assert noted(folder) == ("unfinished", "interrupted")
     folder.begin(tree_of(run))
-    with pytest.raises(RunError):
-        endings.noted_workers(str(folder.path), raising(RunError("ended by SIGTERM")))
+    with pytest.raises(Terminated):
+        endings.noted_workers(str(folder.path), raising(Terminated("ended by SIGTERM")))
     assert noted(folder) == ("failed", "ended by SIGTERM")
 
     folder.write_ending("done")

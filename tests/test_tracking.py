@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,3 +38,40 @@ def test_missing_packages_are_refused_at_once(tree: dict[str, object], monkeypat
     monkeypatch.setattr(tracking, "_installed", lambda package: False)
     with pytest.raises(UsageError, match="not installed"):
         strict.build(TrackingConfig, tree, "run.yaml")
+
+
+def test_one_that_fails_is_left_out_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trackers = Trackers(TrackingConfig(tensorboard=True), tmp_path, "run", {})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.flush", full)
+    (complaint,) = trackers.log({"step": 3, "reward": 0.25})
+    assert complaint.startswith("tracking: tensorboard failed at step 3 and gets nothing from here on:")
+    assert "No space left on device" in complaint
+    assert trackers.log({"step": 4, "reward": 0.5}) == []
+    assert trackers.close() == []
+
+
+@pytest.mark.parametrize("fault", ["hangs", "raises"])
+def test_one_that_cannot_be_closed_keeps_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """A stand-in for wandb whose server does not answer any more."""
+    answered = threading.Event()
+
+    class Run:
+        def log(self, numbers: dict[str, float], step: int) -> None: ...
+
+        def finish(self) -> None:
+            if fault == "raises":
+                raise RuntimeError("no network")
+            answered.wait()
+
+    monkeypatch.setattr(tracking, "_installed", lambda package: True)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: Run()))  # type: ignore[arg-type]
+    trackers = Trackers(TrackingConfig(tensorboard=False, wandb_project="lens"), tmp_path, "run", {})
+    assert trackers.log({"step": 1, "reward": 0.25}) == []
+    (complaint,) = trackers.close(limit_s=0.2)
+    answered.set()
+    said = {"hangs": "did not close within 0.2 s", "raises": "could not be closed: no network"}
+    assert complaint.startswith("tracking: wandb") and said[fault] in complaint

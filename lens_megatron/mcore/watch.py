@@ -24,7 +24,7 @@ import psutil
 import torch.distributed as dist
 
 from lens_megatron import stacks, workers
-from lens_megatron.errors import UsageError
+from lens_megatron.errors import Terminated, UsageError
 from lens_megatron.mcore import agreement
 
 MARGIN_S = 5.0  # who knows whom it waited for gives up first: the watch before a collective, a save before the watch
@@ -66,7 +66,7 @@ class Watch:
         self._doing = (what, time.monotonic(), limit_s)
         try:
             yield
-        except Exception as error:
+        except (Exception, Terminated) as error:
             error.__dict__.setdefault(_BROKEN_OFF, self._doing)
             raise
         finally:
@@ -78,9 +78,9 @@ class Watch:
         """An error of this rank is written down with its stack, and the other ranks are told."""
         try:
             yield
-        except (UsageError, KeyboardInterrupt, SystemExit):
+        except (UsageError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except (Exception, Terminated) as error:
             what, since, _ = error.__dict__.get(_BROKEN_OFF, self._doing)
             self._doing = (what, since, None)
             self._say("error", f"rank {self.rank} failed: {error}", "".join(traceback.format_exception(error)))
