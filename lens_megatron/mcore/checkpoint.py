@@ -171,7 +171,8 @@ def save(
 def load(policy: Trainable, folder: Path) -> dict[str, Any]:
     """Everything that `save` wrote into `policy`; what it got as `extra`. Written in any layout.
 
-    The generators continue only in the layout that wrote them. A checkpoint without optimizer gives the weights alone.
+    The generators continue only in the layout that wrote them. A checkpoint without optimizer gives the weights
+    and its step's place in the learning-rate schedule.
     """
     manifest, extra = on_rank_0(lambda: _opened(policy, folder))
     with cuda_literals(), torch.no_grad(), _one_line_errors(folder):
@@ -180,6 +181,7 @@ def load(policy: Trainable, folder: Path) -> dict[str, Any]:
         trainer = found["trainer"]
         if not manifest.optimizer:
             policy.optimizer.inner.reload_model_params()
+            checkpoint_optimizer.set_schedule(policy.optimizer, manifest.step)
             return extra
         places = _wanted(policy)  # again: loading empties the first
         checkpoint_optimizer.load_optimizer(policy.optimizer, places, folder, trainer["adam_step"])

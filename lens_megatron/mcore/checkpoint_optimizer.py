@@ -8,6 +8,7 @@ are not stored: RUN.yaml says them, and the schedule's position decides the rest
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,30 @@ def optimizer_state(optimizer: Optimizer, model_state: dict[str, Any], metadata:
     state = {}
     for number, part in enumerate(optimizer_parts(optimizer)):
         _ensure_moments(part)
-        state[number] = part.sharded_param_state_fully_reshardable(model_state, metadata=options) or {}
+        with _places_without_padding(part):
+            state[number] = part.sharded_param_state_fully_reshardable(model_state, metadata=options) or {}
     return state
+
+
+@contextmanager
+def _places_without_padding(part: Any) -> Iterator[None]:
+    """Megatron-Core 0.16 joins a buffer's buckets without what fills each up, and then cuts parameters out at places that
+    count it: behind the first filled bucket each would be saved shifted, the last ones filled up with zeros."""
+    kept = [(buffer, buffer.param_index_map) for buffer in part.buffers]
+    try:
+        for buffer, places in kept:
+            before, filled = [], 0  # what fills up the buckets before each
+            for bucket in buffer.buckets:
+                before.append(filled)
+                filled += bucket.grad_data.numel() - bucket.numel_unpadded
+            buffer.param_index_map = {
+                parameter: (start - before[bucket], stop - before[bucket], bucket)
+                for parameter, (start, stop, bucket) in places.items()
+            }
+        yield
+    finally:
+        for buffer, places in kept:
+            buffer.param_index_map = places
 
 
 @torch.no_grad()

@@ -30,6 +30,32 @@ class Answer:
     rates: tuple[float, ...] = ()
 
 
+def saved_and_loaded_in_buckets(folder: Path, layout: ParallelConfig, target: Path) -> tuple[int, Any, Any]:
+    """With gradients summed while backward runs, as on a GPU, and buffers therefore in several buckets: how many elements
+    fill them up, and the checksums before and after."""
+    import pytest
+
+    from lens_megatron.mcore import checkpoint, optimizer
+    from lens_megatron.mcore.checksums import state_checksums
+
+    config = optimizer.DistributedDataParallelConfig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "can_overlap", lambda: True)
+        patch.setattr(
+            optimizer, "DistributedDataParallelConfig", lambda **settings: config(**settings, bucket_size=3000)
+        )
+        trained = policy(folder, layout)
+        train(trained, 2)
+        before = state_checksums(trained)
+        checkpoint.save(trained, target, EXTRA, step=2, companions_from=folder)
+        fresh = policy(folder, layout)
+        checkpoint.load(fresh, target)
+    chunk = trained.chunks[0]
+    buckets = [bucket for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers) for bucket in buffer.buckets[:-1]]
+    filled = sum(bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buckets)
+    return filled, before, state_checksums(fresh)
+
+
 def policy(folder: Path, layout: ParallelConfig, dtype: torch.dtype | None = None, on_host: float = 0.0) -> Any:
     """`on_host`: share of Adam's moments."""
     from lens_megatron.mcore.settings import MemoryConfig, OptimizerConfig
@@ -291,6 +317,7 @@ def weights_only(folder: Path, layout: ParallelConfig, source: Path) -> list[dic
     for load in (checkpoint.load, checkpoint.load_weights):
         again = policy(folder, layout, torch.bfloat16)
         load(again, source)
+        assert again.optimizer.scheduler.num_steps == (2 if load is checkpoint.load else 0)
         # a master weight that kept the HF folder's value would come back with the next update
         for part in checkpoint_optimizer_parts(again.optimizer):
             part._copy_main_params_to_model_params()
