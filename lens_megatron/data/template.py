@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from lens_megatron.data.rows import Row
@@ -13,6 +14,9 @@ CHAT = "chat"
 SLOT = "{problem}"
 # Stands in for the question while the chat template's own text is found: nobody's question, and nothing to escape.
 _PLACEHOLDER = "Zq7question7qZ"
+# Some chat templates write the day: a run that goes on tomorrow, and its evaluation, must have the same prompts. Llama 3's own
+# choice where it is told none.
+_TODAY = date(2024, 7, 26)
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,9 @@ class Template:
     def _apply(self, row: Row, question: str) -> str:
         messages = [{"role": m.role, "content": m.content} for m in row.messages[:-1]]
         messages.append({"role": "user", "content": question})
-        return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, strftime_now=_TODAY.strftime
+        )
 
 
 def _first_token(tokenizer: Any) -> str:

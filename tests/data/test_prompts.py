@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,21 @@ def test_templates_that_cannot_work(tokenizer: Any) -> None:
     turns = (Message("user", "a"), Message("assistant", "b"))
     with pytest.raises(UsageError, match=r"f.jsonl:1: several turns"):
         Template(tokenizer, BOXED).encode([row("c", *turns)])
+
+
+@pytest.mark.parametrize("style", ["llama3", "plain"])
+def test_prompts_do_not_change_overnight(tokenizer: Any, style: str) -> None:
+    """A run that goes on after midnight would be refused: its prompts were others."""
+    today = {
+        "llama3": "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "Today: {{ date_string }}\n",
+        "plain": "Today: {{ strftime_now('%d %b %Y') }}\n",
+    }
+    dated = deepcopy(tokenizer)
+    dated.chat_template = today[style] + tokenizer.chat_template
+    asked = [{"role": "user", "content": "x"}]
+    assert not dated.apply_chat_template(asked, tokenize=False).startswith("Today: 26 Jul 2024")  # it would write the day
+    assert Template(dated, CHAT).render(row("x")).text.startswith("Today: 26 Jul 2024\n<|im_start|>")
 
 
 def test_a_chat_template_that_rewrites_the_question_is_refused(tokenizer: Any) -> None:
