@@ -78,6 +78,7 @@ class SGLangClient:
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._session: aiohttp.ClientSession | None = None
+        self.unwell: ServerError | None = None  # why `is_healthy` said no last
 
     # reading
 
@@ -103,7 +104,8 @@ class SGLangClient:
         """Whether its scheduler answers. It takes the server a second or more; never while generation is paused."""
         try:
             await self._send("GET", "/health", None, timeout_s)
-        except (Unreachable, Refused):
+        except (Unreachable, Refused) as error:
+            self.unwell = error
             return False
         return True
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from lens_megatron.errors import RunError
 from lens_megatron.rollout.engine import Request
-from lens_megatron.rollout.sglang_client import SGLangClient, Unreachable
+from lens_megatron.rollout.sglang_client import Refused, SGLangClient, Unreachable
 from lens_megatron.rollout.sglang_config import ServerConfig
 from lens_megatron.rollout.sglang_schema import OLDEST_SUPPORTED, Generation, ServerInfo
 from lens_megatron.rollout.sglang_server import (
@@ -32,6 +32,7 @@ from lens_megatron.rollout.sglang_supervised import SupervisedServer, supervised
 
 State = Literal["starting", "quarantined", "ready", "gone"]
 HEALTH_RETRY_SECONDS = 0.25
+_NEVER_WELL = (401, 403, 404, 405)  # of /health, at a URL that was given: whoever answers so is no SGLang
 END_LOOKS, END_LOOK_SECONDS = 10, 0.1
 DEFAULT_SLOTS = 64  # of a server that does not tell how many requests it runs at once
 
@@ -106,8 +107,11 @@ class Seat:
                     f"{self.name} ended while starting (exit code {self.process.exit_code}): "
                     f"{self.process.last_words()}; {self.process.log} tells more"
                 )
+            why = self.client.unwell
+            if self.process is None and isinstance(why, Refused) and why.status in _NEVER_WELL:
+                raise RunError(f"{self.name}: no SGLang server of this run's: {why}")
             if time.monotonic() > deadline:
-                where = f"; see {self.process.log}" if self.process else ""
+                where = f"; see {self.process.log}" if self.process else f": {why}" if why is not None else ""
                 raise RunError(
                     f"{self.name} ({self.client.url}) was not ready within start_timeout_s = "
                     f"{self.config.start_timeout_s:g}{where}"

@@ -132,7 +132,9 @@ def test_prompts_do_not_change_overnight(tokenizer: Any, style: str) -> None:
     dated = deepcopy(tokenizer)
     dated.chat_template = today[style] + tokenizer.chat_template
     asked = [{"role": "user", "content": "x"}]
-    assert not dated.apply_chat_template(asked, tokenize=False).startswith("Today: 26 Jul 2024")  # it would write the day
+    assert not dated.apply_chat_template(asked, tokenize=False).startswith(
+        "Today: 26 Jul 2024"
+    )  # it would write the day
     assert Template(dated, CHAT).render(row("x")).text.startswith("Today: 26 Jul 2024\n<|im_start|>")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -15,6 +17,7 @@ from lens_megatron.rollout.sglang_client import SGLangClient
 from lens_megatron.rollout.sglang_config import ServerConfig
 from lens_megatron.rollout.sglang_engine import SGLangEngine
 from lens_megatron.rollout.sglang_seat import Seat
+from lens_megatron.rollout.sglang_server import free_port
 from tests.rollout.test_sglang_engine import FAST, check, drain, engine_of, name_weights, requests, stubs, sync
 
 
@@ -112,3 +115,29 @@ def test_a_server_left_paused_by_a_killed_trainer(take_over: bool) -> None:
         finally:
             loop.run(client.close())
             loop.close()
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, *args: object) -> None: ...
+
+
+def test_a_url_that_is_no_sglang_server_is_not_waited_for() -> None:
+    with HTTPServer(("127.0.0.1", 0), Elsewhere) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_port}"
+        config = ServerConfig(**{**FAST, "start_timeout_s": 60.0, "urls": (url,)})
+        began = time.monotonic()
+        with pytest.raises(RunError, match=r"sglang_0: no SGLang server of this run's: .*/health was refused \(404\)"):
+            SGLangEngine([Seat("sglang_0", url, None, None, config)], config)
+        assert time.monotonic() - began < 30.0
+        other.shutdown()
+
+
+def test_why_nobody_answered_is_said() -> None:
+    nobody = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+    config = ServerConfig(**{**FAST, "start_timeout_s": 0.5, "urls": (nobody,)})
+    with pytest.raises(RunError, match=r"not ready within start_timeout_s = 0.5: .*/health: ClientConnectorError"):
+        SGLangEngine([Seat("sglang_0", nobody, None, None, config)], config)
