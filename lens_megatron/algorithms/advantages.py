@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_megatron.algorithms.outcomes import SAME_REWARD
+from lens_megatron.own_functions import named
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class AdvantageConfig:
     """How rewards of a group become advantages and weights."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-    baseline: str = "group"  # a name in BASELINES: group, leave_one_out, original
+    baseline: str = "group"  # a name in BASELINES: group, leave_one_out, original; or module:function
     std: Literal["unbiased", "population", "none"] = "unbiased"
     epsilon: float = 1e-6  # added to the std
     # Eq. 4 on every group (Algorithm 1), on groups with a purified rollout, on purified rollouts alone, or nowhere
@@ -44,8 +45,10 @@ class AdvantageConfig:
     overlong: OverlongConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.baseline not in BASELINES:
-            raise ValueError(f"advantage.baseline {self.baseline!r} is none of {', '.join(BASELINES)}")
+        try:
+            named(self.baseline, BASELINES)
+        except ValueError as error:
+            raise ValueError(f"advantage.baseline {error}") from None
         if self.epsilon < 0:
             raise ValueError("advantage.epsilon must not be negative")
         if self.baseline == "original" and self.std != "none":
@@ -131,7 +134,7 @@ def group_advantages(
         # no spread, no signal: exactly 0, whatever the rounding and the epsilon
         return GroupAdvantages(torch.zeros_like(rewards_M), weights.to(rewards_M.dtype))
     terms = BaselineTerms(rewards, weights, success_rate if original_mean is None else original_mean)
-    advantages = rewards - BASELINES[config.baseline](terms)
+    advantages = rewards - named(config.baseline, BASELINES)(terms)
     if config.std != "none":
         advantages = advantages / (_weighted_std(rewards, weights, unbiased=config.std == "unbiased") + config.epsilon)
     return GroupAdvantages(advantages.to(rewards_M.dtype), weights.to(rewards_M.dtype))

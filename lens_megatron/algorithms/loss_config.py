@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from lens_megatron.algorithms.surrogates import SURROGATES, TOKEN_ONLY
+from lens_megatron.own_functions import named
 
 RatioLevel = Literal["token", "sequence", "length_normalised"]
 PurifiedRatioKind = Literal["literal", "floor", "none", "luffy", "gspo", "power", "mixture"]
@@ -96,7 +97,7 @@ class LossConfig:
     """One point in the family: PPO's clipped surrogate and its rivals, KL, token masks, corrections."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-    surrogate: str = "clip"  # a name in surrogates.SURROGATES: clip, cispo, aspo
+    surrogate: str = "clip"  # a name in surrogates.SURROGATES: clip, cispo, aspo; or module:function
     ratio: RatioLevel = "token"
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -113,8 +114,10 @@ class LossConfig:
     engine_correction: EngineCorrectionConfig = EngineCorrectionConfig()
 
     def __post_init__(self) -> None:
-        if self.surrogate not in SURROGATES:
-            raise ValueError(f"loss.surrogate {self.surrogate!r} is none of {', '.join(SURROGATES)}")
+        try:
+            named(self.surrogate, SURROGATES)
+        except ValueError as error:
+            raise ValueError(f"loss.surrogate {error}") from None
         for name in ("clip_low", "clip_high", "kl_coef", "imitation_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name} must not be negative")

@@ -20,6 +20,7 @@ from lens_megatron.algorithms.loss_inputs import Denominators, LossInputs
 from lens_megatron.algorithms.loss_metrics import MetricTerms, metric_sums
 from lens_megatron.algorithms.ratios import bounded_exp, engine_weight, log_ratio, mixture_weight
 from lens_megatron.algorithms.surrogates import SURROGATES, Surrogate, SurrogateTerms, purified_value
+from lens_megatron.own_functions import named
 
 
 def policy_loss(inputs: LossInputs, config: LossConfig, denominators: Denominators) -> tuple[Tensor, dict[str, Tensor]]:
@@ -88,7 +89,7 @@ def token_surrogate(inputs: LossInputs, config: LossConfig) -> Surrogate:
         clip_high_T=clip_high_T,
         dual_clip=config.dual_clip,
     )
-    surrogate = SURROGATES[config.surrogate](terms)
+    surrogate = named(config.surrogate, SURROGATES)(terms)
     purified = config.purified
     if purified.kind in ("floor", "power", "luffy"):
         purified_T = inputs.to_tokens(inputs.purified_S)

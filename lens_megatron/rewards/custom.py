@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
 import json
 import math
@@ -11,9 +10,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, get_args
 
+from lens_megatron import own_functions
 from lens_megatron.rewards.config import RewardRule
 from lens_megatron.rewards.judge import with_format
 from lens_megatron.rewards.judgement import Judgement, Verdict, verdict_of
@@ -26,18 +25,12 @@ class CustomRewardError(Exception):
     """The user's function or server failed: the run stops, for a reward of 0 would teach that the answer was wrong."""
 
 
-@cache
 def load(name: str) -> Callable[..., Any]:
     """`module:function`."""
-    module_name, _, attribute = name.partition(":")
     try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise CustomRewardError(f"reward function {name}: cannot import {module_name}: {error}") from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise CustomRewardError(f"reward function {name}: {module_name} has no function {attribute}")
-    return function
+        return own_functions.load(name)
+    except ValueError as error:
+        raise CustomRewardError(f"reward function {error}") from error
 
 
 def missing(names: Sequence[str]) -> str:
