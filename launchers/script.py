@@ -58,10 +58,14 @@ def trainer_step(job: Job) -> list[str]:
 
 
 def mounts(job: Job, place: Place) -> list[str]:
-    """A folder that a configured mount already holds is not mounted again."""
-    own = [folder for folder in dict.fromkeys((str(job.run_dir), str(job.work_dir))) if folder != "/"]
+    return all_mounts(place, job.run_dir, job.work_dir)
+
+
+def all_mounts(place: Place, *own: Path) -> list[str]:
+    """`own`: always mounted. A folder that a configured mount already holds is not mounted again."""
+    folders = [folder for folder in dict.fromkeys(map(str, own)) if folder != "/"]
     there = [mount.split(":")[1] for mount in place.mounts]
-    missing = [f for f in own if not any(f == m or f.startswith(m.rstrip("/") + "/") for m in there)]
+    missing = [f for f in folders if not any(f == m or f.startswith(m.rstrip("/") + "/") for m in there)]
     return [*place.mounts, *(f"{folder}:{folder}" for folder in missing)]
 
 

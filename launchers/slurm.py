@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 
 from launchers import nemo
+from launchers.inputs import View, check_inputs
 from launchers.queue import Handle
 from launchers.script import Job
 from launchers.servers import servers_of
@@ -97,9 +98,9 @@ def plan(
     if links < 1:
         raise UsageError(f"--chain: at least 1 (got {links})")
     shape = job_shape(model.spec, config.parallel, where, servers_of(config))
-    run_dir = Path(config.run_dir).absolute()
+    run_dir, work_dir = Path(config.run_dir).absolute(), Path.cwd()
+    check_inputs(config, View(where, run_dir, work_dir))
     word = re.sub(r"[^A-Za-z0-9_-]+", "-", name or run_dir.name).strip("-") or "run"
-    work_dir = Path.cwd()
     jobs = [
         Job(word, run_dir, work_dir, Path(sys.executable), where, shape, link, links) for link in range(1, links + 1)
     ]

@@ -11,6 +11,7 @@ from typing import Any
 from lens_megatron.errors import UsageError
 
 RawRow = tuple[str, dict[str, Any]]  # where (file and line or row), columns
+FILE_KINDS = (".jsonl", ".parquet")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PARQUET_BATCH = 1024
 _SPLITS = ("train", "test", "validation", "valid", "dev")
@@ -30,14 +31,21 @@ def find_files(source: str, split: str) -> list[Path]:
     """The files of a split, in the order in which they are read."""
     path = Path(source).expanduser()
     if path.is_file():
-        if path.suffix not in (".jsonl", ".parquet"):
+        if path.suffix not in FILE_KINDS:
             raise UsageError(f"{source}: data is read from .jsonl and .parquet files, not from {path.suffix or 'this'}")
         return [path]
     if path.is_dir():
         return _in_folder(path, split)
-    if _HUB_ID.fullmatch(source) and not source.startswith((".", "/")):
+    if is_hub_id(source):
         return _in_folder(_download(source), split)
     raise UsageError(f"{source}: no such file or folder, and not a hub id of the form owner/name")
+
+
+def is_hub_id(source: str) -> bool:
+    """Of a data set that may be on the hub: nothing here has that name. `data/train.jsonl` is a file that is not there."""
+    if Path(source).expanduser().exists() or Path(source).suffix in FILE_KINDS:
+        return False
+    return _HUB_ID.fullmatch(source) is not None and not source.startswith((".", "/"))
 
 
 def _in_folder(folder: Path, split: str) -> list[Path]:
@@ -48,7 +56,7 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
     if (folder / "state.json").is_file():
         names = [entry["filename"] for entry in json.loads((folder / "state.json").read_text())["_data_files"]]
         return [folder / name for name in names]
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".jsonl", ".parquet"))
+    files = sorted(path for path in folder.rglob("*") if path.suffix in FILE_KINDS)
     if not files:
         raise UsageError(f"{folder}: no .jsonl or .parquet file in it")
     of_split = [path for path in files if _split_of(path, folder) == split]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lens_megatron.data.files import FILE_KINDS
 from lens_megatron.data.prompts import encode_prompts
 from lens_megatron.data.rows import Message, Row, read_rows
 from lens_megatron.data.template import Template
@@ -18,7 +19,6 @@ from lens_megatron.rewards.config import RewardConfig
 from lens_megatron.rollout.engine import derive_seed
 from lens_megatron.types import Prompt
 
-_FILES = (".jsonl", ".parquet")
 _SOURCE = "benchmark/"  # a training set may be called math500 and be judged otherwise
 
 
@@ -56,7 +56,7 @@ def load_sets(config: BenchmarkConfig, tokenizer: Any, template: str) -> list[Ev
     shown = Template(tokenizer, template)
     sets: list[EvalSet] = []
     for name in config.benchmarks:
-        if name.endswith(_FILES):
+        if name.endswith(FILE_KINDS):
             sets.append(_from_file(config, name, shown))
         else:
             sets += [_from_benchmark(config, benchmark, shown) for benchmark in select_benchmarks(name)]

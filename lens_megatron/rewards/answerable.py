@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lens_megatron.errors import UsageError
@@ -26,16 +26,19 @@ _LETTER = re.compile(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
 _PLAIN_NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?")
 
 
-def check_functions(config: RewardConfig) -> None:
+def check_functions(
+    config: RewardConfig, python: str = sys.executable, variables: Mapping[str, str] | None = None
+) -> None:
     """UsageError for a function of the user's that is not there, before anything is loaded. Imported in a process of its own,
-    as its workers will be: the module may do anything."""
+    as its workers will be: the module may do anything. `python`, `variables`: of a run that starts elsewhere, which finds
+    functions by its own environment."""
     rules = [rule for rule in (config.default, *config.sources.values()) if rule is not None]
     names = sorted({str(rule.function) for rule in rules if rule.kind == "function"})
     if not names:
         return
     code = f"import sys; from {missing.__module__} import missing; sys.exit(missing(sys.argv[1:]) or 0)"
-    command = [sys.executable, "-c", code, *names]
-    there = {**os.environ, **environment(custom=True)}
+    command = [python, "-c", code, *names]
+    there = {**os.environ, **(environment(custom=True) if variables is None else variables)}
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS, env=there)
     except subprocess.TimeoutExpired:

@@ -25,6 +25,10 @@ def tires(response: str, answer: str, source: str) -> float:
     return by_hash(response, answer, source)
 
 
+def broken(response: str, answer: str, source: str) -> float:
+    raise ValueError("the judge is broken")
+
+
 def slowly(response: str, answer: str, source: str) -> float:
     time.sleep(0.05)
     return by_hash(response, answer, source)

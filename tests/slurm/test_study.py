@@ -22,7 +22,7 @@ def study_file(launcher: Launcher) -> Path:
     arms = [
         {"name": "grpo", "set": {"algorithm": "grpo"}},
         {"name": "lens", "grid": {"nodes": [2]}},
-        {"name": "broken", "set": {"rewards.default.function": "loop_rewards:not_there"}, "grid": {"nodes": [1]}},
+        {"name": "broken", "set": {"rewards.default.function": "loop_rewards:broken"}, "grid": {"nodes": [1]}},
     ]
     path = launcher.folder / "STUDY.yaml"
     tree = {
@@ -61,7 +61,7 @@ def test_cells_are_jobs_on_one_node_and_on_two(
     assert sorted(of) == ["broken-nodes1", "grpo-nodes1", "grpo-nodes2", "lens-nodes2"]
     assert len(set(of.values())) == 4
     failure = f"job {of['broken-nodes1']} failed: "
-    assert f"failed cell broken-nodes1: {failure}" in words and "not_there" in words
+    assert f"failed cell broken-nodes1: {failure}" in words and "the judge is broken" in words
     assert words.count("]") == 4, f"a line for each cell: {words}"
     cells = rows(folder / "cells.csv")
     expected = {"broken-nodes1": "failed", "grpo-nodes1": "done", "grpo-nodes2": "done", "lens-nodes2": "done"}

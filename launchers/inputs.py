@@ -1,0 +1,83 @@
+"""What a run reads, looked for before its job is queued: a job may wait for hours to say that a file is not there.
+
+Without a container a job sees what this machine sees. In one, a path is looked for where its mount comes from; what no
+mount holds nobody here can see, and the job itself will say. Whatever is not looked for is passed over in silence.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from launchers.script import all_mounts
+from launchers.site import SiteConfig
+from lens_megatron.config import RunConfig
+from lens_megatron.data.files import FILE_KINDS, find_files, is_hub_id
+from lens_megatron.errors import UsageError
+from lens_megatron.evaluation.benchmarks import load_benchmark, select_benchmarks
+from lens_megatron.rewards.answerable import check_functions
+
+
+@dataclass(frozen=True)
+class View:
+    """A job's files, as far as they can be seen from here."""
+
+    site: SiteConfig
+    run_dir: Path
+    work_dir: Path
+
+    def here(self, path: str | Path) -> Path | None:
+        """Where a path of the job's is on this machine; None: it cannot be known."""
+        given = Path(path).expanduser()
+        if self.site.image is None:
+            return given
+        there = Path(os.path.normpath(self.work_dir / given))
+        mounts = [mount.split(":")[:2] for mount in all_mounts(self.site, self.run_dir, self.work_dir)]
+        holding = [(Path(source), Path(target)) for source, target in mounts if there.is_relative_to(target)]
+        if not holding:
+            return None
+        source, target = max(holding, key=lambda mount: len(mount[1].parts))  # the innermost hides the others
+        return source / there.relative_to(target) if source.exists() else None
+
+
+def check_inputs(config: RunConfig, view: View) -> None:
+    """UsageError for what `train` would refuse before it loads a model, of what takes no more than a look."""
+    if not view.site.check_inputs:
+        return
+    _check_rows("data.train", config.data.train, config.data.split, view)
+    for name in config.evaluation.benchmarks:
+        if name.endswith(FILE_KINDS):
+            _check_rows("evaluation.benchmarks", name, "train", view)
+        else:
+            _check_benchmarks(name, config.evaluation.data, view)
+    _check_functions(config, view.site)
+
+
+def _check_rows(key: str, source: str, split: str, view: View) -> None:
+    path = view.here(source)
+    if path is None or is_hub_id(source):  # the job fetches what is on the hub
+        return
+    try:
+        find_files(str(path), split)
+    except UsageError as error:
+        raise UsageError(f"{key}: {error}") from None
+
+
+def _check_benchmarks(names: str, data: str | None, view: View) -> None:
+    try:
+        benchmarks = select_benchmarks(names)
+        folder = None if data is None else view.here(data)
+        if folder is not None:
+            for benchmark in benchmarks:
+                load_benchmark(benchmark, folder)
+    except UsageError as error:
+        raise UsageError(f"evaluation.benchmarks: {error}") from None
+
+
+def _check_functions(config: RunConfig, site: SiteConfig) -> None:
+    """By the interpreter that will run them, if it is here."""
+    python = sys.executable if site.venv is None else f"{site.venv.rstrip('/')}/bin/python"
+    if site.image is None and Path(python).exists():
+        check_functions(config.rewards, python, {**site.env, "CUDA_VISIBLE_DEVICES": ""})

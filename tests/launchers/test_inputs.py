@@ -1,0 +1,105 @@
+"""What a run reads is looked for before its job is queued, where that can be known."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launchers.inputs import View
+from launchers.site import SiteConfig
+from launchers.slurm import plan
+from lens_megatron.errors import UsageError
+from tests.loop.runs import run_tree, write_run, write_task
+
+LOOP = Path(__file__).parents[1] / "loop"  # where its reward function is
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture
+def run(task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(LOOP), str(LOOP.parents[1])]))
+    return write_run(tmp_path, run_tree(task, tmp_path / "run"))
+
+
+def site(**keys: Any) -> SiteConfig:
+    return SiteConfig(**{"gpus_per_node": 2, **keys})
+
+
+ABSENT = [
+    ("data.train=nofile.jsonl", "data.train: nofile.jsonl: no such file"),
+    ("data.train=data/nofile.jsonl", "data.train: data/nofile.jsonl: no such file"),  # no hub id
+    ("evaluation.benchmarks=[nofile.jsonl]", "evaluation.benchmarks: nofile.jsonl: no such file"),
+    ("evaluation={benchmarks: [amc23], data: nofolder}", "evaluation.benchmarks: nofolder/amc23.jsonl: No such file"),
+    ("evaluation.benchmarks=[amc32]", "evaluation.benchmarks: benchmark 'amc32': not one of all"),
+]
+FUNCTION = "rewards.default.function=nope:score"
+
+
+@pytest.mark.parametrize(("override", "message"), [*ABSENT, (FUNCTION, "rewards: reward function nope:score: cannot")])
+def test_what_is_not_there_is_refused(run: Path, override: str, message: str) -> None:
+    plan(run, [], site())
+    with pytest.raises(UsageError) as caught:
+        plan(run, [override], site())
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    plan(run, [override], site(check_inputs=False))
+
+
+def test_a_hub_id_is_left_to_the_job(run: Path) -> None:
+    plan(run, ["data.train=owner/name", "evaluation.benchmarks=[amc23]"], site())
+
+
+def test_a_container_is_seen_through_its_mounts(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "host" / "sets").mkdir(parents=True)
+    (tmp_path / "host" / "sets" / "train.jsonl").write_text('{"prompt": "How many?", "answer": "1"}\n')
+    container = site(image="lens.sqsh", mounts=[f"{tmp_path}/host:/data", "/not/on/this/machine:/data/other"])
+    for override in (
+        "data.train=/data/sets/train.jsonl",
+        "data.train=/data/other/nofile.jsonl",  # its mount comes from where this machine does not see
+        "data.train=/in/the/image.jsonl",
+        FUNCTION,  # of the image
+    ):
+        plan(run, [override], container)
+    for override, message in (
+        ("data.train=/data/sets/nofile.jsonl", f"data.train: {tmp_path}/host/sets/nofile.jsonl: no such file"),
+        ABSENT[0],  # the working folder is always mounted
+    ):
+        with pytest.raises(UsageError) as caught:
+            plan(run, [override], container)
+        assert str(caught.value).replace(f"{tmp_path}/work/", "").startswith(message)
+
+
+def test_the_innermost_mount_holds_a_path(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    where = site(image="x", mounts=[f"{tmp_path}:/data", f"{tmp_path}/in:/data/deep"])
+    view = View(where, Path("/run"), Path("/work"))
+    assert view.here("/data/deep/a") == tmp_path / "in" / "a"
+    assert view.here("/data/deep/../a") == tmp_path / "a"
+    assert view.here("/database") is None
+
+
+def test_functions_are_looked_for_by_the_interpreter_that_will_run_them(run: Path, tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    override = "rewards.default.function=of_the_venv:score"
+    plan(run, [override], site(venv=str(venv)))  # on the nodes alone
+    (venv / "bin").mkdir(parents=True)
+    python = venv / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{venv}:$PYTHONPATH" exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    with pytest.raises(UsageError, match="cannot import of_the_venv"):
+        plan(run, [override], site(venv=str(venv)))
+    (venv / "of_the_venv.py").write_text("def score(response, answer, source):\n    return 1.0\n")
+    plan(run, [override], site(venv=str(venv)))
+    path = os.pathsep.join([str(tmp_path / "mine"), os.environ["PYTHONPATH"]])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "nope.py").write_text("def score(response, answer, source):\n    return 1.0\n")
+    plan(run, [FUNCTION], site(env={"PYTHONPATH": path}))
