@@ -19,6 +19,7 @@ _TAKEN = {
     "no-requeue": "requeue", "job-name": "--name", "output": "the launcher", "error": "the launcher", "array": "study",
     "open-mode": "the launcher", "ntasks": "the launcher", "dependency": "--chain",
 }  # fmt: skip
+_NOTICE_EARLY_S = 60  # Slurm's: it looks at limits now and then
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,12 @@ class SiteConfig(Place):
             raise ValueError(f"ranks_per_node: {self.ranks_per_node} ranks do not find a GPU each on a node")
         if not 0 <= self.end_notice_s <= 65535:
             raise ValueError(f"end_notice_s: Slurm takes 0 to 65535 (got {self.end_notice_s})")
+        limit = _seconds(self.time)
+        if self.end_notice_s and limit and limit <= self.end_notice_s + _NOTICE_EARLY_S:  # time 0: no limit
+            raise ValueError(
+                f"time: {self.time} is over at once: notice of its end comes end_notice_s {self.end_notice_s} s before it, "
+                "and up to a minute earlier: a longer time, or a shorter end_notice_s"
+            )
         for name in self.sbatch:
             if (key := _TAKEN.get(name.lstrip("-").replace("_", "-"))) is not None:
                 raise ValueError(f"sbatch: {name} is decided by {key!r}")
@@ -93,6 +100,14 @@ class SiteConfig(Place):
     @property
     def servers_place(self) -> Place:
         return self.servers or self
+
+
+def _seconds(time: str) -> int:
+    """As Slurm reads it: minutes, M:SS, H:MM:SS, D-H, D-H:MM or D-H:MM:SS; seconds count as a whole minute."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    hours, minutes, seconds = [*parts, 0, 0][:3] if dash or len(parts) == 3 else [0, *parts, 0][:3]
+    return 86400 * int(days or 0) + 3600 * hours + 60 * (minutes + (seconds > 0))
 
 
 def load_site(path: Path | None, overrides: Sequence[str] = ()) -> SiteConfig:

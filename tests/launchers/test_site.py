@@ -33,6 +33,9 @@ def test_shipped_sites_load(path: Path) -> None:
         ("sbatch: {--signal: B:USR1@30}", "--signal is decided by 'end_notice_s'"),
         ("end_notice_s: 100000", "Slurm takes 0 to 65535"),
         ("nodes: 0", "nodes must be at least 1"),
+        ("time: '11'", "time: 11 is over at once"),
+        ("{time: '00:01:30', end_notice_s: 60}", "notice of its end comes end_notice_s 60 s before it"),
+        ("{time: 0-01, end_notice_s: 3540}", "time: 0-01 is over at once"),
     ],
 )
 def test_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -41,6 +44,12 @@ def test_refused(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         load_site(path)
     assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("time", ["12", "11:30", "0:12:00", "0-1", "0-0:12", "0-0:11:01", "1-00:00:00", "0"])
+def test_times_with_room_before_the_notice(time: str) -> None:
+    """Slurm's six forms, of which 12 minutes and more are more than 600 s and a minute; 0 is no limit."""
+    assert load_site(None, [f'time="{time}"']).time == time
 
 
 def test_every_key_is_read_and_documented() -> None:

@@ -49,9 +49,9 @@ def test_two_nodes(launcher: Launcher, base: list[dict[str, Any]], capsys: pytes
 
 
 def test_time_limit(launcher: Launcher, base: list[dict[str, Any]]) -> None:
-    """A limit of one minute that Slurm announces in the first half of it; a later notice by hand."""
+    """A limit of two minutes that Slurm announces in the first half of it; a later notice by hand."""
     first_waits = "rewards.default.function=loop_rewards:until_noticed"
-    handle = launcher.submit(first_waits, site={"time": "00:01:00", "end_notice_s": 59}, checkpoint={"every": 0})
+    handle = launcher.submit(first_waits, site={"time": "00:02:00", "end_notice_s": 59}, checkpoint={"every": 0})
     (job,) = handle.jobs
     launcher.until(lambda: launcher.restarts(job) == 1, "requeue")
     first = newest_checkpoint(launcher)
