@@ -40,6 +40,7 @@ _HOPELESS = {
     "NodeDown": "a node that it needs is down",
     "ReservationDeleted": "its reservation is gone",
 }
+_UNQUEUED = "Slurm did not answer when the job was to be queued again: launch it with --resume"
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def status(run_dir: Path, jobs: Sequence[str]) -> JobStatus:
     if ended.state in ("unknown", "unfinished") and (silent := [one for one in found if one.silent]):
         return silent[0]
     if ended.state in ("done", "stopped", "unfinished"):
-        return JobStatus(ended.state, ended.job or last.job, last.slurm, restarts=last.restarts)
+        return JobStatus(ended.state, ended.job or last.job, last.slurm, ended.reason, restarts=last.restarts)
     if ended.state == "unknown" and last.state != "failed":
         return last
     reason = last_error(run_dir) or last.reason or ended.reason
@@ -116,12 +117,12 @@ def status(run_dir: Path, jobs: Sequence[str]) -> JobStatus:
 
 
 def outcome(run_dir: Path) -> JobStatus:
-    """What the batch script wrote last: `done 123.0`, `failed 1 123.2`."""
+    """What the batch script wrote last: `done 123.0`, `failed 1 123.2`, `unfinished unqueued 123.0`."""
     path = run_dir / "launch" / "outcome"
     words = path.read_text().split() if path.exists() else []
     if not words or words[0] not in _ENDINGS:
         return JobStatus("unknown")
-    reason = f"exit code {words[1]}" if words[0] == "failed" else ""
+    reason = f"exit code {words[1]}" if words[0] == "failed" else _UNQUEUED if "unqueued" in words else ""
     return JobStatus(_ENDINGS[words[0]], words[-1].partition(".")[0], reason=reason)
 
 

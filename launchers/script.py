@@ -17,6 +17,7 @@ from launchers.site import Place, SiteConfig
 from lens_megatron.stopping import EXIT_CODES
 
 _SERVERS_END_S = 60
+_REQUEUE_S, _REQUEUE_PAUSE_S = 300, 10  # how long Slurm is asked to queue a job again, and how often
 _AGAIN, _STOP = EXIT_CODES["make room"], EXIT_CODES["stop"]
 
 
@@ -78,12 +79,20 @@ def setup_lines(job: Job) -> str:
     """Between nemo-run's own preparations and its srun."""
     parts = [
         "set +evx",
-        *job.site.setup,
-        *_exports(job),
-        _FUNCTIONS.format(again=_AGAIN, stop=_STOP, patience=_SERVERS_END_S, requeue=_requeue(job)),
+        *_names(job),
+        _FUNCTIONS.format(
+            again=_AGAIN,
+            stop=_STOP,
+            patience=_SERVERS_END_S,
+            requeue=_requeue(job),
+            requeue_s=_REQUEUE_S,
+            pause_s=_REQUEUE_PAUSE_S,
+        ),
         "trap end_of_job EXIT",
         *(_chain_check(job) if job.link > 1 else ()),
         'rm -f "$LAUNCH/outcome" "$LAUNCH/servers.stop"',
+        *(_setup(job) if job.site.setup else ()),
+        *_exports(job),
         _here_document(job.launch / "rank.sh", _rank_script(job)),
         _every_node_sees(job),
         *(_servers(job) if job.shape.servers is not None else ()),
@@ -92,11 +101,22 @@ def setup_lines(job: Job) -> str:
 
 
 _FUNCTIONS = """
-life=$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}
 export LENS_MEGATRON_MEETING=$LAUNCH/meeting.$life  # where rank 0 says on which port it is to be met
 export LENS_MEGATRON_NOTICE=$LAUNCH/notice.$life  # is there once Slurm has announced the time limit
 
 outcome() {{ echo "$1" > "$LAUNCH/outcome.partial" && mv "$LAUNCH/outcome.partial" "$LAUNCH/outcome"; }}
+
+requeue() {{  # the controller may be away, as while it is restarted
+  give_up=$((SECONDS + {requeue_s}))
+  while :; do
+    outcome "unfinished $life"
+    if scontrol requeue "$SLURM_JOB_ID"; then sleep 60; break; fi  # Slurm ends this job meanwhile
+    outcome "unfinished unqueued $life"  # the time limit may come before the next attempt
+    [ $SECONDS -lt $give_up ] || {{ echo "error: Slurm did not queue the job again for {requeue_s} s" >&2; break; }}
+    sleep {pause_s}
+  done
+  exit {again}
+}}
 
 end_of_job() {{
   code=$?
@@ -116,9 +136,7 @@ end_of_job() {{
     exit $code
   fi
   case "$told" in
-    {again})
-      outcome "unfinished $life"
-      {requeue} ;;
+    {again}) {requeue} ;;
     {stop}) outcome "stopped $life" ;;
     *) outcome "done $life" ;;
   esac
@@ -128,16 +146,41 @@ end_of_job() {{
 
 def _requeue(job: Job) -> str:
     if job.links > 1 or not job.site.requeue:
-        return ":"  # another job goes on
-    return f'scontrol requeue "$SLURM_JOB_ID" && sleep 60; exit {_AGAIN}'
+        return 'outcome "unfinished $life"'  # another job goes on
+    return "requeue"
+
+
+def _names(job: Job) -> list[str]:
+    return [
+        f"RUN={shlex.quote(str(job.run_dir))}",
+        'LAUNCH=$RUN/launch; servers=""',
+        "life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}",
+    ]
+
+
+def _setup(job: Job) -> list[str]:
+    """What fails ends the job, by the rules of `set -e`, for the site's own lines alone: scripts that they source, and the
+    functions of modules, may have commands that fail, and are judged by their last one."""
+    return [
+        """
+setup_failed() {
+  [ ${#BASH_SOURCE[@]} -le 2 ] || return  # within a sourced script
+  trap - ERR
+  echo "error: setup: exit code $1 of: $(sed -n "$2{s/^ *//;p}" "$0")" >&2
+  exit 2
+}
+trap 'setup_failed $? $LINENO' ERR  # by its line: $BASH_COMMAND may be within a function of modules""",
+        *job.site.setup,
+        "trap - ERR",
+        *_names(job),  # whatever it made of them
+        "",
+    ]
 
 
 def _exports(job: Job) -> list[str]:
     environment = {"OMP_NUM_THREADS": "1", **job.site.env} if job.site.cpus_per_rank is None else job.site.env
     return [
         *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
-        f"RUN={shlex.quote(str(job.run_dir))}",
-        'LAUNCH=$RUN/launch; servers=""',
         "# by Slurm's own address of the first node: names need not resolve, and a container has no scontrol",
         'export MASTER_ADDR=$(scontrol -o show node "$head_node" | sed -n "s/.*NodeAddr=\\([^ ]*\\).*/\\1/p")',
     ]

@@ -36,18 +36,26 @@ head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" hostname --ip-address)
 
 
 set +evx
-module load cuda
-export OMP_NUM_THREADS=8
 RUN=/shared/runs/lens-8b
 LAUNCH=$RUN/launch; servers=""
-# by Slurm's own address of the first node: names need not resolve, and a container has no scontrol
-export MASTER_ADDR=$(scontrol -o show node "$head_node" | sed -n "s/.*NodeAddr=\([^ ]*\).*/\1/p")
-
 life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+
 export LENS_MEGATRON_MEETING=$LAUNCH/meeting.$life  # where rank 0 says on which port it is to be met
 export LENS_MEGATRON_NOTICE=$LAUNCH/notice.$life  # is there once Slurm has announced the time limit
 
 outcome() { echo "$1" > "$LAUNCH/outcome.partial" && mv "$LAUNCH/outcome.partial" "$LAUNCH/outcome"; }
+
+requeue() {  # the controller may be away, as while it is restarted
+  give_up=$((SECONDS + 300))
+  while :; do
+    outcome "unfinished $life"
+    if scontrol requeue "$SLURM_JOB_ID"; then sleep 60; break; fi  # Slurm ends this job meanwhile
+    outcome "unfinished unqueued $life"  # the time limit may come before the next attempt
+    [ $SECONDS -lt $give_up ] || { echo "error: Slurm did not queue the job again for 300 s" >&2; break; }
+    sleep 10
+  done
+  exit 85
+}
 
 end_of_job() {
   code=$?
@@ -67,9 +75,7 @@ end_of_job() {
     exit $code
   fi
   case "$told" in
-    85)
-      outcome "unfinished $life"
-      scontrol requeue "$SLURM_JOB_ID" && sleep 60; exit 85 ;;
+    85) requeue ;;
     86) outcome "stopped $life" ;;
     *) outcome "done $life" ;;
   esac
@@ -77,6 +83,23 @@ end_of_job() {
 }
 trap end_of_job EXIT
 rm -f "$LAUNCH/outcome" "$LAUNCH/servers.stop"
+
+setup_failed() {
+  [ ${#BASH_SOURCE[@]} -le 2 ] || return  # within a sourced script
+  trap - ERR
+  echo "error: setup: exit code $1 of: $(sed -n "$2{s/^ *//;p}" "$0")" >&2
+  exit 2
+}
+trap 'setup_failed $? $LINENO' ERR  # by its line: $BASH_COMMAND may be within a function of modules
+module load cuda
+trap - ERR
+RUN=/shared/runs/lens-8b
+LAUNCH=$RUN/launch; servers=""
+life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+
+export OMP_NUM_THREADS=8
+# by Slurm's own address of the first node: names need not resolve, and a container has no scontrol
+export MASTER_ADDR=$(scontrol -o show node "$head_node" | sed -n "s/.*NodeAddr=\([^ ]*\).*/\1/p")
 cat > /shared/runs/lens-8b/launch/rank.sh <<'END_OF_SCRIPT'
 # one rank of the trainer
 life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
