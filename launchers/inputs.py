@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from lens_megatron.config import RunConfig
 from lens_megatron.data.files import FILE_KINDS, find_files, is_hub_id
 from lens_megatron.errors import UsageError
 from lens_megatron.evaluation.benchmarks import load_benchmark, select_benchmarks
+from lens_megatron.model_spec import ModelConfig, find_weights, load_model_config
 from lens_megatron.rewards.answerable import check_functions
+
+_OF_THE_CACHE = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,26 @@ class View:
             return None
         source, target = max(holding, key=lambda mount: len(mount[1].parts))  # the innermost hides the others
         return source / there.relative_to(target) if source.exists() else None
+
+
+def find_model(name: str, view: View) -> ModelConfig:
+    """Its shape, and a look whether its weights are where the job will look for them."""
+    cache = hub_cache(view.site.env)
+    here = None if cache is None else view.here(cache)
+    model = load_model_config(name, here or cache)
+    if cache is None or here is not None:
+        find_weights(name, here or cache)
+    return model
+
+
+def hub_cache(variables: Mapping[str, str]) -> Path | None:
+    """Hugging Face's cache under variables that a site sets; None: it sets none of those, and the cache is ours."""
+    if not any(name in variables for name in _OF_THE_CACHE):
+        return None
+    known = {**os.environ, **variables}
+    home = known.get("HF_HOME") or str(Path(known.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    cache = known.get("HF_HUB_CACHE") or known.get("HUGGINGFACE_HUB_CACHE") or str(Path(home) / "hub")
+    return Path(os.path.expandvars(cache)).expanduser()
 
 
 def check_inputs(config: RunConfig, view: View) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from launchers import nemo
-from launchers.inputs import View, check_inputs
+from launchers.inputs import View, check_inputs, find_model
 from launchers.queue import Handle
 from launchers.script import Job
 from launchers.servers import servers_of
@@ -28,7 +28,6 @@ from lens_megatron import stopping, strict
 from lens_megatron.config import load_run
 from lens_megatron.errors import RunError, UsageError
 from lens_megatron.machine import run_command
-from lens_megatron.model_spec import find_weights, load_model_config
 from lens_megatron.output import replace_text
 from lens_megatron.run_folder import RunFolder
 
@@ -93,13 +92,13 @@ def plan(
     else:
         where = load_site(site, of_site)
     config = load_run(run, of_run)
-    model = load_model_config(config.model)
-    find_weights(config.model)
+    run_dir, work_dir = Path(config.run_dir).absolute(), Path.cwd()
+    view = View(where, run_dir, work_dir)
+    model = find_model(config.model, view)
     if links < 1:
         raise UsageError(f"--chain: at least 1 (got {links})")
     shape = job_shape(model.spec, config.parallel, where, servers_of(config))
-    run_dir, work_dir = Path(config.run_dir).absolute(), Path.cwd()
-    check_inputs(config, View(where, run_dir, work_dir))
+    check_inputs(config, view)
     word = re.sub(r"[^A-Za-z0-9_-]+", "-", name or run_dir.name).strip("-") or "run"
     jobs = [
         Job(word, run_dir, work_dir, Path(sys.executable), where, shape, link, links) for link in range(1, links + 1)

@@ -162,18 +162,19 @@ def named_template(template: str | None, default: str) -> str:
     return load_model_config(template).template if template in shipped_models() else template
 
 
-def load_model_config(name_or_folder: str | Path) -> ModelConfig:
-    """A shipped name (or its hub id), a folder with a config.json, or a hub id whose files are in the local cache."""
+def load_model_config(name_or_folder: str | Path, cache: Path | None = None) -> ModelConfig:
+    """A shipped name (or its hub id), a folder with a config.json, or a hub id whose files are in the local cache.
+    `cache`: another Hugging Face cache than this process's."""
     given = str(name_or_folder)
     shipped = _shipped(given)
     if shipped is not None:
         return shipped
     folder = Path(given)
     if not folder.exists():
-        cached = _cached_snapshot(given)
+        cached = _cached_snapshot(given, cache)
         if cached is None:
             raise UsageError(
-                f"model {given!r}: not a folder, not in the Hugging Face cache, and not a shipped model "
+                f"model {given!r}: not a folder, not in the Hugging Face cache{_where(cache)}, and not a shipped model "
                 f"({', '.join(shipped_models())}){_download_hint(given)}"
             )
         folder = cached
@@ -187,7 +188,7 @@ def load_model_spec(name_or_folder: str | Path) -> ModelSpec:
     return load_model_config(name_or_folder).spec
 
 
-def find_weights(name_or_folder: str | Path) -> Path:
+def find_weights(name_or_folder: str | Path, cache: Path | None = None) -> Path:
     """The folder with config.json, tokenizer and safetensors. Never downloads: every rank of a job may ask."""
     given = str(name_or_folder)
     shipped = _shipped(given)
@@ -196,10 +197,10 @@ def find_weights(name_or_folder: str | Path) -> Path:
     hub_id = given if shipped is None else shipped.hub_id
     if hub_id is None:
         raise UsageError(f"model {given!r} has a shape but no published weights; give a folder with weights")
-    folder = _cached_snapshot(hub_id)
+    folder = _cached_snapshot(hub_id, cache)
     if folder is None:
         raise UsageError(
-            f"model {given!r}: no folder, and no weights in the Hugging Face cache{_download_hint(hub_id)}"
+            f"model {given!r}: no folder, and no weights in the Hugging Face cache{_where(cache)}{_download_hint(hub_id)}"
         )
     return folder
 
@@ -221,15 +222,19 @@ def _read_shipped(name: str) -> ModelConfig:
     return strict.build(ModelConfig, {**strict.read_yaml(path), "name": name}, f"model_configs/{path.name}")
 
 
-def _cached_snapshot(hub_id: str) -> Path | None:
-    """The folder of a model in the local Hugging Face cache."""
+def _where(cache: Path | None) -> str:
+    return "" if cache is None else f" {cache}"
+
+
+def _cached_snapshot(hub_id: str, cache: Path | None) -> Path | None:
+    """The folder of a model in a Hugging Face cache, by default this process's."""
     if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")) or hub_id.endswith("/"):
         return None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        config = try_to_load_from_cache(hub_id, "config.json")
+        config = try_to_load_from_cache(hub_id, "config.json", cache_dir=cache)
     except HFValidationError:
         return None
     return Path(config).parent if isinstance(config, str) else None

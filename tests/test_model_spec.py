@@ -238,7 +238,7 @@ def test_find_weights_gives_folders_and_never_downloads(tmp_path: Path, monkeypa
     with pytest.raises(UsageError, match="no published weights"):
         find_weights("tiny-llama")
 
-    def cached(repo_id: str, filename: str) -> str | None:
+    def cached(repo_id: str, filename: str, cache_dir: Path | None) -> str | None:
         return str(tmp_path / filename) if repo_id == "Qwen/Qwen3-0.6B" else None
 
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)

@@ -7,8 +7,8 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,10 +16,12 @@ from lens_megatron import strict
 from lens_megatron.config import RunConfig, load_run
 from lens_megatron.errors import UsageError
 from lens_megatron.mcore.layout import check_layout
-from lens_megatron.model_spec import find_weights, load_model_config
+from lens_megatron.model_spec import ModelConfig, find_weights, load_model_config
+from lens_megatron.planning.gpus import GPUS, find_gpu, rates_of
 
 Where = Literal["local", "slurm", "simulated"]
 Grid = dict[str, list[Any]]
+Finder = Callable[[RunConfig, Where], ModelConfig]
 _STRICT: dict[str, Any] = {"extra": "forbid"}
 _SPECIAL = ("nodes", "scaling")  # axes that are no key of RUN.yaml
 _MOST_CELLS = 10_000
@@ -109,17 +111,53 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         _check_grid(grid, f"{path}: {f'arm {arm.name}: ' if arm.name else ''}grid")
     if sum(math.prod(len(values) for values in grid.values()) for _, grid in arms) > _MOST_CELLS:
         raise UsageError(f"{path}: more than {_MOST_CELLS} cells: leave out values of an axis")
+    site = path.parent / config.site if config.site else None
+    on_slurm = "slurm" in (arm.where or config.where for arm, _ in arms)
+    model_of = _finder(site if on_slurm else None)
     cells = []
     for arm, grid in arms:
         for values in itertools.product(*grid.values()):
             labels = ({"arm": arm.name} if arm.name else {}) | dict(zip(grid, values, strict=True))
-            cells.append(_cell(config, path, run, folder, arm, grid, labels))
+            cells.append(_cell(config, path, run, folder, arm, grid, labels, model_of))
     names = [cell.name for cell in cells]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UsageError(f"{path}: two cells are the same: {twice}: an axis lists a value twice")
-    site = path.parent / config.site if config.site else None
+    if any(cell.where == "simulated" for cell in cells):
+        _check_gpu(config, path)
     return Study(config, run, folder, site, tuple(cells))
+
+
+def _check_gpu(config: StudyConfig, path: Path) -> None:
+    """Before real cells have trained for hours."""
+    if config.gpu is None:
+        raise UsageError(f"{path}: simulated cells need a kind of GPU: set gpu, one of {', '.join(GPUS)}")
+    try:
+        rates_of(find_gpu(config.gpu), Path(config.calibration) if config.calibration else None)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def _finder(site: Path | None) -> Finder:
+    """Shapes of models; weights are looked for where the cell will: on Slurm the site says."""
+
+    def model_of(run: RunConfig, where: Where) -> ModelConfig:
+        if view is not None and where == "slurm":
+            from launchers.inputs import find_model
+
+            return find_model(run.model, replace(view, run_dir=Path(run.run_dir).absolute()))
+        model = load_model_config(run.model)
+        if where != "simulated":
+            find_weights(run.model)
+        return model
+
+    view = None
+    if site is not None:
+        from launchers.inputs import View
+        from launchers.site import load_site
+
+        view = View(load_site(site), Path.cwd(), Path.cwd())
+    return model_of
 
 
 def _check_grid(grid: Mapping[str, list[Any]], where: str) -> None:
@@ -144,6 +182,7 @@ def _cell(
     arm: Arm,
     grid: Grid,
     labels: dict[str, Any],
+    model_of: Finder,
 ) -> Cell:
     name = "-".join(_word(key, value) for key, value in labels.items()) or "run"
     where = arm.where or config.where
@@ -160,13 +199,11 @@ def _cell(
     try:
         overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
         loaded = load_run(run, [*overrides, f"run_dir={json.dumps(str(run_dir))}"])
-        model = load_model_config(loaded.model)
+        model = model_of(loaded, where)
         if "nodes" in labels:
             overrides += _scaled(config, loaded, labels, min(grid["nodes"]))
             loaded = load_run(run, [*overrides, f"run_dir={json.dumps(str(run_dir))}"])
         check_layout(model.spec, loaded.parallel, loaded.parallel.processes)
-        if where != "simulated":
-            find_weights(loaded.model)
     except UsageError as error:
         raise UsageError(f"{place}: {error}") from None
     return Cell(name, labels, tuple(overrides), where, run_dir, loaded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,30 @@ def test_functions_are_looked_for_by_the_interpreter_that_will_run_them(run: Pat
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "nope.py").write_text("def score(response, answer, source):\n    return 1.0\n")
     plan(run, [FUNCTION], site(env={"PYTHONPATH": path}))
+
+
+def test_models_are_looked_for_in_the_sites_cache(
+    run: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    repository = tmp_path / "hf" / "hub" / "models--owner--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(task / "model", repository / "snapshots" / ("0" * 40))
+    tiny, home = "model=owner/tiny", {"HF_HOME": f"{tmp_path}/hf"}
+    with pytest.raises(UsageError, match="model 'owner/tiny': not a folder, not in the Hugging Face cache, and not a"):
+        plan(run, [tiny], site())
+    plan(run, [tiny], site(env=home))
+    plan(run, [tiny], site(env={"HF_HUB_CACHE": f"{tmp_path}/hf/hub", "HF_HOME": "/nowhere"}))
+    plan(run, [tiny], site(image="x", env={"HF_HOME": "/hf"}, mounts=[f"{tmp_path}/hf:/hf"]))
+    published = ["model=qwen3-8b-base", "update.tokens_per_microbatch=4096"]
+    message = f"model 'qwen3-8b-base': no folder, and no weights in the Hugging Face cache {tmp_path}/hf/hub; download"
+    for where in (site(env=home), site(image="x", env={"HF_HOME": "/hf"}, mounts=[f"{tmp_path}/hf:/hf"])):
+        with pytest.raises(UsageError) as caught:
+            plan(run, published, where)
+        assert str(caught.value).startswith(message)
+    plan(run, published, site(image="x", env={"HF_HOME": "/hf"}))  # where nobody here can see
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "ours"))  # the job inherits it
+    with pytest.raises(UsageError, match=f"cache {tmp_path}/ours"):
+        plan(run, published, site(env=home))

@@ -36,6 +36,7 @@ BASE: dict[str, Any] = {
 def study(folder: Path, **tree: Any) -> Path:
     (folder / "RUN.yaml").write_text(yaml.safe_dump(BASE))
     path = folder / "STUDY.yaml"
+    (folder / "site.yaml").write_text("partition: gpu\n")
     common = {"run": "RUN.yaml", "study_dir": str(folder / "study"), "where": "simulated", "gpu": "h100"}
     path.write_text(yaml.safe_dump({**common, **tree}, sort_keys=False))
     return path
@@ -96,14 +97,20 @@ def test_nodes_become_data_parallel_ranks_and_weak_batches_grow(tmp_path: Path) 
         ({"at_once": 0}, "at_once and gpus_a_node are at least 1"),
         ({"grid": {"seed": list(range(200)), "steps": list(range(1, 100))}}, "more than 10000 cells"),
         ({"where": "local", "grid": {"seed": [1]}}, "cell seed1: "),  # its weights are not here
+        ({"where": "slurm", "site": "nowhere.yaml"}, "nowhere.yaml: No such file"),
+        ({"gpu": None}, "simulated cells need a kind of GPU: set gpu, one of a100, "),
+        ({"gpu": "h1000"}, "h1000: not known; one of a100, "),
+        ({"calibration": "nowhere.json"}, "nowhere.json"),
     ],
 )
 def test_a_bad_grid_is_one_line_and_starts_nothing(
     tree: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["study", str(study(tmp_path, **tree))]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+    path = str(study(tmp_path, **tree))
+    for more in ([], ["--list"]):
+        assert main(["study", path, *more]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and words in error
     assert not (tmp_path / "study").exists()
 
 
@@ -181,8 +188,8 @@ def test_cells_on_slurm_are_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the launchers' own functions replaced: a real Slurm runs in tests/slurm."""
-    from launchers import queue, slurm
-    from lens_megatron.studies import config, running
+    from launchers import inputs, queue, slurm
+    from lens_megatron.studies import running
 
     monkeypatch.setattr(running, "_POLL_S", 0.01)
     submitted: list[tuple[str, list[str], bool]] = []
@@ -207,7 +214,7 @@ def test_cells_on_slurm_are_jobs(
         return Job(name)
 
     monkeypatch.setattr(slurm, "submit", submit)
-    monkeypatch.setattr(config, "find_weights", lambda model: tmp_path)
+    monkeypatch.setattr(inputs, "find_weights", lambda model, cache: tmp_path)
     queued = {"seed0"}  # the job of an earlier, interrupted study
     monkeypatch.setattr(queue.Handle, "of", lambda folder: Job(folder.name) if folder.name in queued else None)
     path = study(tmp_path, where="slurm", site="site.yaml", at_once=3, grid={"seed": [0, 1, 2]})
@@ -224,8 +231,7 @@ def test_cells_on_slurm_are_jobs(
 def test_an_interrupted_study_leaves_its_jobs_and_takes_what_became_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from launchers import queue, slurm
-    from lens_megatron.studies import config
+    from launchers import inputs, queue, slurm
 
     jobs: dict[str, str] = {}
     interrupted = False
@@ -247,7 +253,7 @@ def test_an_interrupted_study_leaves_its_jobs_and_takes_what_became_of_them(
         return Job(name)
 
     monkeypatch.setattr(slurm, "submit", submit)
-    monkeypatch.setattr(config, "find_weights", lambda model: tmp_path)
+    monkeypatch.setattr(inputs, "find_weights", lambda model, cache: tmp_path)
     monkeypatch.setattr(queue.Handle, "of", lambda folder: Job(folder.name) if folder.name in jobs else None)
     arms = [{"name": "a", "set": {"steps": 3}}, {"name": "b"}]
     common = {"where": "slurm", "site": "site.yaml", "at_once": 2}

@@ -116,14 +116,14 @@ cat > /shared/runs/lens-8b/launch/servers.sh <<'END_OF_SCRIPT'
 trap "" USR1
 exec python3 /shared/runs/lens-8b/launch/supervisor.py "$LENS_MEGATRON_SERVERS" /shared/runs/lens-8b/launch/servers.stop --count=16 --per-node=1 --nodes-each=2
 END_OF_SCRIPT
-srun --nodes=32 --ntasks=32 --ntasks-per-node=1 --relative=32 --overlap --kill-on-bad-exit=0 --cpus-per-task=96 --container-image=/shared/images/sglang-0.5.21.sqsh --container-mounts=/shared/models:/shared/models,/shared/runs/lens-8b:/shared/runs/lens-8b,/home/me/project:/home/me/project --container-env=MASTER_ADDR,LENS_MEGATRON_MEETING,LENS_MEGATRON_NOTICE,LENS_MEGATRON_SERVERS --output "$RUN/logs/servers-$life-%n.out" bash /shared/runs/lens-8b/launch/servers.sh &
+srun --nodes=32 --ntasks=32 --ntasks-per-node=1 --relative=32 --overlap --kill-on-bad-exit=0 --cpus-per-task=96 --container-image=/shared/images/sglang-0.5.21.sqsh --container-mounts=/shared/models:/shared/models,/shared/hf:/shared/hf,/shared/runs/lens-8b:/shared/runs/lens-8b,/home/me/project:/home/me/project --container-env=MASTER_ADDR,LENS_MEGATRON_MEETING,LENS_MEGATRON_NOTICE,LENS_MEGATRON_SERVERS --output "$RUN/logs/servers-$life-%n.out" bash /shared/runs/lens-8b/launch/servers.sh &
 servers=$!
 
 
 
 # Command 1
 
-srun --output /shared/runs/lens-8b/logs/log-lens.lens-8b_%j_${SLURM_RESTART_COUNT:-0}.out --container-image /shared/images/lens-megatron.sqsh --container-mounts /shared/models:/shared/models,/shared/data:/shared/data:ro,/shared/runs/lens-8b:/shared/runs/lens-8b,/home/me/project:/home/me/project,/shared/runs/lens-8b/launch/nemo/nemo:/nemo_run --container-workdir /nemo_run/code --container-env NCCL_SOCKET_IFNAME,HF_HOME,MASTER_ADDR,LENS_MEGATRON_MEETING,LENS_MEGATRON_NOTICE,LENS_MEGATRON_SERVERS --wait=60 --kill-on-bad-exit=1 --nodes=32 --ntasks=256 --ntasks-per-node=8 --distribution=block --overlap --relative=0 --cpus-per-task=12 bash /shared/runs/lens-8b/launch/rank.sh
+srun --output /shared/runs/lens-8b/logs/log-lens.lens-8b_%j_${SLURM_RESTART_COUNT:-0}.out --container-image /shared/images/lens-megatron.sqsh --container-mounts /shared/models:/shared/models,/shared/data:/shared/data:ro,/shared/hf:/shared/hf,/shared/runs/lens-8b:/shared/runs/lens-8b,/home/me/project:/home/me/project,/shared/runs/lens-8b/launch/nemo/nemo:/nemo_run --container-workdir /nemo_run/code --container-env NCCL_SOCKET_IFNAME,HF_HOME,MASTER_ADDR,LENS_MEGATRON_MEETING,LENS_MEGATRON_NOTICE,LENS_MEGATRON_SERVERS --wait=60 --kill-on-bad-exit=1 --nodes=32 --ntasks=256 --ntasks-per-node=8 --distribution=block --overlap --relative=0 --cpus-per-task=12 bash /shared/runs/lens-8b/launch/rank.sh
 
 exitcode=$?
 
