@@ -49,6 +49,22 @@ class JobShape:
         of_servers = servers.gpus * servers.per_node // servers.nodes_each if servers else 0
         return max(self.ranks_per_node, of_servers)
 
+    @property
+    def gpus_in_use(self) -> int:
+        """By ranks, servers or both in turn."""
+        of_trainer = [self.ranks_per_node * (node < self.trainer_nodes) for node in range(self.nodes)]
+        return sum(max(pair) for pair in zip(of_trainer, self._gpus_of_servers(), strict=True))
+
+    def _gpus_of_servers(self) -> list[int]:
+        """Of each node."""
+        found, servers = [0] * self.nodes, self.servers
+        for number in range(servers.count if servers else 0):
+            assert servers is not None
+            first = servers.first_node + number * servers.nodes_each // servers.per_node
+            for node in range(first, first + servers.nodes_each):
+                found[node] += servers.gpus // servers.nodes_each
+        return found
+
 
 def job_shape(spec: ModelSpec, layout: ParallelConfig, site: SiteConfig, servers: Servers | None) -> JobShape:
     slots = site.slots_per_node

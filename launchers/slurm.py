@@ -25,7 +25,7 @@ from launchers.servers import servers_of
 from launchers.shape import job_shape
 from launchers.site import SiteConfig, load_site, split_overrides
 from lens_megatron import stopping, strict
-from lens_megatron.config import load_run
+from lens_megatron.config import RunConfig, load_run
 from lens_megatron.errors import RunError, UsageError
 from lens_megatron.machine import run_command
 from lens_megatron.output import replace_text
@@ -68,7 +68,7 @@ def prepare(
     resume: bool = False,
 ) -> list[Job]:
     """All of `submit` but the submission: everything checked, and what the jobs read written into the run folder."""
-    jobs, tree = plan(run, overrides, site, name, links)
+    jobs, tree, _ = plan(run, overrides, site, name, links)
     check_cluster(jobs[0].site, str(site) if isinstance(site, Path) else "site")
     folder = RunFolder(jobs[0].run_dir)
     if folder.holds_run() and not resume:
@@ -84,8 +84,8 @@ def prepare(
 
 def plan(
     run: Path, overrides: Sequence[str], site: Path | SiteConfig | None, name: str = "", links: int = 1
-) -> tuple[list[Job], dict]:
-    """The jobs, and the run's tree with its overrides."""
+) -> tuple[list[Job], dict, RunConfig]:
+    """The jobs, the run's tree with its overrides, and what it means."""
     of_run, of_site = split_overrides(overrides)
     if isinstance(site, SiteConfig):
         where = strict.build(SiteConfig, strict.apply_overrides(strict.to_tree(SiteConfig, site), of_site), "site")
@@ -103,7 +103,7 @@ def plan(
     jobs = [
         Job(word, run_dir, work_dir, Path(sys.executable), where, shape, link, links) for link in range(1, links + 1)
     ]
-    return jobs, strict.apply_overrides(strict.read_yaml(run), of_run)
+    return jobs, strict.apply_overrides(strict.read_yaml(run), of_run), config
 
 
 def check_cluster(site: SiteConfig, where: str) -> None:

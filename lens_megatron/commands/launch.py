@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 
 SUMMARY = "train on this machine or on Slurm, through nemo-run"
@@ -28,9 +29,12 @@ def run(args: argparse.Namespace) -> int:
     if args.where == "local":
         return _local(args)
     from launchers import nemo, slurm
+    from launchers.summary import summary
 
     if args.dry_run:
-        jobs, _ = slurm.plan(Path(args.run), args.overrides, args.site, args.name, args.chain)
+        jobs, _, config = slurm.plan(Path(args.run), args.overrides, args.site, args.name, args.chain)
+        for line in summary(jobs[0], config):
+            print(line, file=sys.stderr)
         print("\n".join(nemo.batch_script(job) for job in jobs), end="")
         return 0
     handle = slurm.submit(Path(args.run), args.overrides, args.site, args.name, links=args.chain, resume=args.resume)
@@ -56,7 +60,7 @@ def _wait(handle: object) -> int:
     from lens_megatron.errors import RunError
 
     assert isinstance(handle, Handle)
-    ended = handle.wait()
+    ended = handle.wait(tell=lambda line: print(line, flush=True))
     if ended.state != "done":
         raise RunError(f"job {ended.job} {ended.state}{': ' + ended.reason if ended.reason else ''}")
     return 0
