@@ -47,6 +47,7 @@ def executor(job: Job) -> Any:
         gpus_per_node=shape.gpus_per_node if site.gpus_per_node else None,
         cpus_per_task=site.cpus_per_rank,
         exclusive=site.exclusive or None,
+        mem=site.memory,
         signal=f"USR1@{site.end_notice_s}" if site.end_notice_s else None,
         container_image=site.image,
         container_mounts=script.mounts(job, site) if site.image else [],

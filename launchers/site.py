@@ -19,6 +19,7 @@ _TAKEN = {
     "no-requeue": "requeue", "job-name": "--name", "output": "the launcher", "error": "the launcher", "array": "study",
     "open-mode": "the launcher", "ntasks": "the launcher", "dependency": "--chain",
 }  # fmt: skip
+_MEMORY = ("mem", "mem-per-cpu", "mem-per-gpu")  # of `sbatch:`, instead of the key
 _NOTICE_EARLY_S = 60  # Slurm's: it looks at limits now and then
 
 
@@ -59,6 +60,9 @@ class SiteConfig(Place):
     ranks_per_node: int | None = None  # null: one a GPU
     cpus_per_rank: int | None = None
     exclusive: bool = True  # whole nodes
+    mem: str | int | None = (
+        "auto"  # of a node; 0: all of it; auto: 0 with `exclusive`, which alone need not give memory
+    )
     end_notice_s: int = 600  # before the time limit: longer than a step and a checkpoint together
     requeue: bool = True  # false: where a job may not queue itself again; use --chain
     sbatch: dict[str, str | int | bool] = field(default_factory=dict)  # more #SBATCH lines
@@ -88,6 +92,10 @@ class SiteConfig(Place):
                 f"time: {self.time} is over at once: notice of its end comes end_notice_s {self.end_notice_s} s before it, "
                 "and up to a minute earlier: a longer time, or a shorter end_notice_s"
             )
+        if self.mem not in ("auto", None) and self._sbatch_memory:
+            raise ValueError(
+                f"sbatch: {self._sbatch_memory} and mem: {self.mem} both say how much memory: leave one out"
+            )
         for name in self.sbatch:
             if (key := _TAKEN.get(name.lstrip("-").replace("_", "-"))) is not None:
                 raise ValueError(f"sbatch: {name} is decided by {key!r}")
@@ -96,6 +104,17 @@ class SiteConfig(Place):
     def slots_per_node(self) -> int:
         """Ranks that fit on a node."""
         return self.ranks_per_node or self.gpus_per_node
+
+    @property
+    def memory(self) -> str | None:
+        """--mem of sbatch; None: it is left out."""
+        if self.mem == "auto":
+            return "0" if self.exclusive and self._sbatch_memory is None else None
+        return None if self.mem is None else str(self.mem)
+
+    @property
+    def _sbatch_memory(self) -> str | None:
+        return next((name for name in self.sbatch if name.lstrip("-").replace("_", "-") in _MEMORY), None)
 
     @property
     def servers_place(self) -> Place:

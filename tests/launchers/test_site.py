@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,7 @@ def test_shipped_sites_load(path: Path) -> None:
         ("nodes: 0", "nodes must be at least 1"),
         ("time: '11'", "time: 11 is over at once"),
         ("{time: '00:01:30', end_notice_s: 60}", "notice of its end comes end_notice_s 60 s before it"),
+        ("{mem: 64G, sbatch: {mem_per_gpu: 8G}}", "sbatch: mem_per_gpu and mem: 64G both say how much memory"),
         ("{time: 0-01, end_notice_s: 3540}", "time: 0-01 is over at once"),
     ],
 )
@@ -44,6 +46,23 @@ def test_refused(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         load_site(path)
     assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "memory"),
+    [
+        ({}, "0"),
+        ({"exclusive": False}, None),
+        ({"mem": None}, None),
+        ({"mem": 0, "exclusive": False}, "0"),
+        ({"mem": "200G"}, "200G"),
+        ({"sbatch": {"--mem-per-gpu": "8G"}}, None),
+        ({"sbatch": {"mem": 0}}, None),
+    ],
+)
+def test_memory(keys: dict[str, Any], memory: str | None) -> None:
+    """Whole nodes with all of their memory, unless the site says otherwise."""
+    assert SiteConfig(**keys).memory == memory
 
 
 @pytest.mark.parametrize("time", ["12", "11:30", "0:12:00", "0-1", "0-0:12", "0-0:11:01", "1-00:00:00", "0"])
@@ -62,7 +81,7 @@ def test_every_key_is_read_and_documented() -> None:
     }
     defaults = strict.to_tree(SiteConfig, SiteConfig())
     for name, value in defaults.items():
-        name_ = {"ranks_per_node": "slots_per_node", "servers": "servers_place"}.get(name, name)
+        name_ = {"ranks_per_node": "slots_per_node", "servers": "servers_place", "mem": "memory"}.get(name, name)
         assert re.search(rf"(site|place)\.{name_}\b", code), name
         assert strict.parse_yaml(documented.pop(name), name) == value, name
     assert not documented

@@ -31,8 +31,8 @@ def newest_checkpoint(launcher: Launcher) -> int:
 
 def test_two_nodes(launcher: Launcher, base: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     """The command itself: TP2 over two nodes, one rank each, the embedded engine; then what `status` says."""
-    code, words = launcher.command("launch", "slurm", *launcher.files({}), "--wait")
-    assert code == 0, words
+    code, words = launcher.command("launch", "slurm", *launcher.files({"exclusive": True}), "--wait")
+    assert code == 0, words  # exclusive: with --mem=0
     handle = Handle.of(launcher.run_dir)
     assert handle is not None
     status = handle.status()

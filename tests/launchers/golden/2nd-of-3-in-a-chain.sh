@@ -12,6 +12,7 @@
 #SBATCH --job-name=lens.lens-8b
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --mail-type=FAIL
+#SBATCH --mem=0
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
 #SBATCH --open-mode=append

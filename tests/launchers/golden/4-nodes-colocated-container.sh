@@ -11,6 +11,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --job-name=lens.lens-8b
 #SBATCH --mail-type=FAIL
+#SBATCH --mem=0
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
 #SBATCH --open-mode=append

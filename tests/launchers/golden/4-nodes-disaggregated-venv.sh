@@ -10,6 +10,7 @@
 #SBATCH --exclusive
 #SBATCH --gpus-per-node=4
 #SBATCH --job-name=lens.lens-8b
+#SBATCH --mem=0
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=4
 #SBATCH --open-mode=append
