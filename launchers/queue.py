@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,23 +22,26 @@ _STATES: dict[str, State] = {
 }  # fmt: skip
 _ENDINGS: dict[str, State] = {"done": "done", "stopped": "stopped", "unfinished": "unfinished", "failed": "failed"}
 # why a job that waits will wait for ever unless somebody does something
-_HOPELESS = {
+_IMPOSSIBLE = {  # who asked for it
     "PartitionNodeLimit": "it asks for more nodes, or more time, than the partition allows",
     "PartitionTimeLimit": "its time is over the partition's limit: lower site.time",
     "PartitionConfig": "the partition cannot hold it: fewer nodes, or another partition",
-    "PartitionDown": "the partition is down",
-    "PartitionInactive": "the partition is inactive",
     "BadConstraints": "no node has what constraint, gpus_per_node or cpus_per_rank ask for",
     "InvalidAccount": "the account does not exist or may not use the partition",
     "InvalidQOS": "the qos does not exist",
     "DependencyNeverSatisfied": "the job that it waits for cannot end as asked",
+    "JobHoldMaxRequeue": "it was queued again too often: see its log",
+    "ReservationDeleted": "its reservation is gone",
+}
+_HOPELESS = {  # or an administrator, or whoever holds it
+    **_IMPOSSIBLE,
+    "PartitionDown": "the partition is down",
+    "PartitionInactive": "the partition is inactive",
     "JobHeldUser": "it is held: scontrol release",
     "JobHeldAdmin": "an administrator holds it",
-    "JobHoldMaxRequeue": "it was queued again too often: see its log",
     "launch_failed_requeued_held": "a node could not start it: see slurmd's log; scontrol release tries again",
     "ReqNodeNotAvail": "nodes that it needs are down, drained or reserved",
     "NodeDown": "a node that it needs is down",
-    "ReservationDeleted": "its reservation is gone",
 }
 _UNQUEUED = "Slurm did not answer when the job was to be queued again: launch it with --resume"
 
@@ -54,6 +57,7 @@ class JobStatus:
     limit: str = ""
     restarts: int = 0
     silent: bool = False  # Slurm did not answer: it may be anything
+    never: bool = False  # it waits, and will for ever: what it asks for cannot be
 
     @property
     def active(self) -> bool:
@@ -80,10 +84,16 @@ class Handle:
         """Asks Slurm, and the run folder for what Slurm has forgotten."""
         return status(self.run_dir, self.jobs)
 
-    def wait(self, seconds: float | None = None, poll_s: float = 5.0) -> JobStatus:
-        """Until the run has ended, or for so long."""
+    def wait(
+        self, seconds: float | None = None, poll_s: float = 5.0, tell: Callable[[str], None] | None = None
+    ) -> JobStatus:
+        """Until the run has ended, or for so long. `tell` hears why it waits: every reason once, as they alternate."""
         deadline = None if seconds is None else time.monotonic() + seconds
+        told = {""}
         while not (now := self.status()).over and (deadline is None or time.monotonic() < deadline):
+            if tell is not None and now.reason not in told:
+                tell(f"job {now.job} {now.state}: {now.reason}")
+            told.add(now.reason)
             time.sleep(poll_s)
         return now
 
@@ -149,9 +159,9 @@ def _job(job: str) -> JobStatus:
 def _from_controller(job: str, fields: Mapping[str, str]) -> JobStatus:
     word = fields["JobState"].split("+")[0]
     state = _STATES.get(word, "done" if word == "COMPLETED" else "failed")
-    reason = fields.get("Reason", "None")
+    why = fields.get("Reason", "None")
     if state == "pending":
-        reason = f"Slurm says {reason}" + (f": {_HOPELESS[reason]}" if reason in _HOPELESS else "")
+        reason = "" if why == "None" else f"Slurm says {why}" + (f": {_HOPELESS[why]}" if why in _HOPELESS else "")
     else:
         reason = _why_failed(word, fields.get("ExitCode", "")) if state == "failed" else ""
     return JobStatus(
@@ -163,6 +173,7 @@ def _from_controller(job: str, fields: Mapping[str, str]) -> JobStatus:
         fields.get("RunTime", ""),
         fields.get("TimeLimit", ""),
         int(fields.get("Restarts", "0") or 0),
+        never=state == "pending" and why in _IMPOSSIBLE,
     )
 
 

@@ -23,6 +23,7 @@ from lens_megatron.studies.states import CellState, check_same_cells, read_state
 
 Tell = Callable[[str], None]
 _POLL_S = 5.0
+_HOPELESS_S = 60.0  # that Slurm says of a job that it can never start: partitions are reconfigured, too
 _ONE_SUBMITS = threading.Lock()  # nemo-run keeps what it submits in globals
 
 
@@ -155,8 +156,14 @@ def _on_slurm(study: Study, cell: Cell, children: Children) -> str:
         with _ONE_SUBMITS:
             handle = slurm.submit(study.run, overrides, study.site, cell.name, resume=resume)
         now = handle.status()
+    since = time.monotonic()
     while not now.over and not children.stopping.wait(_POLL_S):  # jobs outlive an interrupted study
         now = handle.status()
+        if not now.never:
+            since = time.monotonic()
+        elif time.monotonic() - since > _HOPELESS_S:
+            handle.cancel()  # else the cell, launched anew, would wait for it again
+            return f"job {now.job} cancelled: {now.reason}"
     if now.state == "done":
         return ""
     return f"job {now.job} {now.state}{f': {now.reason}' if now.reason else ''}"

@@ -82,6 +82,43 @@ def test_a_controller_that_does_not_answer_ends_no_job(tmp_path: Path, monkeypat
     assert handle.wait(poll_s=0.0).state == "done"
 
 
+def test_waiting_tells_every_reason_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pending = "JobId=7 JobState=PENDING Reason={}"
+    answers = [
+        *[Output(True, pending.format(reason)) for reason in ("None", "Priority", "Resources", "Priority")],
+        *[Output(True, pending.format("PartitionNodeLimit"))] * 2,
+        Output(True, "JobId=7 JobState=RUNNING Reason=None"),
+        Output(True, "JobId=7 JobState=COMPLETED"),
+    ]
+    left = iter(answers)
+    monkeypatch.setattr(queue, "run_command", lambda command: next(left))
+    told: list[str] = []
+    assert queue.Handle(tmp_path, ("7",)).wait(poll_s=0.0, tell=told.append).state == "done"
+    assert told == [
+        "job 7 pending: Slurm says Priority",
+        "job 7 pending: Slurm says Resources",
+        "job 7 pending: Slurm says PartitionNodeLimit: it asks for more nodes, or more time, than the partition allows",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "reason", "never"),
+    [
+        ("PENDING", "PartitionNodeLimit", True),
+        ("PENDING", "ReqNodeNotAvail", False),  # a node comes back
+        ("PENDING", "JobHeldUser", False),
+        ("PENDING", "Priority", False),
+        ("CANCELLED", "PartitionNodeLimit", False),
+    ],
+)
+def test_a_job_that_can_never_start(
+    word: str, reason: str, never: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = Output(True, f"JobId=7 JobState={word} Reason={reason}")
+    monkeypatch.setattr(queue, "run_command", lambda command: shown)
+    assert queue.status(tmp_path, ["7"]).never == never
+
+
 def test_a_job_that_slurm_has_forgotten_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forgotten = Output(False, "slurm_load_jobs error: Invalid job id specified")
     monkeypatch.setattr(queue, "run_command", lambda command: forgotten)

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slurm
         ({"ranks_per_node": 2}, {"parallel": {"tp": 1, "dp": 3}}, "3 ranks do not fill nodes of 2"),
         ({"reservation": "nobodys"}, {}, "Slurm refused the job: Requested reservation is invalid"),
         ({}, {"model": "/no/model"}, "/no/model"),
+        ({}, {"data": {"train": "nofile.jsonl"}}, "data.train: nofile.jsonl: no such file"),
     ],
 )
 def test_before_anything_is_queued(
@@ -50,6 +51,14 @@ def test_job_that_never_starts(launcher: Launcher, capsys: pytest.CaptureFixture
     assert handle.status().state == "pending"
     assert cli.main(["stop", str(launcher.run_dir)]) == 0
     launcher.until(lambda: handle.status().over, "end")
+
+
+def test_setup_that_fails(launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
+    status = launcher.ended(launcher.submit(site={"setup": ["export A=$UNSET", "module load nope", "echo after"]}))
+    assert (status.state, status.slurm) == ("failed", "FAILED")
+    assert status.reason == "error: setup: exit code 127 of: module load nope"
+    assert launcher.cluster.job(status.job)["ExitCode"] == "2:0"
+    assert (launcher.run_dir / "launch" / "outcome").read_text().split() == ["failed", "2", f"{status.job}.0"]
 
 
 def test_run_folder_that_a_node_does_not_share(launcher: Launcher) -> None:

@@ -78,3 +78,19 @@ def test_cells_are_jobs_on_one_node_and_on_two(
     assert "3 of 4 cells are done already" in capfd.readouterr().out
     again = jobs(folder)
     assert {name for name in of if again[name] != of[name]} == {"broken-nodes1"}
+
+
+def test_a_cell_that_can_never_start(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two nodes of a partition of one: told apart from a job that waits its turn, and taken from the queue."""
+    monkeypatch.setattr(running, "_POLL_S", 0.2)
+    monkeypatch.setattr(running, "_HOPELESS_S", 1.0)
+    path, folder = study_file(launcher), launcher.folder / "study"
+    site = launcher.folder / "site.yaml"
+    site.write_text(yaml.safe_dump({**yaml.safe_load(site.read_text()), "partition": "one"}))
+    assert cli.main(["study", str(path), "--only", "lens-*"]) == 1
+    (job,) = jobs(folder).values()
+    words = capfd.readouterr().out
+    assert f"failed cell lens-nodes2: job {job} cancelled: Slurm says PartitionNodeLimit: it asks for more" in words
+    assert launcher.cluster.job(job)["JobState"] == "CANCELLED"

@@ -228,6 +228,41 @@ def test_cells_on_slurm_are_jobs(
     assert {name: overrides for name, overrides, _ in submitted}["seed1"] == ["seed=1", f'run_dir="{run_dir}"']
 
 
+def test_a_cell_whose_job_can_never_start_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When Slurm says so for a while; one that says it once in passing runs. The job is taken from the queue."""
+    from launchers import inputs, queue, slurm
+    from lens_megatron.studies import running
+
+    monkeypatch.setattr(running, "_POLL_S", 0.01)
+    monkeypatch.setattr(running, "_HOPELESS_S", 0.1)
+    never = queue.JobStatus("pending", "17", reason="Slurm says PartitionNodeLimit: too many nodes", never=True)
+    cancelled: list[str] = []
+
+    class Job:
+        def __init__(self, name: str) -> None:
+            self.name = name
+            self.looks = 0
+
+        def status(self) -> queue.JobStatus:
+            self.looks += 1
+            if self.name == "seed0" or self.looks == 3:
+                return never
+            return queue.JobStatus("done" if self.looks > 20 else "pending", "18", reason="Slurm says Priority")
+
+        def cancel(self) -> None:
+            cancelled.append(self.name)
+
+    monkeypatch.setattr(slurm, "submit", lambda run, overrides, site, name, *, resume: Job(name))
+    monkeypatch.setattr(inputs, "find_weights", lambda model, cache: tmp_path)
+    path = study(tmp_path, where="slurm", site="site.yaml", at_once=2, grid={"seed": [0, 1]})
+    assert main(["study", str(path)]) == 1
+    out = capsys.readouterr().out
+    assert "failed cell seed0: job 17 cancelled: Slurm says PartitionNodeLimit: too many nodes" in out
+    assert "seed1: done" in out and cancelled == ["seed0"]
+
+
 def test_an_interrupted_study_leaves_its_jobs_and_takes_what_became_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
