@@ -32,8 +32,9 @@ def test_the_same_script(
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "loop")])  # where its reward function is
     monkeypatch.setenv("PYTHONPATH", path)
     assert cli.main(["launch", "slurm", str(run), "--site", str(site), "--dry-run", "site.time=00:20:00"]) == 0
-    ours = capsys.readouterr().out
-    assert "#SBATCH --time=00:20:00" in ours and "--ntasks=2" in ours
+    ours, beside = capsys.readouterr()
+    assert beside.startswith("nodes    1\nranks    2, 2 a node: tp=2") and "warning: 2 of the 4 GPUs" in beside
+    assert ours.startswith("#!/bin/bash\n") and "#SBATCH --time=00:20:00" in ours and "--ntasks=2" in ours
     arguments = [f"config={run}", f"site={site}", "overrides=['site.time=00:20:00']", "--dryrun", "--yes"]
     done = subprocess.run(
         [sys.executable, "-m", "launchers.entry_points", *arguments],
