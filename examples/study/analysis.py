@@ -60,6 +60,8 @@ def load_runs(data: Path, study: str = "main") -> Runs:
     for row in pq.read_table(data / "steps.parquet").to_pylist():
         if row["study"] == study:
             known = {name: value for name, value in row.items() if value is not None}
+            if "eval/graded" in known:  # until December 2026 that was the mean reward, and nothing had this name
+                known.setdefault("eval/graded/reward", known["eval/graded"])
             found.setdefault((row["arm"], row["seed"]), []).append(known)
     runs: Runs = {}
     for (arm, seed), rows in found.items():

@@ -23,7 +23,7 @@ from examples.study.tables import (
 )
 
 FOLDER = "beside"  # of the data
-CREDIT, BARE = "eval/graded", "eval/bare"
+CREDIT, BARE = "eval/graded/reward", "eval/bare"
 GRADED_ARMS = ("grpo", "resample", "lens", "lens_plus", "lens_strict")
 CONTROL_ARMS = ("grpo", "resample", "random", "lens")
 STEPS = 45  # of the study's runs
@@ -61,7 +61,10 @@ def base(data: Path) -> str:
     rows = []
     for name, title in (("graded", "partial credit, two words of noise"), ("bare", "control: nothing distracts")):
         one = sets[name]
-        reward = f"{one['average']:.3f} [{one['interval'][0]:.3f}, {one['interval'][1]:.3f}]"
+        if "reward" in one:  # and the average and its interval are of right answers
+            reward = f"{one['reward']:.3f}"
+        else:
+            reward = f"{one['average']:.3f} [{one['interval'][0]:.3f}, {one['interval'][1]:.3f}]"
         right = one["pass_at"]
         none = 1 - right[str(one["samples"])]
         rows.append((title, str(one["problems"]), reward, share(right["1"]), share(none)))

@@ -21,6 +21,7 @@ STUDIES = {"main": Path(__file__).parent / "STUDY.yaml", "pilot": Path(__file__)
 BESIDE = {name: Path(__file__).parent / f"{name.upper()}.yaml" for name in ("graded", "control", "tune", "programs")}
 METRICS = (
     *("eval/noisy", "eval/clean", "eval/unseen", "eval/graded", "eval/bare", "eval/decoy", "eval/plain"),
+    "eval/graded/reward",
     *("success", "reward", "zero_reward_ratio", "zero_reward_ratio_trained", "zero_signal_ratio", "success_trained"),
     *("groups_destroyed", "groups_revived", "purified_ratio", "improved_ratio", "deleted_tokens_per_prompt"),
     *("rescue/signal_window", "rescue/improvement", "rescue/replaced", "rescue/not_purified"),

@@ -52,6 +52,11 @@ class Answer:
         """The reward of the answer alone: what a format rule adds to it or takes from it is for training."""
         return self.reward if self.answer_reward is None else self.answer_reward
 
+    @property
+    def right(self) -> bool:
+        """Accuracy and pass@k count these. Partial credit is no success, and a format rule changes no verdict."""
+        return self.verdict == "correct"
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -79,12 +79,14 @@ def _details(result: ModelResult) -> str:
         "Percent. Standard error and interval (bootstrap): over another draw of problems. Resampled: the standard error "
         "of answering the same problems again. pass@k: unbiased. Tokens: mean of a response; cut: at the limit of tokens."
     )
+    if any(one.graded for one in result.sets):
+        about += " Reward: the mean, with partial credit, which is in no other column."
     verdicts = [
         [one.title, *(str(one.verdicts.get(kind, 0)) for kind in ("correct", "partial", "wrong", "unparsable"))]
         for one in tables.ordered(result)
     ]
     return (
-        table(tables.DETAILS, tables.detail_rows(result))
+        table(tables.detail_head(result), tables.detail_rows(result))
         + f'<p class="soft">{about}</p>'
         + table(("answers", "correct", "partial", "wrong", "unparsable"), verdicts)
     )

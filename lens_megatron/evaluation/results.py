@@ -35,11 +35,12 @@ class SetResult:
     samples: int
     problems: int
     size: int  # problems in the whole benchmark
-    average: float  # Average@k; Pass@1 for one sample
+    average: float  # share of samples that are right: Average@k; Pass@1 for one sample
     standard_error: float | None  # another draw of problems
     sampling_error: float | None  # the same problems, answered again
     interval: Interval  # bootstrap over problems
     pass_at: dict[int, float]  # unbiased pass@k
+    reward: float  # mean; more than the average where there is partial credit
     response_tokens: float
     truncated: float  # share that reached the limit of tokens
     verdicts: dict[str, int]
@@ -51,6 +52,11 @@ class SetResult:
     @property
     def whole(self) -> bool:
         return self.problems == self.size
+
+    @property
+    def graded(self) -> bool:
+        """Whether its mean reward says something that its average does not."""
+        return not math.isclose(self.reward, self.average, abs_tol=1e-9)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class ModelResult:
 def set_result(one: EvalSet, answers: Mapping[Key, Answer], level: float) -> SetResult:
     rows = [[_found(answers, (one.name, p.id, i, fingerprint(p))) for i in range(one.samples)] for p in one.prompts]
     flat = [answer for row in rows for answer in row]
-    scores = [[answer.score for answer in row] for row in rows]
+    scores = [[float(answer.right) for answer in row] for row in rows]
     return SetResult(
         name=one.name,
         title=one.title,
@@ -87,6 +93,7 @@ def set_result(one: EvalSet, answers: Mapping[Key, Answer], level: float) -> Set
         sampling_error=_known(sampling_error(scores)),
         interval=bootstrap_interval(scores, _INTERVAL_SEED, level),
         pass_at={k: mean_pass_at_k(scores, k) for k in _powers_of_two(one.samples)},
+        reward=average_at_k([[answer.score for answer in row] for row in rows]),
         response_tokens=math.fsum(answer.tokens for answer in flat) / len(flat),
         truncated=sum(answer.finish == "length" for answer in flat) / len(flat),
         verdicts=dict(sorted(Counter(answer.verdict for answer in flat).items())),
@@ -122,26 +129,32 @@ def step_metrics(sets: Sequence[EvalSet], answers: Iterable[Answer]) -> dict[str
     for answer in answers:
         by_set[answer.set].append(answer)
     metrics: dict[str, float] = {}
+    errors: list[float] = []
     for one in sets:
-        rows: dict[str, list[float]] = defaultdict(list)
-        for answer in by_set[one.name]:
-            rows[answer.id].append(answer.score)
-        scores = list(rows.values())
         found = by_set[one.name]
+        rows: dict[str, list[Answer]] = defaultdict(list)
+        for answer in found:
+            rows[answer.id].append(answer)
+        scores = [[float(answer.right) for answer in row] for row in rows.values()]
         name = f"eval/{one.name}"
         metrics[name] = average_at_k(scores)
+        metrics[f"{name}/reward"] = average_at_k([[answer.score for answer in row] for row in rows.values()])
         if (error := _known(standard_error(scores))) is not None:
             metrics[f"{name}/standard_error"] = error
+            errors.append(error)
         metrics[f"{name}/response_tokens"] = math.fsum(answer.tokens for answer in found) / len(found)
         metrics[f"{name}/truncated_ratio"] = sum(answer.finish == "length" for answer in found) / len(found)
     if len(sets) > 1:
         metrics["eval/average"] = plain_mean([metrics[f"eval/{one.name}"] for one in sets])
+        if len(errors) == len(sets):
+            metrics["eval/average/standard_error"] = plain_mean_error(errors)
     return metrics
 
 
 def metric_names(sets: Sequence[EvalSet]) -> list[str]:
     """That `step_metrics` always gives."""
-    return [f"eval/{one.name}" for one in sets] + (["eval/average"] if len(sets) > 1 else [])
+    names = [f"eval/{one.name}{measure}" for one in sets for measure in ("", "/reward")]
+    return names + (["eval/average"] if len(sets) > 1 else [])
 
 
 def _set_tree(one: SetResult) -> dict[str, Any]:

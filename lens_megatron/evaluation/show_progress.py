@@ -53,7 +53,7 @@ class AnswerProgress:
     def add(self, answer: Answer) -> None:
         self._new += 1
         self._tokens += answer.tokens
-        self._right += answer.score >= 1
+        self._right += answer.right
         if self._bar is not None:
             self._bar.update(self._task, completed=self._before + self._new, summary=self._summary())
         elif time.monotonic() - self._said > _LINE_SECONDS:

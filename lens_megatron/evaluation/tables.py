@@ -109,7 +109,12 @@ def latex_table(results: Sequence[ModelResult]) -> str:
     return "\n".join(lines) + "\n"
 
 
-DETAILS = ("benchmark", "problems", "k", "accuracy", "std. error", "interval", "resampled", "pass@k", "tokens", "cut")
+_DETAILS = ("benchmark", "problems", "k", "accuracy", "std. error", "interval", "resampled", "pass@k", "tokens", "cut")
+
+
+def detail_head(result: ModelResult) -> tuple[str, ...]:
+    """With the mean reward where any benchmark gives partial credit."""
+    return (*_DETAILS, "reward") if _graded(result) else _DETAILS
 
 
 def detail_rows(result: ModelResult) -> list[list[str]]:
@@ -129,13 +134,15 @@ def detail_rows(result: ModelResult) -> list[list[str]]:
                 passes or "–",
                 f"{one.response_tokens:,.0f}",
                 f"{100 * one.truncated:.1f}",
+                *([f"{100 * one.reward:.2f}"] if _graded(result) else []),
             ]
         )
     return rows
 
 
 def markdown_details(result: ModelResult) -> str:
-    head = [_line(DETAILS), _line(["---", *["---:"] * (len(DETAILS) - 1)])]
+    names = detail_head(result)
+    head = [_line(names), _line(["---", *["---:"] * (len(names) - 1)])]
     return "\n".join([*head, *(_line(row) for row in detail_rows(result))]) + "\n"
 
 
@@ -146,6 +153,10 @@ def partial_note(results: Sequence[ModelResult]) -> str:
         if parts
         else ""
     )
+
+
+def _graded(result: ModelResult) -> bool:
+    return any(one.graded for one in result.sets)
 
 
 def _percent(share: float | None) -> str:

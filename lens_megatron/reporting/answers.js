@@ -9,7 +9,7 @@ if (answers) {
   const atOnce = 20;
   let found = [];
 
-  const right = (problem) => problem.answers.filter((one) => one.score >= 1).length;
+  const right = (problem) => problem.answers.filter((one) => one.verdict === "correct").length;
   const kinds = [
     ["all", () => true],
     ["none right", (problem) => right(problem) === 0],
@@ -28,9 +28,9 @@ if (answers) {
   };
 
   const card = (one, number, of) => {
-    const box = make("div", undefined, one.score >= 1 ? "rollout success" : "rollout");
+    const box = make("div", undefined, one.verdict === "correct" ? "rollout success" : "rollout");
     const chips = make("div", undefined, "chips");
-    chips.append(make("span", one.verdict, one.score >= 1 ? "good" : "bad"));
+    chips.append(make("span", one.verdict, one.verdict === "correct" ? "good" : "bad"));
     const facts = [one.extracted ? `read: ${one.extracted}` : "nothing read", `${one.tokens} tokens`];
     if (of > 1) facts.unshift(`${number + 1} of ${of}`);
     if (one.score > 0 && one.score < 1) facts.push(`score ${short(one.score)}`);

@@ -257,7 +257,20 @@ def evaluation_figures(runs: Sequence[Run]) -> list[str]:
         return [
             figure("Figure 4: evaluation", nothing("No run was evaluated on benchmarks (no eval/… in its metrics)."))
         ]
-    return [curves(runs, f"Figure 4: evaluation, {name[5:]}", [(name, "")], "accuracy") for name in names]
+    return [_evaluation_figure(runs, name) for name in names]
+
+
+def _evaluation_figure(runs: Sequence[Run], name: str) -> str:
+    title, reward = f"Figure 4: evaluation, {name[5:]}", f"{name}/reward"
+    if not any(_differ(run.points(reward), run.points(name)) for run in runs):
+        return curves(runs, title, [(name, "")], "accuracy")
+    note = "Accuracy: the share of samples that are right; the mean reward has partial credit besides."
+    return curves(runs, title, [(name, "accuracy"), (reward, "mean reward")], "share of samples", note)
+
+
+def _differ(one: Sequence[Point], other: Sequence[Point]) -> bool:
+    known = dict(other)
+    return any(abs(value - known.get(step, value)) > 1e-9 for step, value in one)
 
 
 def speedup_figure(runs: Sequence[Run]) -> str:

@@ -20,5 +20,8 @@ class Judgement:
     answer_reward: float | None = None  # where a format rule made the reward another: the answer's own
 
 
+_ROUNDING = 1e-6  # a graded reward's parts, 0.7 + 0.2 + 0.1, add up to a little less than 1
+
+
 def verdict_of(reward: float) -> Verdict:
-    return "correct" if reward >= 1 else "wrong" if reward <= 0 else "partial"
+    return "correct" if reward >= 1 - _ROUNDING else "wrong" if reward <= 0 else "partial"

@@ -48,16 +48,47 @@ def answered(one: EvalSet, rewards: list[list[float]]) -> dict:
 def test_a_benchmark_by_hand() -> None:
     one = a_set("amc23", 4, 3)
     found = set_result(one, answered(one, [[1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0.5]]), 0.95)
-    means = [0.5, 0.0, 3.5 / 4]
+    means = [0.5, 0.0, 0.75]
     centre = sum(means) / 3
     assert found.average == pytest.approx(centre)
     assert found.standard_error == pytest.approx(math.sqrt(sum((m - centre) ** 2 for m in means) / 2 / 3))
     # pass@2: 1 - C(2,2)/C(4,2), 0, 1 - C(1,2)/C(4,2); partly right is not right
     assert found.pass_at == pytest.approx({1: (0.5 + 0 + 0.75) / 3, 2: (5 / 6 + 0 + 1) / 3, 4: 2 / 3})
+    assert found.reward == pytest.approx((0.5 + 0 + 3.5 / 4) / 3)
     assert found.verdicts == {"correct": 5, "partial": 1, "wrong": 6}
     assert found.response_tokens == pytest.approx(11.5) and found.truncated == pytest.approx(1 / 12)
     assert (found.measure, found.whole) == ("Average@4", True)
     assert found.interval.low <= centre <= found.interval.high
+
+
+def test_partial_credit_is_no_accuracy() -> None:
+    """Accuracy, its errors and pass@k are of right answers; what the rewards were has a name of its own."""
+    one, plain = a_set("held", 2, 3), a_set("plain", 2, 3)
+    given = answered(one, [[0.2, 1], [0.5, 0.5], [0, 0.2]]) | answered(plain, [[0, 1], [0, 0], [0, 0]])
+    graded, binary = (set_result(each, given, 0.95) for each in (one, plain))
+    assert graded.average == graded.pass_at[1] == binary.average == pytest.approx(1 / 6)
+    assert graded.reward == pytest.approx(2.4 / 6) and binary.reward == binary.average
+    for name in ("standard_error", "sampling_error", "interval", "pass_at"):
+        assert getattr(graded, name) == getattr(binary, name), name
+    both, bare = ModelResult("m", None, (graded, binary)), ModelResult("m", None, (binary,))
+    assert both.average == pytest.approx(1 / 6)
+    head, rows = tables.detail_head(both), tables.detail_rows(both)
+    assert [row[head.index("accuracy")] for row in rows] == ["16.67", "16.67"]
+    assert [row[head.index("reward")] for row in rows] == ["40.00", "16.67"]
+    assert "reward" not in tables.markdown_details(bare) and len(tables.detail_rows(bare)[0]) == len(head) - 1
+    trees = results_tree([both], {})["models"][0]["benchmarks"]
+    assert (trees["held"]["average"], trees["held"]["reward"]) == pytest.approx((1 / 6, 0.4))
+    metrics, expected = step_metrics([one], given.values()), step_metrics([plain], given.values())
+    assert metrics["eval/held"] == expected["eval/plain"]
+    assert metrics["eval/held/standard_error"] == expected["eval/plain/standard_error"]
+    assert (metrics["eval/held/reward"], expected["eval/plain/reward"]) == pytest.approx((0.4, 1 / 6))
+
+
+def test_a_function_may_call_an_answer_right_whose_reward_is_not_whole() -> None:
+    one = a_set("held", 1, 2)
+    long, wrong = (replace(answer(one, problem, 0, 0.7), verdict=v) for problem, v in ((0, "correct"), (1, "partial")))
+    found = set_result(one, {a.key: a for a in (long, wrong)}, 0.95)
+    assert (found.average, found.pass_at, found.reward) == (0.5, {1: 0.5}, pytest.approx(0.7))
 
 
 def test_one_sample_of_one_problem_says_nothing_of_errors() -> None:
@@ -131,6 +162,9 @@ def test_metrics_of_a_step() -> None:
     assert (metrics["eval/math500"], metrics["eval/held"], metrics["eval/average"]) == (0.75, 0.25, 0.5)
     assert metrics["eval/math500/standard_error"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
     assert set(metric_names([one, two])) <= set(metrics)
+    errors = [math.sqrt(0.75 * 0.25 / 3), math.sqrt(0.25**2 + 0.25**2) / math.sqrt(2)]
+    assert metrics["eval/held/standard_error"] == pytest.approx(errors[1])
+    assert metrics["eval/average/standard_error"] == pytest.approx(math.hypot(*errors) / 2)
     assert "eval/average" not in step_metrics([one], answers)
 
 
@@ -143,4 +177,5 @@ def test_a_format_rule_does_not_reach_the_table() -> None:
     )
     found = set_result(one, {a.key: a for a in (right, wrong)}, 0.95)
     assert (found.average, found.pass_at) == (0.5, {1: 0.5})
-    assert step_metrics([one], [right, wrong])["eval/held_out"] == 0.5
+    metrics = step_metrics([one], [right, wrong])
+    assert metrics["eval/held_out"] == metrics["eval/held_out/reward"] == found.reward == 0.5

@@ -79,6 +79,15 @@ def test_speedup_on_evaluations(runs: list[Run]) -> None:
     assert found.in_time == pytest.approx((38 + 5 * 8) / (40 + 3 * 10))
 
 
+def test_a_mean_reward_is_drawn_where_it_is_not_the_accuracy() -> None:
+    def evaluated(reward: float) -> Run:
+        return Run("r", {}, {}, [{"step": 1, "eval/held": 0.25, "eval/held/reward": reward}])
+
+    (graded,), (binary,) = (panels.evaluation_figures([evaluated(reward)]) for reward in (0.5, 0.25))
+    assert 'data-label="r mean reward" data-points="1,0.5"' in graded and 'data-label="r accuracy"' in graded
+    assert "mean reward" not in binary and 'data-label="r" data-points="1,0.25"' in binary
+
+
 def test_speedup_needs_more_than_one_lucky_batch() -> None:
     base = run_of(*[0.1] * 18, 0.5, 0.5, 0.5, 0.5, 0.1, 0.1, 0.1)
     lucky = run_of(1.0, *[0.0] * 24)

@@ -8,6 +8,7 @@ import pytest
 
 from lens_megatron.rewards.config import FormatRule, RewardRule
 from lens_megatron.rewards.judge import judge
+from lens_megatron.rewards.judgement import verdict_of
 from tests.rewards.pairs import FALSE_NEGATIVES, PAIRS
 
 KINDS = sorted({kind for kind, *_ in PAIRS})
@@ -97,6 +98,13 @@ def test_any_of_the_alternatives_will_do() -> None:
     rule = RewardRule(alternatives="|||")
     for response, right in ((r"\boxed{4}", True), (r"\boxed{\frac12}", True), (r"\boxed{5}", False)):
         assert (judge(rule, r"4 ||| \frac{1}{2}", response).verdict == "correct") is right
+
+
+def test_a_whole_reward_is_correct_though_its_parts_do_not_quite_add_up() -> None:
+    assert 0.7 + 0.2 + 0.1 < 1
+    assert [verdict_of(reward) for reward in (1.0, 0.7 + 0.2 + 0.1, 0.999, 0.001, 0.0)] == [
+        "correct", "correct", "partial", "partial", "wrong",
+    ]  # fmt: skip
 
 
 def test_format_moves_the_reward_and_not_the_verdict() -> None:
