@@ -61,7 +61,8 @@ def describe(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if status["reason"]:
         yield "reason", status["reason"]
     ago = status["step_seconds_ago"]
-    of = f" of {status['steps']}" if status["steps"] is not None else ""
+    # fewer than were made were asked for when nothing was left to do: earlier versions took that down
+    of = f" of {status['steps']}" if status["steps"] is not None and status["steps"] >= status["step"] else ""
     reward = f"; reward {status['reward']:.3f}" if status["reward"] is not None else ""
     yield "step", f"{status['step']}{of}" + (f", {duration(ago)} ago{reward}" if ago is not None else "")
     none = "none" if status["state"] in ("done", "failed") else "none yet"

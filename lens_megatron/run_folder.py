@@ -28,6 +28,7 @@ from lens_megatron.errors import RunError, UsageError
 from lens_megatron.rollout_table import ROLLOUT_COLUMNS, RolloutRow, rollout_table
 
 Ending = Literal["done", "stopped", "unfinished", "failed"]
+_UNTIL_STEP = "# in force until step "  # begins a configuration that a resumed run has changed
 
 
 class RunFolder:
@@ -107,21 +108,23 @@ class RunFolder:
 
     # --- writing
 
-    def write_config(self, tree: Mapping[str, Any]) -> None:
-        """The resolved configuration. A resumed run's earlier one, if it differs, is kept beside it."""
+    def write_config(self, tree: Mapping[str, Any], step: int | None = None) -> None:
+        """The resolved configuration. A resumed run's earlier one, if it differs, is kept beside it, with the `step` that
+        it was in force until."""
         import yaml
 
-        self._write_kept("config.yaml", yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True))
+        text = yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True)
+        self._write_kept("config.yaml", text, "" if step is None else f"{_UNTIL_STEP}{step}\n")
 
     def write_versions(self, **more: Any) -> None:
         """What runs, and where. `more`: what only the caller knows, such as the number of processes."""
         tree = {**machine_and_versions(), **more}
         self._write_kept("versions.json", json.dumps(tree, indent=1) + "\n")
 
-    def begin(self, config: Mapping[str, Any]) -> None:
-        """The run starts, or goes on: from now on the folder is that of `config`."""
+    def begin(self, config: Mapping[str, Any], step: int = 0) -> None:
+        """The run starts, or goes on after `step`: from now on the folder is that of `config`."""
         self._ending_path.unlink(missing_ok=True)
-        self.write_config(config)
+        self.write_config(config, step)
         self.write_versions()
 
     def write_ending(self, state: Ending, reason: str = "") -> None:
@@ -180,6 +183,18 @@ class RunFolder:
 
         path = self.path / "config.yaml"
         return strict.read_yaml(path) if path.exists() else {}
+
+    def read_earlier_configs(self) -> list[tuple[int | None, dict[str, Any]]]:
+        """Of a run that was resumed with changes, in order, each with the step that it was in force until. None: older
+        versions did not say."""
+        from lens_megatron import strict
+
+        numbered = {
+            int(number): path
+            for path in self.path.glob("config.*.yaml")
+            if (number := path.name.split(".")[1]).isdecimal()
+        }
+        return [(_until_step(path), strict.read_yaml(path)) for _, path in sorted(numbered.items())]
 
     def read_versions(self) -> dict[str, Any]:
         path = self.path / "versions.json"
@@ -275,13 +290,16 @@ class RunFolder:
             return False
         return False
 
-    def _write_kept(self, name: str, text: str) -> None:
+    def _write_kept(self, name: str, text: str, note: str = "") -> None:
+        """`note`: goes before an earlier text that is kept."""
         path = self.path / name
         if path.exists() and (earlier := path.read_text(encoding="utf-8")) != text:
             stem, _, ending = name.partition(".")
             used = {other.name for other in self.path.glob(f"{stem}.*.{ending}")}
             number = next(n for n in range(1, len(used) + 2) if f"{stem}.{n}.{ending}" not in used)
-            self._write_whole(self.path / f"{stem}.{number}.{ending}", lambda file: file.write(earlier.encode()))
+            self._write_whole(
+                self.path / f"{stem}.{number}.{ending}", lambda file: file.write((note + earlier).encode())
+            )
         self._write_whole(path, lambda file: file.write(text.encode()))
 
     def _write_whole(self, path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -306,6 +324,12 @@ class RunFolder:
             raise RunError(
                 f"writing {path}: {reason}; what was written before is whole: make room, then resume"
             ) from None
+
+
+def _until_step(path: Path) -> int | None:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    number = first.removeprefix(_UNTIL_STEP)
+    return int(number) if number != first and number.isdecimal() else None
 
 
 def machine_and_versions() -> dict[str, Any]:

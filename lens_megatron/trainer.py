@@ -283,6 +283,11 @@ class Trainer:
                 self._saver.save(step, state, self._last_metrics)
         self._saver.poll()
 
+    @property
+    def nothing_left(self) -> bool:
+        """Every step that is asked for has been made, by the run that was resumed."""
+        return self.first_step >= self.config.steps
+
     def resume(self) -> None:
         """From the newest whole checkpoint; from the start when there is none yet."""
         found = resume(self.policy, self._checkpoints)
@@ -300,7 +305,8 @@ class Trainer:
         def take_up(host: Host) -> None:
             if found is not None:
                 host.load_state_dict(found.extra)  # first: what does not fit is refused, and the folder as it was
-            host.folder.rewind(self.first_step if found is not None else -1)  # step 0 is evaluated again as well
+            if not self.nothing_left:
+                host.folder.rewind(self.first_step if found is not None else -1)  # step 0 is evaluated again as well
             if found is not None:
                 for reason in found.passed_over:
                     self.progress.note(f"passed over a damaged checkpoint: {reason}")
@@ -310,10 +316,8 @@ class Trainer:
                     self.progress.note(
                         "the reference's files are not those that this run was saved with: see that it is the same model"
                     )
-                ended = self.first_step >= self.config.steps
-                self.progress.note(
-                    f"resuming after step {self.first_step}{', the last: nothing is left to do' if ended else ''}"
-                )
+                left = ", the last: nothing is left to do, and the run's files stay" if self.nothing_left else ""
+                self.progress.note(f"resuming after step {self.first_step}{left}")
             else:
                 self.progress.note(f"{host.folder.path}: no checkpoint to resume from: starting with step 1")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 
 from launchers.run_status import describe, look
 from lens_megatron import endings, resuming, strict
+from lens_megatron.commands import train
 from lens_megatron.config import RunConfig, load_run
 from lens_megatron.errors import RunError, Terminated, UsageError
 from lens_megatron.run_folder import RunFolder
+from lens_megatron.trainer import Trainer
 from tests.loop.runs import run_tree, write_run
 from tests.test_checkpoints import write as write_checkpoint
 
@@ -75,6 +78,68 @@ def test_before_the_first_checkpoint_everything_may_change(run: Path, tmp_path: 
     folder = RunFolder.create(tmp_path / "run")
     folder.begin(tree_of(run))
     assert resuming.changes(folder, tree_of(run, "seed=7")) == ["resumed with a change: seed was 0 and is 7"]
+
+
+class Finished:
+    """A trainer whose run has been resumed from its checkpoint of step 8."""
+
+    first_step = 8
+
+    def __init__(self, config: RunConfig, model: object, folder: RunFolder | None) -> None:
+        self.config, self.folder, self.watch = config, folder, self
+
+    nothing_left = Trainer.nothing_left
+
+    def reporting(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def resume(self) -> None: ...
+
+    def close(self) -> None:
+        if self.folder is not None:
+            self.folder.close()
+
+
+def test_when_nothing_is_left_to_do_the_files_stay(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    folder.begin(tree_of(run, "steps=8"))
+    folder.append_metrics({"step": 8, "reward": 0.5})
+    folder.close()
+    before = {path: path.read_bytes() for path in folder.path.iterdir() if path.is_file()}
+    monkeypatch.setattr("lens_megatron.trainer.Trainer", Finished)
+    monkeypatch.setattr("lens_megatron.loop.train", lambda *_: pytest.fail("a step was made"))
+    again = load_run(run, ["steps=5", "optimizer.lr=0.5"])
+    assert train._train(again, None, resume=True, go_on=False) == 0  # type: ignore[arg-type]
+    ended = {"ending.json": b'{"state": "done", "reason": ""}\n'}  # it was killed before it could say so
+    after = {path: path.read_bytes() for path in folder.path.iterdir() if path.is_file()}
+    assert after == before | {folder.path / name: text for name, text in ended.items()}
+
+    longer = load_run(run, ["steps=9", "optimizer.lr=0.5"])
+    monkeypatch.setattr("lens_megatron.loop.train", lambda *_: None)
+    assert train._train(longer, None, resume=True, go_on=False) == 0  # type: ignore[arg-type]
+    assert folder.read_config()["steps"] == 9
+    [(until, earlier)] = folder.read_earlier_configs()
+    assert (until, earlier["steps"], earlier["optimizer"]["lr"]) == (8, 8, 0.01)
+
+
+def test_a_run_that_was_stopped_is_not_done_because_fewer_steps_are_asked_for(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    folder.begin(tree_of(run, "steps=40"))
+    folder.write_ending("stopped")
+    folder.close()
+    monkeypatch.setattr("lens_megatron.trainer.Trainer", Finished)
+    assert train._train(load_run(run, ["steps=5"]), None, resume=True, go_on=False) == 0  # type: ignore[arg-type]
+    assert folder.read_ending() == ("stopped", "") and folder.read_config()["steps"] == 40
+
+
+def test_status_never_says_step_40_of_10(folder: RunFolder, run: Path) -> None:
+    folder.append_metrics({"step": 40, "reward": 0.5})
+    folder.write_config(tree_of(run, "steps=10"))
+    assert dict(describe(look(folder.path)))["step"].startswith("40, ")
+    folder.write_config(tree_of(run, "steps=50"))
+    assert dict(describe(look(folder.path)))["step"].startswith("40 of 50, ")
 
 
 def test_status_of_a_run_without_a_scheduler(folder: RunFolder, run: Path) -> None:

@@ -135,6 +135,17 @@ def test_a_resumed_run_keeps_its_first_configuration(tmp_path: Path) -> None:
     assert "pp: 2" in (tmp_path / "config.2.yaml").read_text()
 
 
+def test_kept_configurations_say_until_when(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path)
+    for number in range(12):
+        folder.begin({"number": number}, 4 * number)
+    (tmp_path / "config.of-mine.yaml").write_text("not: ours")
+    (tmp_path / "config.3.yaml").write_text("number: 2\n")  # of a version that did not say
+    earlier = folder.read_earlier_configs()
+    assert earlier == [(None if k == 2 else 4 * (k + 1), {"number": k}) for k in range(11)]
+    assert folder.read_config() == {"number": 11}
+
+
 def test_versions(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path)
     folder.write_versions(processes=2)

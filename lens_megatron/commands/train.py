@@ -80,9 +80,13 @@ def _train(config: RunConfig, model: ModelConfig, resume: bool, go_on: bool) -> 
         with trainer.watch.reporting():
             if resume or go_on:
                 trainer.resume()
+            if trainer.nothing_left:  # no step is made of what is asked for now: the files stay those of the steps made
+                if folder is not None and trainer.first_step >= folder.read_config().get("steps", 0):
+                    folder.write_ending("done")  # its own end; it may have been killed before it could say so
+                return 0
             # only now: a start that failed for bad input leaves no run, a refused resume leaves the one that is there
             if folder is not None:
-                folder.begin(tree)
+                folder.begin(tree, trainer.first_step)
             with endings.noted(folder):
                 order = loop.train(config, trainer)
             if folder is not None:

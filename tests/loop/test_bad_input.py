@@ -197,3 +197,9 @@ def test_a_refused_resume_leaves_the_run_as_it_was(task: Path, tmp_path: Path) -
     assert "resumed with a change: optimizer.lr was 0.01 and is 0.001\n" in words
     assert [line["step"] for line in folder.read_metrics()] == [1, 2]
     assert (run_dir / "config.1.yaml").exists()
+
+    shutil.rmtree(run_dir / "checkpoints" / "step_000002")  # and fewer steps than the newest checkpoint has
+    before = {name: text for name, text in _contents(run_dir).items() if not name.startswith("logs/")}
+    code, words = finished(tmp_path, "train", "--resume", run, "optimizer.lr=0.5", "steps=1")
+    assert code == 0 and "nothing is left to do, and the run's files stay" in words, words
+    assert {name: text for name, text in _contents(run_dir).items() if not name.startswith("logs/")} == before
