@@ -17,7 +17,7 @@ _NO_RESCUE = "prompts were not purified"
 def report_page(runs: Sequence[Run]) -> str:
     names = ", ".join(run.name for run in runs)
     sections = [
-        ("summary", "Summary", panels.key_numbers(runs) + _about_numbers() + panels.differences(runs)),
+        ("summary", "Summary", _summary(runs)),
         ("learning", "Learning", _grid(learning(runs))),
         ("purification", "Prompts and purification", _grid(purification(runs))),
         ("update", "The update", _grid(update(runs))),
@@ -170,6 +170,11 @@ def _if_purified(run: Run, metric: str) -> list[tuple[float, float]]:
 
 def _grid(parts: Sequence[str]) -> str:
     return f'<div class="figures">{"".join(parts)}</div>'
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    configurations = panels.differences(runs) + panels.changes_on_the_way(runs)
+    return panels.key_numbers(runs) + _about_numbers() + configurations
 
 
 def _about_numbers() -> str:

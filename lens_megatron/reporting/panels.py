@@ -18,7 +18,7 @@ from lens_megatron.reporting.charts import (
     stacked_bars,
     step_chart,
 )
-from lens_megatron.reporting.runs import Point, Run, baseline, config_differences
+from lens_megatron.reporting.runs import Point, Run, baseline, config_changes, config_differences
 
 COLOURS = 8
 SCORE_STEPS = 12  # saved steps that Figure 2b reads
@@ -155,6 +155,16 @@ def differences(runs: Sequence[Run]) -> str:
     )
     opened = " open" if len(rows) <= 12 else ""
     return f"<details{opened}><summary>Differences in configuration ({len(rows)})</summary>{body}</details>"
+
+
+def changes_on_the_way(runs: Sequence[Run]) -> str:
+    """Of runs that were resumed with other values: one of these did not make all of their steps."""
+    rows = [(run.name, *row) for run in runs for row in config_changes(run)]
+    if not rows:
+        return ""
+    body = table(("run", "key", "before", "now"), rows, (1, 2, 3))
+    opened = " open" if len(rows) <= 12 else ""
+    return f"<details{opened}><summary>Changed when a run was resumed ({len(rows)})</summary>{body}</details>"
 
 
 def zero_reward_bars(runs: Sequence[Run]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ class Run:
     versions: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
     folder: RunFolder | None = None
+    earlier: Sequence[tuple[int | None, Mapping[str, Any]]] = ()  # configurations before `config`: until which step
 
     def points(self, name: str) -> list[Point]:
         """(step, value) where the value is known."""
@@ -56,7 +58,9 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
         metrics = folder.read_metrics()
         if not metrics:
             raise UsageError(f"{folder.path}: no step has finished yet: there is nothing to report")
-        runs.append(Run(name, folder.read_config(), folder.read_versions(), metrics, folder))
+        runs.append(
+            Run(name, folder.read_config(), folder.read_versions(), metrics, folder, folder.read_earlier_configs())
+        )
     return runs
 
 
@@ -85,6 +89,50 @@ def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     keys = dict.fromkeys(key for tree in flat for key in tree)
     rows = [(key, [tree.get(key, "not set") for tree in flat]) for key in keys if key != "run_dir"]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def config_changes(run: Run) -> list[tuple[str, str, str]]:
+    """Keys that were changed when the run was resumed: name, earlier values and until when, value now."""
+    used = in_force(run)
+    if len(used) == 1:
+        return []
+    flat = [flatten(config) for config in _completed([config for _, config in used])]
+    until = [f" until step {step}" if step is not None else "" for step, _ in used]
+    rows = []
+    for key in dict.fromkeys(key for tree in flat for key in tree if key != "run_dir"):
+        values = [tree.get(key, "not set") for tree in flat]
+        ends = [place for place, (value, following) in enumerate(pairwise(values)) if value != following]
+        if ends:
+            rows.append((key, ", ".join(f"{values[place]}{until[place]}" for place in ends), values[-1]))
+    return rows
+
+
+def in_force(run: Run) -> list[tuple[int | None, Mapping[str, Any]]]:
+    """The configurations that the run's steps were made with, in order, and until which step; today's comes last. One of
+    which no step is left, because the run was resumed from where that one began or before, is left out."""
+    until: int | None = None
+    ends: list[int | None] = []
+    for end, _ in reversed(run.earlier):  # what was resumed from is the end of all that came before
+        until = min((step for step in (end, until) if step is not None), default=None)
+        ends.insert(0, end if end is None else until)
+    begun, kept = 0, []
+    for end, (_, config) in zip(ends, run.earlier, strict=True):
+        if end is None or end > begun:
+            kept.append((end, config))
+            begun = end or begun
+    return [*kept, (None, run.config)]
+
+
+def _completed(configs: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """What an older version's configuration does not say is the default, as for a resumed run. As they are where this
+    version does not read one of them."""
+    from lens_megatron import strict
+    from lens_megatron.config import RunConfig
+
+    try:
+        return [strict.to_tree(RunConfig, strict.build(RunConfig, config, "config.yaml")) for config in configs]
+    except UsageError:
+        return configs
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

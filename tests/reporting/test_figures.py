@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lens_megatron import strict
 from lens_megatron.algorithms import group_metrics
+from lens_megatron.config import RunConfig
 from lens_megatron.errors import RunError, UsageError
 from lens_megatron.reporting import figures, panels
-from lens_megatron.reporting.runs import Run, baseline, config_differences, load_runs, short_names
+from lens_megatron.reporting.runs import Run, baseline, config_changes, config_differences, load_runs, short_names
 from lens_megatron.run_folder import RunFolder
 from tests.reporting.synthetic import make_run
 
@@ -182,6 +184,30 @@ def test_config_differences(tmp_path: Path) -> None:
         ("reference", ["null", "x"]),
         ("extra", ["not set", "{}"]),
     ]
+
+
+def test_what_was_changed_on_the_way() -> None:
+    def resumed(*earlier: tuple[int | None, float], now: float) -> list[tuple[str, str, str]]:
+        kept = [(until, {"run_dir": f"{until}", "optimizer": {"lr": lr}}) for until, lr in earlier]
+        return config_changes(Run("r", {"optimizer": {"lr": now}, "seed": 0}, {}, [], None, kept))
+
+    assert resumed(now=0.1) == []
+    assert ("optimizer.lr", "0.1 until step 8", "0.2") in resumed((8, 0.1), now=0.2)
+    assert ("seed", "not set until step 8", "0") in resumed((8, 0.1), now=0.2)
+    assert resumed((8, 0.1), (12, 0.2), now=0.1)[0] == ("optimizer.lr", "0.1 until step 8, 0.2 until step 12", "0.1")
+    assert resumed((None, 0.1), now=0.2)[0] == ("optimizer.lr", "0.1", "0.2")  # an older version's run
+    # no step is left of: what ran before the first checkpoint, what was resumed from where it began, or from before
+    assert resumed((0, 0.1), now=0.2) == []
+    assert resumed((8, 0.1), (8, 0.2), now=0.3)[0] == ("optimizer.lr", "0.1 until step 8", "0.3")
+    assert resumed((4, 0.1), (8, 0.2), (2, 0.3), now=0.4)[0] == ("optimizer.lr", "0.1 until step 2", "0.4")
+
+
+def test_what_an_older_configuration_did_not_say_was_not_changed() -> None:
+    said = {"model": "m", "run_dir": "r", "algorithm": {}, "data": {"train": "t"}}
+    tree = strict.to_tree(RunConfig, strict.build(RunConfig, said, "c"))
+    older = {key: value for key, value in tree.items() if key != "guards"}
+    run = Run("r", {**tree, "steps": 9}, {}, [], None, [(8, older)])
+    assert config_changes(run) == [("steps", f"{tree['steps']} until step 8", "9")]
 
 
 def test_names_as_short_as_can_be() -> None:

@@ -196,6 +196,18 @@ def test_one_run_without_purification_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / "grpo" / "report.html").exists()
 
 
+def test_what_was_changed_when_a_run_was_resumed_is_said(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "grpo", "grpo", optimizer={"lr": 1e-6})
+    assert main(["report", str(tmp_path / "grpo")]) == 0
+    out = tmp_path / "grpo" / "report.html"
+    assert "when a run was resumed" not in out.read_text()
+    folder.begin({**folder.read_config(), "optimizer": {"lr": 2e-6}}, 4)
+    assert main(["report", str(tmp_path / "grpo")]) == 0
+    page = out.read_text()
+    assert "Changed when a run was resumed (1)" in page
+    assert re.search(r">optimizer.lr<.*?>1e-06 until step 4<.*?>2e-06<", page)
+
+
 def test_a_run_of_one_bare_step(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "bare")
     folder.append_metrics({"step": 1, "reward": 0.0})
