@@ -80,6 +80,18 @@ def bin_range(histograms: Sequence[ScoreHistogram]) -> tuple[int, list[float]]:
 
 
 @dataclass(frozen=True)
+class Lead:
+    """How far another run was above the baseline when the first of the two reached the peak; `error`: standard error."""
+
+    difference: float
+    error: float
+
+    @property
+    def within_noise(self) -> bool:
+        return abs(self.difference) <= 2 * self.error
+
+
+@dataclass(frozen=True)
 class Speedup:
     """Figure 6: when another run first reaches the baseline's peak. None: it never does."""
 
@@ -88,6 +100,7 @@ class Speedup:
     baseline_seconds: float | None
     steps: float | None
     seconds: float | None
+    lead: Lead | None = None  # None: no standard errors in the metrics
 
     @property
     def in_steps(self) -> float | None:
@@ -109,8 +122,26 @@ def speedup(base: Run, other: Run, metric: str) -> Speedup | None:
     base_step = next(step for step, value in base_curve if value == peak)
     step = next((step for step, value in curve if value >= peak - 1e-12), None)
     return Speedup(
-        peak, base_step, seconds_until(base, base_step), step, None if step is None else seconds_until(other, step)
+        peak,
+        base_step,
+        seconds_until(base, base_step),
+        step,
+        None if step is None else seconds_until(other, step),
+        _lead(base, other, metric, base_step if step is None else min(base_step, step)),
     )
+
+
+def _lead(base: Run, other: Run, metric: str, step: float) -> Lead | None:
+    """At the last evaluations up to `step`. The two errors are taken as independent, though the problems are the same."""
+    found = []
+    for run in (base, other):
+        values, errors = dict(run.points(metric)), dict(run.points(f"{metric}/standard_error"))
+        at = max((at for at in values if at <= step), default=None)
+        if at is None or at not in errors:
+            return None
+        found.append((values[at], errors[at]))
+    (before, error), (after, other_error) = found
+    return Lead(after - before, math.hypot(error, other_error))
 
 
 def speedup_window(metric: str, points: int) -> int:

@@ -62,8 +62,9 @@ def grid(parts: Sequence[str]) -> str:
 def _group(row: Mapping[str, Any]) -> str:
     """What a line is: the cell's labels without those that the line runs over."""
     own = list(row)[1 : list(row).index("state")]
+    # null: the axis at its default, or a cell of which nothing is known yet that the axis shares its name with (`steps`)
     return " ".join(f"{row[axis]}" if isinstance(row[axis], str) else f"{axis} {row[axis]}" for axis in own
-                    if axis not in _NOT_LINES)  # fmt: skip
+                    if axis not in _NOT_LINES and row[axis] is not None)  # fmt: skip
 
 
 def _colour(place: int) -> str:

@@ -90,6 +90,30 @@ def test_a_mean_reward_is_drawn_where_it_is_not_the_accuracy() -> None:
     assert "mean reward" not in binary and 'data-label="r" data-points="1,0.25"' in binary
 
 
+def test_a_speedup_says_whether_the_lead_is_more_than_noise() -> None:
+    def evaluated(*values: float, error: float | None = 0.02, name: str = "r") -> Run:
+        errors = {} if error is None else {"eval/held/standard_error": error}
+        return Run(name, {}, {}, [{"step": 2 * k, "eval/held": v, **errors} for k, v in enumerate(values, 1)])
+
+    base = evaluated(0.1, 0.2, 0.3, name="grpo")
+    near, far = evaluated(0.1, 0.3, 0.3, error=0.05), evaluated(0.1, 0.4, 0.4)
+    found = figures.speedup(base, near, "eval/held")
+    assert found is not None and found.lead is not None and found.in_steps == 1.5
+    # at step 4, where it reached 0.3 and GRPO had 0.2
+    assert (found.lead.difference, found.lead.error) == pytest.approx((0.1, math.hypot(0.02, 0.05)))
+    assert found.lead.within_noise
+    found = figures.speedup(base, far, "eval/held")
+    assert found is not None and found.lead is not None and not found.lead.within_noise
+    behind = figures.speedup(base, evaluated(0.1, 0.1, 0.1), "eval/held")
+    assert behind is not None and behind.lead is not None and behind.lead.difference == pytest.approx(-0.2)
+    for other in (evaluated(0.3, 0.3, 0.3, error=None), run_of(0.3, metric="eval/held")):
+        found = figures.speedup(base, other, "eval/held")
+        assert found is not None and found.lead is None
+    drawn = panels.speedup_figure([base, near, far])
+    assert "+0.100 ± 0.108, within noise<" in drawn and "+0.200 ± 0.057<" in drawn
+    assert "lead" not in panels.speedup_figure([base, evaluated(0.3, 0.3, 0.3, error=None)]).lower()
+
+
 def test_speedup_needs_more_than_one_lucky_batch() -> None:
     base = run_of(*[0.1] * 18, 0.5, 0.5, 0.5, 0.5, 0.1, 0.1, 0.1)
     lucky = run_of(1.0, *[0.0] * 24)

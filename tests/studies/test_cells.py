@@ -18,9 +18,10 @@ from lens_megatron.errors import UsageError
 from lens_megatron.reporting.runs import Run
 from lens_megatron.run_folder import RunFolder
 from lens_megatron.studies.config import Target, load_study
+from lens_megatron.studies.page import study_page
 from lens_megatron.studies.running import last_words
 from lens_megatron.studies.states import CellState, check_same_cells, write_state
-from lens_megatron.studies.table import hours_to_target
+from lens_megatron.studies.table import collect, hours_to_target
 
 ROOT = Path(__file__).parents[2]
 BASE: dict[str, Any] = {
@@ -312,3 +313,10 @@ def test_it_does_not_start_inside_a_job_of_ranks(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UsageError, match="start it by itself"):
         clean_environment()
+
+
+def test_the_legend_has_no_none(tmp_path: Path) -> None:
+    """An axis at its default, and one whose name is also a column that nothing is known of yet."""
+    found = load_study(study(tmp_path, grid={"steps": [2, 4], "reference": [None, "qwen3-8b-base"]}))
+    page = study_page(found, collect(found))
+    assert "qwen3-8b-base<" in page and "steps None" not in page and "reference None" not in page
