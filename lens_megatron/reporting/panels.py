@@ -300,7 +300,7 @@ def speedup_figure(runs: Sequence[Run]) -> str:
         f"When each run first reaches the peak of {runs[base].name} ({metric} {first.peak:.3f} at step "
         f"{number(first.baseline_steps)}{averaged}). Above 1 is faster. The paper: 1.67x and 1.64x in steps."
     )
-    leads = any(one.lead is not None for one in known.values())
+    leads = [(runs[place].name, *_lead(one.lead)) for place, one in known.items() if one.lead is not None]
     if leads:
         note += f" Lead: over {runs[base].name} when the first of the two was there, and two standard errors of it."
     rows = []
@@ -312,22 +312,20 @@ def speedup_figure(runs: Sequence[Run]) -> str:
                 _times(one.in_steps),
                 _DASH if one.seconds is None else duration(one.seconds),
                 _times(one.in_time),
-                *([_lead(one.lead)] if leads else []),
             ]
         )
-    head = ("run", "at step", "in steps", "after", "in time", *(["lead"] if leads else []))
     bars = [Bars(runs[base].name, [1.0, 1.0], run_colour(base))]
     bars += [Bars(runs[place].name, [one.in_steps, one.in_time], run_colour(place)) for place, one in known.items()]
     key = legend([(one.label, one.css, "block") for one in bars])
     body = bar_chart(["in steps", "in time"], bars, "speed-up (times)")
-    return figure(title, body + table(head, rows), note, key)
+    body += table(("run", "at step", "in steps", "after", "in time"), rows)
+    if leads:  # a table of its own: one with all columns is wider than a figure
+        body += table(("run", "lead", ""), leads, (2,))
+    return figure(title, body, note, key)
 
 
-def _lead(lead: figures.Lead | None) -> str:
-    if lead is None:
-        return _DASH
-    shown = f"{lead.difference:+.3f} ± {2 * lead.error:.3f}"
-    return f"{shown}, within noise" if lead.within_noise else shown
+def _lead(lead: figures.Lead) -> tuple[str, str]:
+    return f"{lead.difference:+.3f} ± {2 * lead.error:.3f}", "within noise" if lead.within_noise else "beyond noise"
 
 
 def _times(value: float | None) -> str:
