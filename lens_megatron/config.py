@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -168,6 +168,27 @@ def load_run(path: Path, overrides: Sequence[str]) -> RunConfig:
     if not tree.get("name"):
         tree["name"] = choice if isinstance(choice, str) else str(choice.get("preset", "custom"))
     return strict.build(RunConfig, tree, where)
+
+
+def preset_line(path: Path, overrides: Sequence[str]) -> str:
+    """What the preset sets of the run because RUN.yaml says nothing of it, for people; empty: nothing."""
+    tree = strict.apply_overrides(strict.read_yaml(path), overrides)
+    choice = tree.get("algorithm")
+    name = choice.get("preset") if isinstance(choice, Mapping) else choice
+    if choice is None or name is None:
+        return ""
+    left = list(_left_to(presets.preset_run_values(choice, f"{path}: algorithm"), tree))
+    return f"from preset {name}: {', '.join(left)}" if left else ""
+
+
+def _left_to(preset: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """`key.path=value` of the preset's values that `given` has no place for."""
+    for key, value in preset.items():
+        own = given.get(key, {})
+        if isinstance(value, Mapping) and isinstance(own, Mapping):
+            yield from _left_to(value, own, f"{prefix}{key}.")
+        elif key not in given:
+            yield f"{prefix}{key}={value}"
 
 
 def load_sft(path: Path, overrides: Sequence[str]) -> SftConfig:

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     stopping.hold_signal()
     from lens_megatron import endings, kernel_order, workers
-    from lens_megatron.config import load_run
+    from lens_megatron.config import load_run, preset_line
     from lens_megatron.mcore.hf_files import check_folder
     from lens_megatron.mcore.layout import check_layout
     from lens_megatron.model_spec import find_weights, load_model_config
@@ -56,10 +56,11 @@ def run(args: argparse.Namespace) -> int:
                 config.run_dir, lambda: workers.run_workers(config.parallel.processes, command)
             )
     with endings.lost_peers():
-        return _train(config, model, args.resume, args.go_on)
+        return _train(config, model, args.resume, args.go_on, preset_line(Path(args.run), args.overrides))
 
 
-def _train(config: RunConfig, model: ModelConfig, resume: bool, go_on: bool) -> int:
+def _train(config: RunConfig, model: ModelConfig, resume: bool, go_on: bool, from_preset: str) -> int:
+    """`from_preset`: told of a new run, whose RUN.yaml does not show it."""
     from lens_megatron import endings, loop, resuming, stopping, strict, workers
     from lens_megatron.config import RunConfig
     from lens_megatron.run_folder import RunFolder
@@ -71,6 +72,7 @@ def _train(config: RunConfig, model: ModelConfig, resume: bool, go_on: bool) -> 
             folder = RunFolder.resume(config.run_dir, _PATIENCE_S if go_on else 0.0)
             for line in resuming.changes(folder, tree):
                 print(line, file=sys.stderr)
+            from_preset = ""
         else:
             folder = RunFolder.create(config.run_dir)
         if not go_on:
@@ -87,6 +89,8 @@ def _train(config: RunConfig, model: ModelConfig, resume: bool, go_on: bool) -> 
             # only now: a start that failed for bad input leaves no run, a refused resume leaves the one that is there
             if folder is not None:
                 folder.begin(tree, trainer.first_step)
+                if from_preset:
+                    print(from_preset, file=sys.stderr)
             with endings.noted(folder):
                 order = loop.train(config, trainer)
             if folder is not None:

@@ -15,7 +15,7 @@ import yaml
 
 import lens_megatron
 from lens_megatron import presets, strict
-from lens_megatron.config import RunConfig, SftConfig, load_run
+from lens_megatron.config import RunConfig, SftConfig, load_run, preset_line
 from lens_megatron.errors import UsageError
 from lens_megatron.evaluation.config import EvalConfig
 from lens_megatron.evaluation.interference import InterferenceConfig
@@ -110,6 +110,31 @@ def test_the_runs_own_values_stand_above_the_presets(tmp_path: Path) -> None:
     assert config.update.minibatches == 16  # DAPO's
     with pytest.raises(UsageError, match=r"rollout\.stalenes"):
         load_run(given, ["rollout.stalenes=1"])
+
+
+def test_what_the_preset_sets_of_the_run_is_told(tmp_path: Path) -> None:
+    given = tmp_path / "RUN.yaml"
+    given.write_text(yaml.safe_dump({**MINIMAL, "algorithm": "dapo", "rollout": {"n": 3}, "optimizer": {"lr": 1e-5}}))
+    line = preset_line(given, ["data.prompts_per_step=7", "algorithm.loss.clip_high=0.5", "optimizer.clip_grad=2"])
+    assert line == (
+        "from preset dapo: data.max_prompt_tokens=512, rollout.max_response_tokens=20480, rollout.temperature=1.0, "
+        "rollout.top_p=1.0, update.minibatches=16, update.epochs=1, update.tokens_per_microbatch=21504, "
+        "optimizer.warmup_steps=10, optimizer.weight_decay=0.1"
+    )
+    for told in line.partition(": ")[2].split(", "):  # as the run has it, and as an override that can be copied
+        load_run(given, [told])
+        value: Any = load_run(given, [])
+        for key in told.partition("=")[0].split("."):
+            value = getattr(value, key)
+        assert str(value) == told.partition("=")[2]
+
+    algorithm = strict.to_tree(RunConfig, load_run(given, []))["algorithm"]
+    for choice in (algorithm, {"rescue": {"mode": "none"}}):  # values of its own: no preset
+        given.write_text(yaml.safe_dump({**MINIMAL, "algorithm": choice}))
+        assert preset_line(given, []) == ""
+    (tmp_path / "mine.yaml").write_text("loss: {clip_low: 0.1}\n")
+    given.write_text(yaml.safe_dump({**MINIMAL, "algorithm": str(tmp_path / "mine.yaml")}))
+    assert preset_line(given, []) == ""  # it sets nothing of the run
 
 
 @pytest.mark.parametrize(
