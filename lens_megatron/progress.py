@@ -6,13 +6,14 @@ one line a step.  Ranks other than 0 pass shown=False: times only.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
@@ -75,8 +76,11 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._bar is None:
+            return
+        if error is None and self.done >= self.total:  # else it shows in which phase it ended
+            self._bar.update(self._task, phase="done")
+        self._bar.stop()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Timer]:
@@ -111,7 +115,8 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, phase="", summary=self._summary)
         elif self._shown:
-            self._console.print(f"step {self.done}/{self.total}  {self._summary}", markup=False)
+            ended = "  done" if self.done >= self.total else ""
+            self._console.print(f"step {self.done}/{self.total}  {self._summary}{ended}", markup=False)
 
     def note(self, text: str) -> None:
         """A line of its own, above the bar."""
@@ -126,14 +131,37 @@ class Progress:
         }
         if shown.get("reward") == shown.get("success"):  # rewards of 0 and 1: the line has to fit a terminal
             shown.pop("success", None)
-        ended = self.done >= self.total
         left = (self.total - self.done) * sum(self._recent) / len(self._recent)
-        parts = [] if ended else [f"{duration(left)} left"]  # first: a narrow terminal cuts the end
+        parts = [f"{duration(left)} left"] if self.done < self.total else []  # first: a narrow terminal cuts the end
         parts += [f"{label} {value}" for label, value in shown.items()]
         parts.append(f"{seconds:.1f} s")
         if metrics.get("tokens") and seconds > 0:
             parts.append(f"{metrics['tokens'] / seconds:,.0f} tokens/s")
-        return "  ".join([*parts, "done"] if ended else parts)
+        return "  ".join(parts)
+
+
+def closing_line(run_dir: str, metrics: Sequence[Mapping[str, Any]]) -> str:
+    """What a whole run came to, and where to look at it. `metrics`: of its steps."""
+    last = metrics[-1]
+    parts = [f"done: {last['step']} step{'s' if last['step'] > 1 else ''} in {run_dir}"]
+    if last.get("reward") is not None:
+        parts.append(f"reward {last['reward']:.3f}")
+    if (evaluation := _evaluation(metrics)) is not None:
+        parts.append(evaluation)
+    return f"{', '.join(parts)}; see it: lens-megatron report {shlex.quote(run_dir)}"
+
+
+def _evaluation(metrics: Sequence[Mapping[str, Any]]) -> str | None:
+    """The last one's average; of a single benchmark its own, which has no other."""
+    for line in reversed(metrics):
+        whole = [
+            name for name in line if name.startswith("eval/") and name.count("/") == 1
+        ]  # not eval/NAME/truncated_ratio
+        scores = {name: line[name] for name in whole if line[name] is not None}
+        if scores:
+            name = "eval/average" if "eval/average" in scores else next(iter(scores))
+            return f"{name} {scores[name]:.3f}"
+    return None
 
 
 def duration(seconds: float) -> str:

@@ -63,6 +63,7 @@ def _train(config: RunConfig, model: ModelConfig, resume: bool, go_on: bool, fro
     """`from_preset`: told of a new run, whose RUN.yaml does not show it."""
     from lens_megatron import endings, loop, resuming, stopping, strict, workers
     from lens_megatron.config import RunConfig
+    from lens_megatron.progress import closing_line
     from lens_megatron.run_folder import RunFolder
     from lens_megatron.trainer import Trainer
 
@@ -98,6 +99,8 @@ def _train(config: RunConfig, model: ModelConfig, resume: bool, go_on: bool, fro
     finally:
         trainer.close()
     if order is None:
+        if folder is not None:
+            print(closing_line(config.run_dir, folder.read_metrics()), file=sys.stderr)
         return 0
     if folder is not None:
         print(f"told to {order}: ended with a whole checkpoint; --resume goes on from it", file=sys.stderr)

@@ -8,7 +8,7 @@ import time
 import pytest
 from rich.text import Text
 
-from lens_megatron.progress import Progress, duration
+from lens_megatron.progress import Progress, closing_line, duration
 
 
 class Terminal(io.StringIO):
@@ -109,3 +109,38 @@ def test_a_narrow_terminal_cuts_the_summary_and_nothing_else(monkeypatch: pytest
         progress._bar.update(progress._task, phase="generate", refresh=True)  # type: ignore[union-attr]
     last = [line for line in Text.from_ansi(terminal.getvalue()).plain.splitlines() if line.strip()][-1]
     assert "step 1/50" in last and "generate" in last and "s left  reward 0.297" in last and last.endswith("…")
+
+
+def test_the_bar_of_a_whole_run_does_not_end_in_a_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal = Terminal()
+    with Progress(2, file=terminal) as progress:
+        for _ in range(2):
+            with progress.phase("train"):
+                progress.finish_step({"reward": 0.5, "success": 0.25, "zero_reward_ratio": 0.125, "tokens": 5.0})
+            with progress.phase("save"):
+                pass
+    last = [line for line in Text.from_ansi(terminal.getvalue()).plain.splitlines() if line.strip()][-1]
+    assert last.startswith("step 2/2 ") and " done " in last and "reward 0.500  success 0.250" in last
+    assert "save" not in last and " left" not in last and len(last.rstrip()) <= 80
+
+
+def test_a_bar_that_broke_off_shows_where() -> None:
+    terminal = Terminal()
+    with pytest.raises(KeyError), Progress(1, start=1, file=terminal) as progress, progress.phase("generate"):
+        raise KeyError
+    last = [line for line in Text.from_ansi(terminal.getvalue()).plain.splitlines() if line.strip()][-1]
+    assert "generate" in last and "done" not in last
+
+
+def test_the_closing_line() -> None:
+    first = {"step": 0, "reward": None, "eval/test": 0.25, "eval/test/truncated_ratio": 0.5}
+    last = {"step": 8, "reward": 0.4841, "eval/average": None}
+    assert closing_line("runs/grpo", [last]) == (
+        "done: 8 steps in runs/grpo, reward 0.484; see it: lens-megatron report runs/grpo"
+    )
+    assert closing_line("my runs/a", [first, {**last, "reward": None}]) == (
+        "done: 8 steps in my runs/a, eval/test 0.250; see it: lens-megatron report 'my runs/a'"
+    )
+    several = {**last, "eval/test": 0.5, "eval/math500": 0.25, "eval/average": 0.375}
+    assert ", reward 0.484, eval/average 0.375; see it" in closing_line("runs/grpo", [first, several])
