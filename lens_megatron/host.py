@@ -19,7 +19,7 @@ from lens_megatron.algorithms.group_metrics import group_metrics, top_k_overlap
 from lens_megatron.algorithms.rescue import RebuiltGroup, rebuild_group
 from lens_megatron.algorithms.transfer import TransferTracker
 from lens_megatron.config import RunConfig
-from lens_megatron.data.prompts import PromptStream, load_prompts
+from lens_megatron.data.prompts import PromptStream, first_prompt, load_prompts
 from lens_megatron.data.tokenizer import TokenPieces, check_tokenizer, load_tokenizer
 from lens_megatron.errors import RunError, UsageError
 from lens_megatron.evaluation.answering import Limits
@@ -27,7 +27,7 @@ from lens_megatron.evaluation.results import metric_names, step_metrics
 from lens_megatron.evaluation.sets import load_sets, questions, with_benchmark_rules
 from lens_megatron.guards import checks
 from lens_megatron.guards.bits import PassingSums
-from lens_megatron.model_spec import ModelConfig
+from lens_megatron.model_spec import ModelConfig, named_template, template_origin
 from lens_megatron.purification.strategies import Outcome, Signals, purify
 from lens_megatron.rewards.answerable import check_answers, check_functions
 from lens_megatron.rollout.driver import RolloutDriver
@@ -65,13 +65,16 @@ class Host:
                 f"{len(self.stream)} prompts ({self.too_long} more are too long): lower it"
             )
         self._ahead: Ahead | None = None
+        origin = template_origin("data.template", config.data.template, model.template_from)
         self.data_notes = [
+            first_prompt(self.tokenizer, loaded.prompts[0].tokens, origin),
             f"{len(self.stream)} prompts; left out as longer than data.max_prompt_tokens: {self.too_long}; "
-            f"system messages without a place in the template: {loaded.systems_dropped}"
+            f"system messages without a place in the template: {loaded.systems_dropped}",
         ]
         if doubtful := check_answers(loaded.prompts, config.rewards, config.data.train):
             self.data_notes.append(f"{config.data.train}: {doubtful}")
-        self.benchmarks = load_sets(config.evaluation, self.tokenizer, config.data.template or model.template)
+        template = named_template(config.data.template, model.template)
+        self.benchmarks = load_sets(config.evaluation, self.tokenizer, template)
         self.benchmark_names = metric_names(self.benchmarks)
         self._answer_limits = Limits(
             config.evaluation.max_response_tokens or config.rollout.max_response_tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -10,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import model_configs
 from lens_megatron import hf_config, strict
 from lens_megatron.errors import UsageError
+from lens_megatron.folder_note import NOTE, check_template, noted_template
 from lens_megatron.hf_config import to_hf_config
 
 __all__ = [
@@ -140,10 +140,10 @@ class ModelConfig:
     hub_id: str | None = None
     layouts: tuple[AdvisedLayout, ...] = ()
     name: str = ""  # the file's name
+    template_from: str = ""  # for people: who says that this is the template
 
     def __post_init__(self) -> None:
-        if self.template != "chat" and self.template.count("{problem}") != 1:
-            raise ValueError(f"template must be `chat`, or hold {{problem}} exactly once (got {self.template!r})")
+        check_template(self.template)
 
 
 def _shipped_folder() -> Path:
@@ -160,6 +160,13 @@ def named_template(template: str | None, default: str) -> str:
     if template is None:
         return default
     return load_model_config(template).template if template in shipped_models() else template
+
+
+def template_origin(key: str, template: str | None, default: str) -> str:
+    """Who says what `named_template` gives, for people. `key`: where `template` was given."""
+    if template is None:
+        return default
+    return f"{key}, shipped with {template}" if template in shipped_models() else key
 
 
 def load_model_config(name_or_folder: str | Path, cache: Path | None = None) -> ModelConfig:
@@ -179,8 +186,11 @@ def load_model_config(name_or_folder: str | Path, cache: Path | None = None) -> 
             )
         folder = cached
     file = folder if folder.is_file() else folder / "config.json"
-    spec = strict.build(ModelSpec, hf_config.spec_fields(_read_json(file), str(file)), str(file))
-    return ModelConfig(spec=spec, template=_template_of(file.parent), name=file.resolve().parent.name)
+    if not file.is_file():
+        raise UsageError(f"{file}: No such file or directory; a model folder needs a config.json")
+    spec = strict.build(ModelSpec, hf_config.spec_fields(strict.read_json(file), str(file)), str(file))
+    template, origin = _template_of(file.parent)
+    return ModelConfig(spec=spec, template=template, name=file.resolve().parent.name, template_from=origin)
 
 
 def load_model_spec(name_or_folder: str | Path) -> ModelSpec:
@@ -219,7 +229,8 @@ def _shipped(given: str) -> ModelConfig | None:
 
 def _read_shipped(name: str) -> ModelConfig:
     path = _shipped_folder() / f"{name}.yaml"
-    return strict.build(ModelConfig, {**strict.read_yaml(path), "name": name}, f"model_configs/{path.name}")
+    more = {"name": name, "template_from": f"shipped with {name}"}
+    return strict.build(ModelConfig, {**strict.read_yaml(path), **more}, f"model_configs/{path.name}")
 
 
 def _where(cache: Path | None) -> str:
@@ -245,21 +256,13 @@ def _download_hint(given: str) -> str:
     return f"; download it with: hf download {given}" if looks_like_hub_id else ""
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{file}: {error.strerror}; a model folder needs a config.json") from None
-    except ValueError as error:
-        raise UsageError(f"{file}: not JSON ({error})") from None
-    if not isinstance(tree, dict):
-        raise UsageError(f"{file}: expected a JSON object, found {type(tree).__name__}")
-    return tree
-
-
-def _template_of(folder: Path) -> str:
+def _template_of(folder: Path) -> tuple[str, str]:
+    """The template, and who says so: what wrote the weights knows it, the rest is a guess."""
+    noted = noted_template(folder)
+    if noted is not None:
+        return noted, f"{NOTE} of the model's folder"
     settings = folder / "tokenizer_config.json"
     has_chat = (folder / "chat_template.jinja").is_file() or (
-        settings.is_file() and bool(_read_json(settings).get("chat_template"))
+        settings.is_file() and bool(strict.read_json(settings).get("chat_template"))
     )
-    return "chat" if has_chat else "{problem}"
+    return ("chat", "the tokenizer's chat template") if has_chat else ("{problem}", "the problem alone")

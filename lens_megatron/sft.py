@@ -11,6 +11,7 @@ from torch import Tensor
 from lens_megatron import stacks, strict
 from lens_megatron.config import SftConfig
 from lens_megatron.data.order import PromptOrder
+from lens_megatron.data.prompts import first_prompt
 from lens_megatron.data.supervised import SupervisedExample, load_supervised
 from lens_megatron.data.tokenizer import check_tokenizer, load_tokenizer
 from lens_megatron.errors import UsageError
@@ -21,7 +22,7 @@ from lens_megatron.mcore.hf_files import write_hf_folder
 from lens_megatron.mcore.layout import check_budget
 from lens_megatron.mcore.step import LossFunction, Trainable, build_trainable, train_step
 from lens_megatron.mcore.watch import MARGIN_S, Watch
-from lens_megatron.model_spec import find_weights, load_model_config
+from lens_megatron.model_spec import find_weights, load_model_config, named_template, template_origin
 from lens_megatron.progress import Progress
 from lens_megatron.run_folder import RunFolder
 
@@ -33,10 +34,12 @@ def train_supervised(config: SftConfig, folder: RunFolder | None) -> Path:
     model = load_model_config(config.model)
     weights = find_weights(config.model)
     run_dir = Path(config.run_dir)
+    template = named_template(config.data.template, model.template)
+    origin = template_origin("data.template", config.data.template, model.template_from)
     with stacks.of_errors(run_dir, "read the data, meet the other ranks"):
         tokenizer = load_tokenizer(str(weights))
         check_tokenizer(tokenizer, model.spec.vocab_size)
-        examples, too_long = load_supervised(config.data, tokenizer, model.template)
+        examples, too_long = load_supervised(config.data, tokenizer, template)
         check_lengths(examples, config, model.spec.max_positions)
         order = PromptOrder([example.id for example in examples], config.seed, config.data.shuffle)
         runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s + MARGIN_S)
@@ -57,6 +60,7 @@ def train_supervised(config: SftConfig, folder: RunFolder | None) -> Path:
             guards = ModelGuards(config.guards, config.tokens_per_microbatch, config.timeout_s)
             guards.after_loading(policy, "policy", weights)
             with Progress(config.steps, shown=folder is not None) as progress:
+                progress.note(first_prompt(tokenizer, examples[0].prompt, origin))
                 progress.note(f"{len(examples)} examples; left out as longer than data.max_prompt_tokens: {too_long}")
                 for step in range(config.steps):
                     batch = [examples[index] for index in order.take(config.data.prompts_per_step)]
@@ -69,7 +73,7 @@ def train_supervised(config: SftConfig, folder: RunFolder | None) -> Path:
                         with watch.doing("write the step's metrics", config.timeout_s):
                             folder.append_metrics(metrics)
                     progress.finish_step(metrics)
-            return _exported(policy, run_dir / "hf", weights, folder)
+            return _exported(policy, run_dir / "hf", weights, template, folder)
     finally:
         watch.close()
 
@@ -96,10 +100,11 @@ def _step(policy: Trainable, batch: Sequence[SupervisedExample], config: SftConf
     }
 
 
-def _exported(policy: Trainable, target: Path, companions_from: Path, folder: RunFolder | None) -> Path:
+def _exported(policy: Trainable, target: Path, companions_from: Path, template: str, folder: RunFolder | None) -> Path:
+    """With a note of the template: who takes the folder as a model asks it in the same words."""
     tensors = policy.export_hf()
     if folder is not None:
-        write_hf_folder(target, tensors, companions_from=companions_from)
+        write_hf_folder(target, tensors, companions_from, template=template)
     for _ in tensors:  # the other ranks send their parts by iterating
         pass
     return target

@@ -24,7 +24,7 @@ from lens_megatron.mcore.hf_copies import HfCopies
 from lens_megatron.mcore.rendezvous import from_rank_zero
 from lens_megatron.mcore.step import build_frozen, build_trainable
 from lens_megatron.mcore.watch import MARGIN_S, Watch
-from lens_megatron.model_spec import ModelConfig, find_weights, load_model_config
+from lens_megatron.model_spec import ModelConfig, find_weights, load_model_config, named_template
 from lens_megatron.progress import Progress
 from lens_megatron.prompt_signals import PromptSignals, Reference
 from lens_megatron.purification.strategies import Signals
@@ -107,8 +107,9 @@ class Trainer:
             for note in self.host.data_notes:
                 self.progress.note(note)
         self._checkpoints = Path(config.run_dir) / "checkpoints"
-        self._saver = Saver(self.policy, self._checkpoints, config.checkpoint, companions_from=weights)
-        self._hf_copies = HfCopies(self.policy, Path(config.run_dir) / "hf", config.checkpoint, weights)
+        template = named_template(config.data.template, model.template)
+        self._saver = Saver(self.policy, self._checkpoints, config.checkpoint, weights, template)
+        self._hf_copies = HfCopies(self.policy, Path(config.run_dir) / "hf", config.checkpoint, weights, template)
 
     def _await_the_driver(self) -> None:
         """Before any model is built. Servers may take longer than timeout_s: only now can the other ranks be told to wait."""

@@ -30,7 +30,8 @@ class DataConfig:
     """train               a .jsonl or .parquet file, a folder of them, a folder written by datasets' save_to_disk, or a
                         Hugging Face hub id.
     split               which split of a folder or hub id that has several.
-    template            "chat" (the tokenizer's chat template) or a text with {problem}; null: the model's own.
+    template            "chat" (the tokenizer's chat template), a text with {problem}, or the name of a shipped model, for its;
+                        null: the model's own.
     prompt_key, ...     names of the columns, where they are not the usual ones.
     """
 

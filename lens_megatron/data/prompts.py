@@ -12,9 +12,11 @@ from lens_megatron.data.order import PromptOrder
 from lens_megatron.data.rows import Row, read_rows
 from lens_megatron.data.template import Template
 from lens_megatron.errors import UsageError
+from lens_megatron.model_spec import named_template
 from lens_megatron.types import Prompt
 
 _TOKENISE_AT_ONCE = 1024
+_SHOWN = 80  # characters of a prompt, so that its line is hardly longer than two of a terminal
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class LoadedPrompts:
 def load_prompts(config: DataConfig, tokenizer: Any, model_template: str) -> LoadedPrompts:
     """Every usable row of data.train. `model_template` is the model's, which data.template overrides."""
     rows = read_rows(config.train, config.split, config.prompt_key, config.answer_key)
-    template = Template(tokenizer, config.template or model_template)
+    template = Template(tokenizer, named_template(config.template, model_template))
     prompts = encode_prompts(rows, template)
     kept = [prompt for prompt in prompts if len(prompt.tokens) <= config.max_prompt_tokens]
     if not kept:
@@ -48,6 +50,14 @@ def encode_prompts(rows: Sequence[Row], template: Template) -> list[Prompt]:
             question = (encoded.question, row.answer, row.source, encoded.text)
             prompts.append(Prompt(row.id, encoded.tokens, *question, planted=encoded.planted))
     return prompts
+
+
+def first_prompt(tokenizer: Any, tokens: Sequence[int], origin: str) -> str:
+    """A line: what the model reads, special tokens and line breaks visible. `origin`: who says that this is the template."""
+    text: str = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if len(text) > _SHOWN:  # both ends are the template's
+        text = f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"
+    return f"first prompt: {text!r} (template: {origin})"
 
 
 class PromptStream:

@@ -10,6 +10,7 @@ from lens_megatron.data.files import read_files
 from lens_megatron.data.rows import parse_rows
 from lens_megatron.data.template import Template
 from lens_megatron.errors import UsageError
+from lens_megatron.model_spec import named_template
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def load_supervised(config: SupervisedDataConfig, tokenizer: Any, template: str)
         if not isinstance(columns.get(key), str) or not columns[key].strip():
             raise UsageError(f"{where}: no {key!r}; supervised rows have a prompt and the response to learn")
     rows = list(parse_rows(iter(raw), config.prompt_key, key))
-    prompts = Template(tokenizer, config.template or template).encode(rows)
+    prompts = Template(tokenizer, named_template(config.template, template)).encode(rows)
     responses = tokenizer([columns[key] for _, columns in raw], add_special_tokens=False)["input_ids"]
     examples = [
         SupervisedExample(row.id, prompt.tokens, (*response, tokenizer.eos_token_id))

@@ -44,7 +44,10 @@ class Template:
         if template == CHAT and not tokenizer.chat_template:
             raise UsageError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; set data.template")
         if template != CHAT and template.count(SLOT) != 1:
-            raise UsageError(f"data.template: {SLOT} once, or {CHAT!r}, is needed (got {template!r})")
+            raise UsageError(
+                f"data.template: {SLOT} once, {CHAT!r} or the name of a shipped model (lens-megatron models) is needed "
+                f"(got {template!r})"
+            )
         self._tokenizer, self._chat = tokenizer, template == CHAT
         self._before, self._after = (SLOT if self._chat else template).split(SLOT)
         begins = _first_token(tokenizer)

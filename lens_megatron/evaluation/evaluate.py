@@ -6,9 +6,11 @@ OUT/NAME.html            the table and every answer of a model     OUT/results.j
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+from lens_megatron.data.prompts import first_prompt
 from lens_megatron.data.tokenizer import check_tokenizer, load_tokenizer
 from lens_megatron.errors import UsageError
 from lens_megatron.evaluation import tables
@@ -24,17 +26,23 @@ from lens_megatron.evaluation.sets import (
     questions,
     with_benchmark_rules,
 )
-from lens_megatron.model_spec import named_template
+from lens_megatron.model_spec import named_template, template_origin
 from lens_megatron.output import write_json
 
 
 def evaluate(models: list[EvalModel], config: EvalConfig, out: Path) -> list[ModelResult]:
     """Files are written after each model, so that an evaluation of a run's steps can be looked at while it goes on."""
     results: list[ModelResult] = []
+    told = ""  # the template whose first prompt was shown: the steps of a run are asked alike
     for model in models:
         tokenizer = load_tokenizer(str(model.tokenizer))
         check_tokenizer(tokenizer, model.spec.vocab_size)
-        sets = load_sets(config, tokenizer, named_template(config.template, model.template))
+        template = named_template(config.template, model.template)
+        sets = load_sets(config, tokenizer, template)
+        if template != told:
+            origin = template_origin("template", config.template, model.template_from)
+            print(first_prompt(tokenizer, sets[0].prompts[0].tokens, origin), file=sys.stderr)
+        told = template
         answers = answers_of(model, config, sets, tokenizer, out)
         results.append(model_result(model.title, model.step, sets, answers, config.level))
         write_files(out, results, config, model, sets, answers)

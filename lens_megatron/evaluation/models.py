@@ -12,7 +12,14 @@ from typing import Any
 
 from lens_megatron import checkpoints, strict
 from lens_megatron.errors import UsageError
-from lens_megatron.model_spec import ModelSpec, find_weights, load_model_config
+from lens_megatron.folder_note import NOTE
+from lens_megatron.model_spec import (
+    ModelSpec,
+    find_weights,
+    load_model_config,
+    named_template,
+    template_origin,
+)
 
 _WHOLE_BYTES = 64 * 2**20  # files up to here are hashed whole
 _SAMPLES, _SAMPLE_BYTES = 16, 2**20  # of larger ones, as many pieces
@@ -27,6 +34,7 @@ class EvalModel:
     source: Path
     spec: ModelSpec
     template: str
+    template_from: str  # for people: who says that this is the template
     megatron: bool = False
     step: int | None = None
 
@@ -79,7 +87,7 @@ def find_models(model: str) -> list[EvalModel]:
     config = load_model_config(model)
     source = find_weights(model)
     name = "_".join(source.resolve().parts[-2:]) if folder.is_dir() else model.replace("/", "_")
-    return [EvalModel(name, model.rstrip("/"), source, config.spec, config.template)]
+    return [EvalModel(name, model.rstrip("/"), source, config.spec, config.template, config.template_from)]
 
 
 def run_rewards(model: str) -> dict[str, Any] | None:
@@ -103,28 +111,32 @@ def _run(folder: Path) -> list[EvalModel]:
         config, source = load_model_config(first), find_weights(first)
     except UsageError:
         return steps  # the run's first policy is not on this machine; its steps are
-    return [EvalModel("step_000000", "step 0", source, config.spec, template or config.template, step=0), *steps]
+    template = template or (config.template, config.template_from)
+    return [EvalModel("step_000000", "step 0", source, config.spec, *template, step=0), *steps]
 
 
-def _run_template(folder: Path) -> str | None:
-    """What the run's prompts looked like: a base model's checkpoint does not say."""
+def _run_template(folder: Path) -> tuple[str, str] | None:
+    """What the run's prompts looked like, and who says so; older checkpoints of base models do not."""
     path = folder / "config.yaml"
     if not path.is_file():
         return None
     tree = strict.read_yaml(path)
     if (own := (tree.get("data") or {}).get("template")) is not None:
-        return str(own)
+        return named_template(str(own), ""), template_origin("the run's data.template", str(own), "")
     try:
-        return load_model_config(str(tree.get("model"))).template
+        config = load_model_config(str(tree.get("model")))
     except UsageError:
         return None
+    return config.template, f"the run's model: {config.template_from}"
 
 
-def _checkpoint(folder: Path, template: str | None, step: int | None) -> EvalModel:
+def _checkpoint(folder: Path, template: tuple[str, str] | None, step: int | None) -> EvalModel:
     manifest = checkpoints.read_manifest(folder)
     if (reason := checkpoints.damage(folder, manifest)) is not None:
         raise UsageError(f"{folder}: damaged: {reason}; use another checkpoint")
     config = load_model_config(folder / "hf")
     title = f"step {step}" if step is not None else str(folder)
     name = folder.name if step is not None else "_".join(folder.resolve().parts[-3:]).replace("_checkpoints_", "_")
-    return EvalModel(name, title, folder, config.spec, template or config.template, True, step)
+    if template is None or (folder / "hf" / NOTE).exists():  # the run's model may have been replaced since
+        template = config.template, config.template_from
+    return EvalModel(name, title, folder, config.spec, *template, True, step)

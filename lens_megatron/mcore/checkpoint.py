@@ -26,6 +26,7 @@ import lens_megatron
 from lens_megatron import checkpoints
 from lens_megatron.checkpoints import Manifest
 from lens_megatron.errors import RunError, UsageError
+from lens_megatron.folder_note import NOTE, note_bytes
 from lens_megatron.mcore import checkpoint_index, checkpoint_optimizer
 from lens_megatron.mcore.agreement import on_rank_0, one_line
 from lens_megatron.mcore.checkpoint_writer import Staged, Written, stage
@@ -124,9 +125,11 @@ def save(
     step: int,
     metrics: Mapping[str, float] | None = None,
     companions_from: Path | None = None,
+    template: str | None = None,
     with_optimizer: bool = True,
 ) -> PendingSave:
-    """Begin to write `folder`. `extra`: rank 0's, anything JSON; `companions_from`: HF folder with the tokenizer.
+    """Begin to write `folder`. `extra`: rank 0's, anything JSON; `companions_from`: HF folder with the tokenizer. `template`:
+    of the prompts that the weights were trained on.
 
     Asynchronous: returns when everything is copied to host memory; training may change the weights at once. Call
     `done()` on all ranks now and then, or `wait()`. Otherwise the checkpoint is complete on return.
@@ -145,7 +148,7 @@ def save(
             states = checkpoint_optimizer.random_states()
             state["trainer"]["rng"] = sorted(states)
             state["rng"] = checkpoint_optimizer.sharded_random_states(states)
-        more: dict[str, Callable[[], bytes]] = {_EXTRA: text.encode, **_companions(policy, companions_from)}
+        more: dict[str, Callable[[], bytes]] = {_EXTRA: text.encode, **_companions(policy, companions_from, template)}
         staged = stage(state, target, _live_storages(policy), more, copy=asynchronous)
     del state
 
@@ -258,13 +261,15 @@ def _live_storages(policy: Trainable) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
-def _companions(model: ShardedModel, source: Path | None) -> dict[str, Callable[[], bytes]]:
+def _companions(model: ShardedModel, source: Path | None, template: str | None) -> dict[str, Callable[[], bytes]]:
     """What an HF folder has besides weights, so that one can be written from the checkpoint alone."""
     config = json.dumps(to_hf_config(model.spec, dtype_of(model)), indent=2) + "\n"
     files: dict[str, Callable[[], bytes]] = {f"{_HF}/config.json": config.encode}
     for name in COMPANIONS if source is not None else ():
         if name != "config.json" and (source / name).is_file():  # type: ignore[operator]
             files[f"{_HF}/{name}"] = (source / name).read_bytes  # type: ignore[operator]
+    if template is not None:
+        files[f"{_HF}/{NOTE}"] = partial(note_bytes, template)
     return files
 
 

@@ -54,12 +54,17 @@ class Saver:
     """The saves of one run: one at a time, finished ones pruned."""
 
     def __init__(
-        self, policy: Trainable, root: Path, config: CheckpointConfig, companions_from: Path | None = None
+        self,
+        policy: Trainable,
+        root: Path,
+        config: CheckpointConfig,
+        companions_from: Path | None = None,
+        template: str | None = None,
     ) -> None:
         self._policy = policy
         self._root = root
         self._config = config
-        self._companions_from = companions_from
+        self._companions_from, self._template = companions_from, template
         self._pending: PendingSave | None = None
 
     def due(self, step: int, last: bool = False) -> bool:
@@ -77,6 +82,7 @@ class Saver:
             step=step,
             metrics=metrics,
             companions_from=self._companions_from,
+            template=self._template,
         )
         self.poll()
         return time.monotonic() - start

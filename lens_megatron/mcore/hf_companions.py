@@ -7,15 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lens_megatron.folder_note import NOTE, note_bytes
 from lens_megatron.mcore.hf_index import COMPANIONS
 from lens_megatron.mcore.stored_dtypes import Dtype
 
 
-def companions_of(folder: Path, dtype: Dtype | None) -> dict[str, bytes]:
-    """The files, by name; config.json with its dtype changed when the weights' is."""
+def companions_of(folder: Path, dtype: Dtype | None, template: str | None = None) -> dict[str, bytes]:
+    """The files, by name; config.json with its dtype changed when the weights' is. `template`: that the weights were trained
+    with, whatever the folder's own were."""
     files = {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
     if dtype is not None and "config.json" in files:
         files["config.json"] = config_bytes(json.loads(files["config.json"]), dtype)
+    if template is not None:
+        files[NOTE] = note_bytes(template)
     return files
 
 

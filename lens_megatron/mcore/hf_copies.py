@@ -17,9 +17,16 @@ from lens_megatron.mcore.step import ShardedModel
 class HfCopies:
     """Weights leave as they do for the engine, tensor by tensor to rank 0. All ranks call, in the same order."""
 
-    def __init__(self, policy: ShardedModel, root: Path, config: CheckpointConfig, companions_from: Path) -> None:
+    def __init__(
+        self,
+        policy: ShardedModel,
+        root: Path,
+        config: CheckpointConfig,
+        companions_from: Path,
+        template: str | None = None,
+    ) -> None:
         self._policy, self._root, self._config = policy, root, config
-        self._companions_from = companions_from
+        self._companions_from, self._template = companions_from, template
 
     def due(self, step: int, last: bool = False) -> bool:
         return self._config.hf_every > 0 and (last or step % self._config.hf_every == 0)
@@ -31,7 +38,7 @@ class HfCopies:
         if dist.get_rank() == 0:
             try:
                 checkpoints.clean_leftovers(self._root)
-                write_hf_folder(target, tensors, self._companions_from, replace=True)
+                write_hf_folder(target, tensors, self._companions_from, replace=True, template=self._template)
             except Exception as failure:  # the other ranks are sending: it is raised where all can hear it
                 error = one_line(failure)
         for _ in tensors:  # what is left; on the other ranks, everything

@@ -68,9 +68,11 @@ def write_hf_folder(
     companions_from: Path | None = None,
     max_shard_bytes: int = 5 * 2**30,
     replace: bool = False,
+    template: str | None = None,
 ) -> None:
     """Stream tensors into sharded safetensors with an index; the folder appears under its name only when complete and on
-    disk. config.json gets the tensors' dtype. `replace`: a folder of that name makes way."""
+    disk. config.json gets the tensors' dtype. `replace`: a folder of that name makes way. `template`: the weights' own, noted
+    beside the companions."""
     if target.exists() and not replace:
         raise UsageError(f"{target}: exists already; choose another folder or remove it")
     partial = target.with_name(target.name + ".partial")
@@ -79,7 +81,7 @@ def write_hf_folder(
     try:
         dtype = _write_shards(partial, tensors, max_shard_bytes)
         if companions_from is not None:
-            for name, content in companions_of(companions_from, dtype).items():
+            for name, content in companions_of(companions_from, dtype, template).items():
                 (partial / name).write_bytes(content)
         for path in partial.iterdir():
             checkpoints.sync(path)

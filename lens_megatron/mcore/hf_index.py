@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lens_megatron.errors import UsageError
+from lens_megatron.folder_note import NOTE
 from lens_megatron.mcore.stored_dtypes import BY_SAFETENSORS, Dtype
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -27,6 +28,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "vocab.json",
     "merges.txt",
+    NOTE,
 )
 
 

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from lens_megatron.data.config import DataConfig, SupervisedDataConfig
 from lens_megatron.data.order import PromptOrder, epoch_order
-from lens_megatron.data.prompts import PromptStream, encode_prompts, load_prompts
+from lens_megatron.data.prompts import PromptStream, encode_prompts, first_prompt, load_prompts
 from lens_megatron.data.rows import Message, Row
 from lens_megatron.data.supervised import load_supervised
 from lens_megatron.data.template import Template
 from lens_megatron.data.tokenizer import check_tokenizer, load_tokenizer, stop_tokens
 from lens_megatron.errors import UsageError
+from lens_megatron.model_spec import load_model_config
 
 from .tokenizers import byte_level
 
@@ -169,6 +170,35 @@ def test_system_messages_without_a_place_are_counted(tokenizer: Any, tmp_path: P
     source = write(tmp_path / "d.jsonl", [{"prompt": chat, "answer": 1}, {"prompt": "q", "answer": 1}])
     assert load_prompts(DataConfig(source), tokenizer, BARE).systems_dropped == 1
     assert load_prompts(DataConfig(source, template=CHAT), tokenizer, BARE).systems_dropped == 0
+
+
+def test_the_template_may_be_a_shipped_models(tokenizer: Any, tmp_path: Path) -> None:
+    text = load_model_config("qwen3-8b-base").template
+    source = write(tmp_path / "d.jsonl", [{"prompt": "q", "answer": 1, "response": "1"}])
+    loaded = load_prompts(DataConfig(source, template="qwen3-8b-base"), tokenizer, BARE)
+    assert tokenizer.decode(loaded.prompts[0].tokens) == text.replace("{problem}", "q")
+    supervised = SupervisedDataConfig(source, template="qwen3-8b-base")
+    assert load_supervised(supervised, tokenizer, BARE)[0][0].prompt == loaded.prompts[0].tokens
+    for wrong in ("qwen3-8b-bsae", ""):
+        with pytest.raises(
+            UsageError, match=r"data\.template: \{problem\} once, 'chat' or the name of a shipped model"
+        ):
+            load_prompts(DataConfig(source, template=wrong), tokenizer, BARE)
+
+
+def test_the_first_prompt_in_a_line(tokenizer: Any) -> None:
+    def line(question: str, template: str) -> str:
+        (encoded,) = Template(tokenizer, template).encode([row(question)])
+        return first_prompt(tokenizer, encoded.tokens, "data.template")
+
+    assert line("add 3 1", "{problem} = ") == "first prompt: 'add 3 1 = ' (template: data.template)"
+    assert line("q", CHAT) == (
+        r"first prompt: '<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n' (template: data.template)"
+    )
+    long = line("What is it, " * 40, BOXED)
+    assert long.startswith(r"first prompt: '<|im_start|>user\nWhat is it,") and " ... " in long
+    assert long.endswith(r"step.<|im_end|>\n<|im_start|>assistant\n' (template: data.template)")
+    assert len(long) < 2 * 80
 
 
 def test_tokenizer_and_model_must_fit(tokenizer: Any, tmp_path: Path) -> None:

@@ -73,6 +73,8 @@ def test_killed_and_run_again_it_generates_nothing_twice(words: list[str], whole
     assert 30 < len(kept) < len(lines_of(whole)) - 50  # in the middle
     again = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     assert "answers are there already" in again.stderr
+    (shown,) = [line for line in again.stderr.splitlines() if line.startswith("first prompt: ")]
+    assert shown.endswith("(template: the tokenizer's chat template)") and "<|im_start|>assistant" in shown
     now = lines_of(tmp_path)
     assert set(kept) <= set(now) and sorted(now) == sorted(lines_of(whole))  # each once, and the same words
     assert (tmp_path / "results.json").read_text() == (whole / "results.json").read_text()
