@@ -7,6 +7,7 @@ Whoever finds `step_000020` with a manifest whose files have their sizes finds a
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -26,6 +27,17 @@ _STEP = re.compile(r"step_(\d{6,})")
 # Names that nobody mistakes for a checkpoint: being written; replaced by a newer one of the same step; being removed;
 # found damaged by a run that went on from an older one.
 _PARTIAL, _REPLACED, _REMOVED, _DAMAGED = ".partial", ".replaced", ".removed", ".damaged"
+# What reading gives where content is not as it was written: not there, of another kind, or an index that points before a
+# file's start; torch's own errors, of bytes that it has, have no number. Any other is the file system's.
+_OF_CONTENT = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EOVERFLOW)
+
+
+class Damaged(RunError):
+    """The content of a checkpoint is wrong: reading it again will not help, an older one may stand in."""
+
+
+class Unreadable(RunError):
+    """The file system did not answer, or refused: whether the checkpoint is good is not known."""
 
 
 @dataclass(frozen=True)
@@ -160,10 +172,13 @@ def sync(path: Path) -> None:
 
 def read_manifest(folder: Path) -> Manifest:
     """Raise UsageError unless `folder` is a checkpoint of ours, of a format that this version reads."""
-    if not folder.is_dir():
+    with reading(folder):
+        there = folder.is_dir()
+    if not there:
         raise UsageError(f"{folder}: no such folder")
     try:
-        tree = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        with reading(folder / MANIFEST):
+            tree = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{folder}: not a checkpoint of lens-megatron: it has no {MANIFEST}") from None
     except (OSError, ValueError) as error:
@@ -177,11 +192,32 @@ def read_manifest(folder: Path) -> Manifest:
         raise UsageError(f"{folder / MANIFEST}: {error}") from None
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """OSErrors that say nothing of the content become Unreadable; the others are left to the caller."""
+    try:
+        yield
+    except OSError as error:
+        if is_of_content(error):
+            raise
+        raise unreadable(path, error) from None
+
+
+def is_of_content(error: OSError) -> bool:
+    return error.errno in _OF_CONTENT
+
+
+def unreadable(path: Path, error: OSError) -> Unreadable:
+    """`path`: for an error that does not say which."""
+    return Unreadable(f"{error.filename or path} cannot be read: {error.strerror or error}")
+
+
 def damage(folder: Path, manifest: Manifest) -> str | None:
     """The first file that is missing or has another size than when it was written; None when whole."""
     for name, size in manifest.files.items():
         try:
-            actual = (folder / name).stat().st_size
+            with reading(folder / name):
+                actual = (folder / name).stat().st_size
         except OSError:
             return f"{name} is missing"
         if actual != size:
@@ -190,10 +226,12 @@ def damage(folder: Path, manifest: Manifest) -> str | None:
 
 
 def newest_first(root: Path) -> tuple[list[Found], list[Broken]]:
-    """Checkpoints that look whole; and, of those that do not, what is wrong."""
+    """Checkpoints that look whole; and, of those that do not, what is wrong. Raises Unreadable where nobody can tell."""
     whole: list[Found] = []
     broken: list[Broken] = []
-    for folder in sorted(_folders(root), key=_step_of, reverse=True):
+    with reading(root):
+        folders = _folders(root)
+    for folder in sorted(folders, key=_step_of, reverse=True):
         try:
             manifest = read_manifest(folder)
         except UsageError as error:
@@ -242,20 +280,27 @@ def best(found: Sequence[Found], metric: str) -> Found | None:
 
 
 def prune(root: Path, keep: int, keep_best: str | None = None) -> list[str]:
-    """Remove all but the newest `keep` and the best. Broken ones go once a newer whole one stands; they never count."""
+    """Remove all but the newest `keep` and the best. Broken ones go once a newer whole one stands; they never count.
+    Raises RunError of one that could not be removed, when the others are."""
     whole, _ = newest_first(root)
     if not whole:
         return []
     spared = {found.folder for found in whole[: max(1, keep)]}
     if keep_best is not None and (top := best(whole, keep_best)) is not None:
         spared.add(top.folder)
-    removed = []
+    removed, left = [], []
     for folder in sorted(_folders(root), key=_step_of):
-        ours = (folder / MANIFEST).is_file()
-        if folder in spared or not ours or _step_of(folder) > whole[0].manifest.step:
+        try:
+            ours = (folder / MANIFEST).is_file()
+            if folder in spared or not ours or _step_of(folder) > whole[0].manifest.step:
+                continue
+            remove(folder)
+        except OSError as error:
+            left.append(f"{folder}: not removed: {error.strerror or error}")
             continue
-        remove(folder)
         removed.append(folder.name)
+    if left:
+        raise RunError(f"{left[0]}{f' (and {len(left) - 1} more)' if len(left) > 1 else ''}")
     return removed
 
 

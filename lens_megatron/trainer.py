@@ -299,8 +299,8 @@ class Trainer:
                 self.prompt_signals.noise_floor = found.extra["noise_floor"]
             if self.reference is not None and "reference_scores" in found.extra:
                 same_reference = self.reference.scores.load_state_dict(found.extra["reference_scores"])
-            if (manifest := checkpoints.read_manifest(found.folder)).optimizer:  # else only the weights were loaded
-                self.guards.after_resume(self.policy, found.folder, found.extra.get("guards", {}), manifest.dtype)
+            if found.manifest.optimizer:  # else only the weights were loaded
+                self.guards.after_resume(self.policy, found.folder, found.extra.get("guards", {}), found.manifest.dtype)
         self.progress = Progress(self.config.steps, self.first_step, shown=self.host is not None)
 
         def take_up(host: Host) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lens_megatron import checkpoints
-from lens_megatron.checkpoints import CheckpointConfig, Manifest
+from lens_megatron.checkpoints import CheckpointConfig, Manifest, Unreadable
 from lens_megatron.errors import RunError, UsageError
 
 
@@ -93,6 +94,38 @@ def test_damage_is_seen(how: str, tmp_path: Path) -> None:
         checkpoints.latest(tmp_path)
     assert checkpoints.prune(tmp_path, keep=1) == []
     assert bad.is_dir()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "tensors.distcp", "step_000040"])
+def test_what_the_file_system_does_not_give_is_not_damaged(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older one would be taken instead, and the run's later steps be lost."""
+    write(tmp_path, 20)
+    bad = write(tmp_path, 40)
+    path = bad if name == bad.name else bad / name
+    refusing(monkeypatch, path, errno.EIO)
+    for look in (checkpoints.newest_first, checkpoints.latest):
+        with pytest.raises(Unreadable) as caught:
+            look(tmp_path)
+        assert str(caught.value) == f"{path} cannot be read: Input/output error"
+    with pytest.raises(Unreadable):  # nor is it removed, as broken ones are
+        checkpoints.prune(tmp_path, keep=1)
+    monkeypatch.undo()
+    assert steps(tmp_path) == [40, 20]
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, path: Path, number: int) -> None:
+    """Permissions would not keep root from reading."""
+    for name in ("stat", "open"):
+        action = getattr(Path, name)
+
+        def refuse(self: Path, *arguments: Any, action: Any = action, **options: Any) -> Any:
+            if self == path:
+                raise OSError(number, os.strerror(number), str(self))
+            return action(self, *arguments, **options)
+
+        monkeypatch.setattr(Path, name, refuse)
 
 
 class Killed(BaseException):

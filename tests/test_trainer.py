@@ -106,7 +106,7 @@ def test_what_was_measured_in_another_dtype_or_layout_is_known_as_such(
 ) -> None:
     found = SimpleNamespace(folder=tmp_path, manifest=SimpleNamespace(step=3, layout=layout, dtype=dtype))
     for name, value in {
-        "on_rank_0": lambda action: ([found], []),
+        "looked_at": lambda action: ([found], []),
         "load": lambda policy, folder: {},
         "layout_of": lambda policy: "A",
         "dtype_of": lambda policy: "bfloat16",

@@ -13,7 +13,8 @@ embedding_gradients.py                           what each prompt token's embedd
 checksums.py                                     of weights and optimizer, whatever the layout
 optimizer.py, host_moments.py, step.py            training steps; Adam's moments on the host
 offload.py                                       off the device and back, for an engine that takes turns
-checkpoint.py, checkpoint_optimizer.py, checkpoint_writer.py, checkpoint_run.py   saved and loaded in any layout
+checkpoint.py, checkpoint_optimizer.py, checkpoint_writer.py, checkpoint_reader.py, checkpoint_run.py   saved and loaded
+                                                 in any layout
 checkpoint_index.py, safe_pickle.py, stored_dtypes.py   what is in a checkpoint, read without running anything of it
 """
 

@@ -19,15 +19,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException
-from torch.distributed.checkpoint.api import CheckpointException
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
 import lens_megatron
 from lens_megatron import checkpoints
-from lens_megatron.checkpoints import Manifest
+from lens_megatron.checkpoints import Damaged, Manifest
 from lens_megatron.errors import RunError, UsageError
 from lens_megatron.folder_note import NOTE, note_bytes
-from lens_megatron.mcore import checkpoint_index, checkpoint_optimizer
+from lens_megatron.mcore import checkpoint_index, checkpoint_optimizer, checkpoint_reader
 from lens_megatron.mcore.agreement import on_rank_0, one_line
 from lens_megatron.mcore.checkpoint_writer import Staged, Written, stage
 from lens_megatron.mcore.hf_index import COMPANIONS
@@ -172,13 +171,14 @@ def save(
 
 
 def load(policy: Trainable, folder: Path) -> dict[str, Any]:
-    """Everything that `save` wrote into `policy`; what it got as `extra`. Written in any layout.
+    """Everything that `save` wrote into `policy`; what it got as `extra`. Written in any layout. Raises Damaged when the
+    content is wrong, Unreadable when the file system does not give it.
 
     The generators continue only in the layout that wrote them. A checkpoint without optimizer gives the weights
     and its step's place in the learning-rate schedule.
     """
-    manifest, extra = on_rank_0(lambda: _opened(policy, folder))
-    with cuda_literals(), torch.no_grad(), _one_line_errors(folder):
+    manifest, extra, common = checkpoint_reader.looked_at(lambda: _opened(policy, folder))
+    with cuda_literals(), torch.no_grad(), checkpoint_reader.opened(folder, common):
         found = dist_checkpointing.load(_wanted(policy), str(folder))
         _take_weights(policy, found)
         trainer = found["trainer"]
@@ -198,8 +198,8 @@ def load(policy: Trainable, folder: Path) -> dict[str, Any]:
 
 def load_weights(model: ShardedModel, folder: Path) -> None:
     """The weights alone, into a policy or into a model that only scores."""
-    on_rank_0(lambda: _opened(model, folder))
-    with cuda_literals(), torch.no_grad(), _one_line_errors(folder):
+    _, _, common = checkpoint_reader.looked_at(lambda: _opened(model, folder))
+    with cuda_literals(), torch.no_grad(), checkpoint_reader.opened(folder, common):
         _take_weights(model, dist_checkpointing.load(_wanted(model), str(folder)))
     if isinstance(model, Trainable):
         model.optimizer.inner.reload_model_params()
@@ -290,34 +290,21 @@ def dtype_of(model: ShardedModel) -> str:
     return str(model.config.params_dtype).removeprefix("torch.")
 
 
-def _opened(model: ShardedModel, folder: Path) -> tuple[Manifest, dict[str, Any]]:
+def _opened(model: ShardedModel, folder: Path) -> tuple[Manifest, dict[str, Any], dict[str, Any]]:
+    """Manifest, the loop's own state, and what common.pt holds."""
     manifest = checkpoints.read_manifest(folder)
     checkpoints.check_same_model(folder, manifest, asdict(model.spec))
     reason = checkpoints.damage(folder, manifest)
     if reason is not None:
-        raise RunError(f"{folder}: damaged: {reason}; load an earlier one")
+        raise Damaged(f"{folder}: damaged: {reason}; load an earlier one")
     try:
-        checkpoint_index.check(folder)  # Megatron-Core unpickles whatever it finds
+        common = checkpoint_index.check(folder)  # Megatron-Core unpickles whatever it finds
     except Refused:
         raise
     except UsageError as error:
-        raise RunError(f"{error}; load an earlier one") from None
+        raise Damaged(f"{error}; load an earlier one") from None
     try:
-        return manifest, json.loads((folder / _EXTRA).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{folder / _EXTRA}: damaged: {error}; load an earlier one") from None
-
-
-class _one_line_errors:
-    """Megatron-Core and torch report a damaged file with every rank's traceback."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (CheckpointException, CheckpointingException)):
-            causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
-            raise RunError(f"{self._folder}: cannot be loaded ({one_line(causes[0])}); load an earlier one") from error
+        with checkpoints.reading(folder / _EXTRA):
+            return manifest, json.loads((folder / _EXTRA).read_text(encoding="utf-8")), common
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{folder / _EXTRA}: damaged: {error}; load an earlier one") from None

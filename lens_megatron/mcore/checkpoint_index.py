@@ -7,6 +7,7 @@ what would run something when Megatron loads them.
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import zipfile
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lens_megatron import checkpoints
 from lens_megatron.errors import UsageError
 from lens_megatron.mcore import safe_pickle
 from lens_megatron.mcore.stored_dtypes import BY_NAME, Dtype
@@ -83,7 +85,7 @@ class Stored:
 def read(folder: Path) -> dict[str, Stored]:
     path = folder / FILE
     try:
-        with path.open("rb") as file:
+        with checkpoints.reading(path), path.open("rb") as file:
             found = safe_pickle.load(file, _ALLOWED, str(path))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; the checkpoint is not complete") from None
@@ -120,29 +122,56 @@ def read_common(folder: Path) -> dict[str, Any]:
     """common.pt: what is no tensor. Megatron lets it hold any pickle; ours holds plain values, and nothing else is loaded."""
     path = folder / "common.pt"
     try:
-        found = _plain(path.read_bytes(), str(path))
+        with checkpoints.reading(path):
+            content = path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; damaged or missing") from None
+    found = _plain(content, str(path))
     if not isinstance(found, dict):
         raise UsageError(f"{path}: holds a {type(found).__name__}, not named values; damaged")
     return found
 
 
-def check(folder: Path) -> None:
-    """Raise UsageError unless all that Megatron will unpickle is data. It asks no such question itself."""
-    read_common(folder)
+def check(folder: Path) -> dict[str, Any]:
+    """Raise UsageError unless all that Megatron will unpickle is data, and where its index says. It asks no such question
+    itself. Gives what common.pt holds."""
+    _check_backend(folder / "metadata.json")
+    common = read_common(folder)
     stored = read(folder)
+    for file in {chunk.file: None for entry in stored.values() for chunk in entry.chunks}:
+        with checkpoints.reading(folder / file):
+            there = (folder / file).is_file()
+        if not there:
+            raise UsageError(f"{folder / FILE}: says that tensors are in {file}, which is not there; damaged")
     known: set[bytes] = set()  # a layer's empty state is the same bytes as the next one's
     for name, entry in stored.items():
         if entry.dtype is not None:
             continue
         (chunk,) = entry.chunks
-        with (folder / chunk.file).open("rb") as file:
-            file.seek(chunk.offset)
-            content = file.read(chunk.length)
+        content = _record(folder / chunk.file, chunk)
         if content not in known:
             _plain(content, f"{folder / chunk.file}: {name}")
             known.add(content)
+    return common
+
+
+def _check_backend(path: Path) -> None:
+    try:
+        with checkpoints.reading(path):
+            found = json.loads(path.read_bytes())
+        if found["sharded_backend"] != "torch_dist":
+            raise UsageError(f"{path}: tensors are stored as {found['sharded_backend']!r}, which is not read here")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: not Megatron-Core's note of the format ({error}); damaged or missing") from None
+
+
+def _record(path: Path, chunk: Chunk) -> bytes:
+    try:
+        with checkpoints.reading(path), path.open("rb") as file:
+            file.seek(chunk.offset)
+            return file.read(chunk.length)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: no record where the index says ({error}); damaged or missing") from None
 
 
 def _plain(content: bytes, where: str) -> Any:

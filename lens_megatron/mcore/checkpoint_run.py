@@ -2,52 +2,81 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch.distributed as dist
 
 from lens_megatron import checkpoints
-from lens_megatron.checkpoints import Broken, CheckpointConfig, Found
+from lens_megatron.checkpoints import Broken, CheckpointConfig, Damaged, Found, Manifest, Unreadable
 from lens_megatron.errors import RunError
 from lens_megatron.mcore.agreement import on_rank_0
 from lens_megatron.mcore.checkpoint import PendingSave, dtype_of, layout_of, load, save
+from lens_megatron.mcore.checkpoint_reader import looked_at
 from lens_megatron.mcore.step import Trainable
+
+_T = TypeVar("_T")
+_PAUSES_S = (1.0, 3.0)  # before a checkpoint that could not be read is read again
 
 
 @dataclass(frozen=True)
 class Resumed:
-    step: int
+    manifest: Manifest
     extra: dict[str, Any]
     folder: Path
     same_rounding: bool  # layout and dtype are those of the run that wrote it
     passed_over: tuple[str, ...]  # newer checkpoints that are damaged, and how: tell the user
     unreadable: tuple[Path, ...]  # those of them that look whole: set them aside
 
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
 
 def resume(policy: Trainable, root: Path) -> Resumed | None:
     """Load the newest checkpoint under `root` that is whole; None when there is none. Cleans up after a killed run."""
 
     def look() -> tuple[list[Found], list[Broken]]:
-        checkpoints.clean_leftovers(root)
-        return checkpoints.newest_first(root)
+        with checkpoints.reading(root):
+            checkpoints.clean_leftovers(root)
+            return checkpoints.newest_first(root)
 
-    whole, broken = on_rank_0(look)
+    whole, broken = _patiently(lambda: looked_at(look))
     unreadable: list[Path] = []
     for found in whole:
         try:
-            extra = load(policy, found.folder)
-        except RunError as error:  # right sizes, wrong content: the next older one overwrites what was read
+            extra = _patiently(partial(load, policy, found.folder))
+        except Damaged as error:  # right sizes, wrong content: the next older one overwrites what was read
             broken.append(Broken(found.folder, str(error)))
             unreadable.append(found.folder)
             continue
         newer = [one.reason for one in broken if one.step > found.manifest.step]
         as_now = (found.manifest.layout, found.manifest.dtype) == (layout_of(policy), dtype_of(policy))
-        return Resumed(found.manifest.step, extra, found.folder, as_now, tuple(newer), tuple(unreadable))
+        return Resumed(found.manifest, extra, found.folder, as_now, tuple(newer), tuple(unreadable))
     if broken:
         raise checkpoints.no_whole_checkpoint(root, broken)
     return None
+
+
+def _patiently(action: Callable[[], _T]) -> _T:
+    """A file server that restarts, a handle gone stale: such an error passes, and would cost the newest checkpoint if it were
+    taken for damage. All ranks raise the same, and so try again together."""
+    for pause_s in _PAUSES_S:
+        try:
+            return action()
+        except Unreadable as error:
+            if dist.get_rank() == 0:
+                print(f"{error}: trying again in {pause_s:g} s", file=sys.stderr, flush=True)
+            time.sleep(pause_s)
+    try:
+        return action()
+    except Unreadable as error:
+        raise RunError(f"{error}; nothing was changed: see to the file system, then resume") from error
 
 
 class Saver:

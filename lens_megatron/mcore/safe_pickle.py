@@ -34,7 +34,7 @@ class AllowList(pickle.Unpickler):
 def load(file: IO[bytes], allowed: Mapping[tuple[str, str], Any], where: str) -> Any:
     try:
         return AllowList(file, allowed, where).load()
-    except UsageError:
+    except (UsageError, OSError):  # what a file system says is not about the bytes
         raise
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
         raise UsageError(f"{where}: not readable ({type(error).__name__}: {error}); damaged or cut off") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import threading
 from dataclasses import dataclass
@@ -260,6 +261,46 @@ def resume(folder: Path, layout: ParallelConfig, root: Path) -> Any:
     if found is None:
         return None
     return found.step, found.extra, found.folder.name, found.passed_over, found.unreadable
+
+
+def resume_meeting(
+    error: BaseException, times: int, folder: Path, layout: ParallelConfig, root: Path, rank: int, file: str, read: bool
+) -> Any:
+    """`resume` where opening `file` (a pattern) of step 4, or the first read of it, fails so often on that rank."""
+    from lens_megatron.mcore import checkpoint_run
+
+    left = times if dist.get_rank() == rank else 0
+    opened = Path.open
+
+    class Failing(io.FileIO):
+        def readinto(self, *_: Any) -> int:
+            raise error
+
+        read = readinto  # type: ignore[assignment]
+
+    def failing(self: Path, *arguments: Any, **options: Any) -> Any:
+        nonlocal left
+        if self.parent.name != "step_000004" or not self.match(file) or left == 0:
+            return opened(self, *arguments, **options)
+        left -= 1
+        if read:
+            return Failing(self)
+        if isinstance(error, OSError):
+            error.filename = str(self)
+        raise error
+
+    pauses, checkpoint_run._PAUSES_S = checkpoint_run._PAUSES_S, (0.01, 0.01)
+    Path.open = failing  # type: ignore[method-assign]
+    try:
+        answer = resume(folder, layout, root)
+    except SystemExit as ended:
+        answer = "SystemExit", ended.code
+    finally:
+        Path.open = opened  # type: ignore[method-assign]
+        checkpoint_run._PAUSES_S = pauses
+    if dist.get_rank() == rank:
+        assert left == 0 or times > 3  # else nothing was tested
+    return answer
 
 
 def refusal(folder: Path, layout: ParallelConfig, source: Path) -> str:

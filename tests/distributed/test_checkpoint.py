@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -241,6 +242,78 @@ def test_damaged_newest_is_passed_over(how: str, saved: Any, workers: Any, hf_fo
     kind, message = workers(2).run(cases.resume, folder, ParallelConfig(pp=2), tmp_path)[1]
     assert kind == "RunError"  # never a silent new start
     assert "step_000004" in message
+
+
+def two_checkpoints(saved: Any, root: Path) -> Path:
+    for step in (2, 4):
+        folder = copied(saved("qwen3_tied", "tp2")[0], root / f"step_{step:06d}")
+        tree = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({**tree, "step": step}))
+    return folder
+
+
+@pytest.mark.parametrize("times", [1, 99])
+@pytest.mark.parametrize(
+    ("rank", "file", "read"),
+    [
+        *((0, file, False) for file in ("manifest.json", "common.pt", "extra.json", "metadata.json", ".metadata")),
+        *((rank, "*.distcp", read) for rank in (0, 1) for read in (False, True)),
+        *((1, ".metadata", read) for read in (False, True)),
+    ],
+)
+def test_an_error_of_the_file_system_is_no_damage(
+    rank: int, file: str, read: bool, times: int, saved: Any, workers: Any, hf_folder: Any, tmp_path: Path
+) -> None:
+    newer = two_checkpoints(saved, tmp_path)
+    error = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    before = sorted(tmp_path.rglob("*"))
+    answers = workers(2).run(
+        cases.resume_meeting, error, times, hf_folder("qwen3_tied"), ParallelConfig(pp=2), tmp_path, rank, file, read
+    )
+    assert answers == [answers[0]] * 2
+    if times == 1:  # it passed
+        assert answers[0] == (4, cases.EXTRA, "step_000004", (), ())
+    else:
+        kind, words = answers[0]
+        assert kind == "RunError"
+        where, _, then = words.partition(" cannot be read: ")
+        assert Path(where).parent == newer and Path(where).match(file) or read and where == str(newer)
+        assert then == "Stale file handle; nothing was changed: see to the file system, then resume"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_file_that_one_rank_alone_does_not_find_is_no_damage(
+    saved: Any, workers: Any, hf_folder: Any, tmp_path: Path
+) -> None:
+    """Its node has not mounted the file system, or remembers an older folder."""
+    newer, folder = two_checkpoints(saved, tmp_path), hf_folder("qwen3_tied")
+    error = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    meeting = functools.partial(cases.resume_meeting, error)
+    for kind, words in workers(2).run(meeting, 99, folder, ParallelConfig(pp=2), tmp_path, 1, ".metadata", False):
+        assert kind == "RunError"
+        assert words.startswith(f"{newer / '.metadata'} cannot be read: No such file or directory; nothing was changed")
+
+
+def test_being_told_to_end_while_reading_is_no_damage(saved: Any, workers: Any, hf_folder: Any, tmp_path: Path) -> None:
+    two_checkpoints(saved, tmp_path)
+    meeting = functools.partial(cases.resume_meeting, SystemExit(143))
+    folder, layout = hf_folder("qwen3_tied"), ParallelConfig(pp=2)
+    others, its_own = workers(2).run(meeting, 1, folder, layout, tmp_path, 1, "*.distcp", False)
+    assert its_own == ("SystemExit", 143)
+    assert others == ("RunError", "rank 1 was interrupted: SystemExit: 143")
+
+
+def test_an_index_that_names_a_file_that_is_not_there_is_damage(
+    saved: Any, workers: Any, hf_folder: Any, tmp_path: Path
+) -> None:
+    newer = two_checkpoints(saved, tmp_path)
+    tree = json.loads((newer / "manifest.json").read_text())
+    del tree["files"]["__1_0.distcp"]
+    (newer / "manifest.json").write_text(json.dumps(tree))
+    (newer / "__1_0.distcp").unlink()
+    for answer in workers(2).run(cases.resume, hf_folder("qwen3_tied"), ParallelConfig(pp=2), tmp_path):
+        assert answer[0] == 2 and answer[4] == (newer,)
+        assert "says that tensors are in __1_0.distcp, which is not there" in answer[3][0]
 
 
 def test_saver_keeps_newest_and_best(workers: Any, hf_folder: Any, tmp_path: Path) -> None:
