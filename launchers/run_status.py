@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +26,9 @@ def look(run_dir: Path) -> dict[str, Any]:
     steps = folder.read_config().get("steps")
     done = metrics[-1]["step"] if metrics else 0
     job = handle.status() if handle is not None else _without_job(folder, done, steps)
-    whole, _ = checkpoints.newest_first(folder.checkpoints)
+    whole: list[checkpoints.Found] = []
+    with contextlib.suppress(checkpoints.Unreadable):  # the rest can be told all the same
+        whole, _ = checkpoints.newest_first(folder.checkpoints)
     return {
         "run": str(run_dir),
         "state": job.state,

@@ -115,6 +115,49 @@ def test_what_the_file_system_does_not_give_is_not_damaged(
     assert steps(tmp_path) == [40, 20]
 
 
+def test_one_that_cannot_be_removed_keeps_no_other_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (10, 20, 30, 40):
+        write(tmp_path, step)
+    not_removed(monkeypatch, tmp_path / "step_000010")
+    with pytest.raises(RunError, match=r"step_000010: not removed: Permission denied$"):
+        checkpoints.prune(tmp_path, keep=2)
+    assert steps(tmp_path) == [40, 30, 10]
+
+
+def test_a_run_goes_on_when_an_old_checkpoint_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lens_megatron.mcore import checkpoint_run
+
+    notes: list[str] = []
+    monkeypatch.setattr(checkpoint_run, "on_rank_0", lambda action: action())
+    saver = checkpoint_run.Saver(None, tmp_path, CheckpointConfig(keep=1), note=notes.append)  # type: ignore[arg-type]
+    for step in (10, 20):
+        write(tmp_path, step)
+    not_removed(monkeypatch, tmp_path / "step_000010")
+    for step in (30, 40):
+        write(tmp_path, step)
+        saver._ended()
+    said = f"old checkpoints stay, the run goes on: {tmp_path / 'step_000010'}: not removed: Permission denied"
+    assert notes == [said]
+    assert steps(tmp_path) == [40, 10]
+    refusing(monkeypatch, tmp_path / "step_000040", errno.EIO)
+    saver._ended()
+    where = f"{tmp_path / 'step_000040'} cannot be read: Input/output error"
+    assert notes == [said, f"old checkpoints stay, the run goes on: {where}"]
+
+
+def not_removed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self == folder:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self), None, str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+
+
 def refusing(monkeypatch: pytest.MonkeyPatch, path: Path, number: int) -> None:
     """Permissions would not keep root from reading."""
     for name in ("stat", "open"):

@@ -70,13 +70,17 @@ def _patiently(action: Callable[[], _T]) -> _T:
         try:
             return action()
         except Unreadable as error:
-            if dist.get_rank() == 0:
-                print(f"{error}: trying again in {pause_s:g} s", file=sys.stderr, flush=True)
+            _on_stderr(f"{error}: trying again in {pause_s:g} s")
             time.sleep(pause_s)
     try:
         return action()
     except Unreadable as error:
         raise RunError(f"{error}; nothing was changed: see to the file system, then resume") from error
+
+
+def _on_stderr(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 class Saver:
@@ -89,11 +93,15 @@ class Saver:
         config: CheckpointConfig,
         companions_from: Path | None = None,
         template: str | None = None,
+        note: Callable[[str], None] | None = None,
     ) -> None:
+        """`note`: shows what the user should know, on stderr by default; called on every rank, rank 0 alone shows it."""
         self._policy = policy
         self._root = root
         self._config = config
         self._companions_from, self._template = companions_from, template
+        self._note = note or _on_stderr
+        self._told = ""
         self._pending: PendingSave | None = None
 
     def due(self, step: int, last: bool = False) -> bool:
@@ -134,4 +142,14 @@ class Saver:
 
     def _ended(self) -> None:
         self._pending = None
-        on_rank_0(lambda: checkpoints.prune(self._root, self._config.keep, self._config.keep_best))
+        on_rank_0(self._prune)
+
+    def _prune(self) -> None:
+        """What is in the way of it costs disk, and not the run."""
+        try:
+            with checkpoints.reading(self._root):
+                checkpoints.prune(self._root, self._config.keep, self._config.keep_best)
+        except (OSError, RunError) as error:
+            if str(error) != self._told:  # once, and not after every save
+                self._note(f"old checkpoints stay, the run goes on: {error}")
+            self._told = str(error)

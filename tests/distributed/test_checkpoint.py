@@ -277,7 +277,7 @@ def test_an_error_of_the_file_system_is_no_damage(
         kind, words = answers[0]
         assert kind == "RunError"
         where, _, then = words.partition(" cannot be read: ")
-        assert Path(where).parent == newer and Path(where).match(file) or read and where == str(newer)
+        assert (Path(where).parent == newer and Path(where).match(file)) or (read and where == str(newer))
         assert then == "Stale file handle; nothing was changed: see to the file system, then resume"
     assert sorted(tmp_path.rglob("*")) == before
 
