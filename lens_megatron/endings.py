@@ -110,7 +110,7 @@ def lost_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _is_of_transport(error):
+        if not is_of_transport(error):
             raise
         if workers.is_local_worker():
             sys.exit(workers.LOST_PEER)
@@ -118,7 +118,8 @@ def lost_peers() -> Iterator[None]:
         raise RunError(f"rank {workers.rank()}: another process of the run went away ({first_line})") from error
 
 
-def _is_of_transport(error: RuntimeError) -> bool:
+def is_of_transport(error: Exception) -> bool:
+    """Another rank went away, or is not heard any more."""
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lens_megatron import checkpoints, stacks, stopping
+from lens_megatron import checkpoints, endings, stacks, stopping
 from lens_megatron.config import RunConfig
 from lens_megatron.diagnostics import after_update, before_update
 from lens_megatron.engine_side import EngineSide
@@ -336,6 +336,18 @@ class Trainer:
         """The last checkpoint is whole before the run ends."""
         with self.watch.doing("finish the last checkpoint", self.config.checkpoint.timeout_s + MARGIN_S):
             self._saver.finish()
+
+    @contextmanager
+    def rescuing(self) -> Iterator[None]:
+        """Around the loop: a checkpoint that is being written in the background when a later step fails is not lost. Before
+        the other ranks hear of the error, as those who hear of one leave soon."""
+        try:
+            yield
+        except Exception as error:
+            if not endings.is_of_transport(error):
+                with self.watch.doing("complete the checkpoint under way", self._saver.rescue_limit_s):
+                    self._saver.rescue()
+            raise
 
     def finish_step(self, groups: Sequence[list[Evaluated]], metrics: dict[str, float]) -> None:
         if self.host is None:

@@ -116,6 +116,29 @@ def test_what_was_measured_in_another_dtype_or_layout_is_known_as_such(
     assert resumed is not None and resumed.same_rounding == same
 
 
+@pytest.mark.parametrize(
+    "error, rescued",
+    [
+        (RunError("guard"), True),
+        (UsageError("reward"), True),
+        (RuntimeError("[gloo/transport] Connection closed by peer"), False),  # nobody is left to complete it with
+        (KeyboardInterrupt(), False),
+        (SystemExit(143), False),
+    ],
+)
+def test_a_save_under_way_is_completed_after_an_error_of_all_ranks(error: BaseException, rescued: bool) -> None:
+    done: list[str] = []
+    one: Any = object.__new__(trainer.Trainer)
+    one.watch = SimpleNamespace(doing=lambda *_: nullcontext())
+    one._saver = SimpleNamespace(rescue=lambda: done.append("rescued"), rescue_limit_s=1.0)
+    with pytest.raises(type(error)), one.rescuing():
+        raise error
+    assert done == ["rescued"] * rescued
+    with one.rescuing():
+        pass
+    assert done == ["rescued"] * rescued
+
+
 def test_steps_without_any_reward_are_told_once() -> None:
     notes: list[str] = []
     one: Any = object.__new__(trainer.Trainer)

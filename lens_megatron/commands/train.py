@@ -92,7 +92,7 @@ def _train(config: RunConfig, model: ModelConfig, resume: bool, go_on: bool, fro
                 folder.begin(tree, trainer.first_step)
                 if from_preset:
                     print(from_preset, file=sys.stderr)
-            with endings.noted(folder):
+            with trainer.rescuing(), endings.noted(folder):
                 order = loop.train(config, trainer)
             if folder is not None:
                 folder.write_ending("done" if order is None else "stopped" if order == "stop" else "unfinished")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,12 +41,19 @@ from lens_megatron.model_spec import to_hf_config
 _EXTRA, _HF = "extra.json", "hf"
 _EXTRA_STATE = "_extra_state"
 _ROUND_S = 5.0
+_MEETING_S = 5.0  # within which all ranks have failed, when they failed alike
+COMPLETING_S = 60.0  # manifest, index and names, once all is written
+_saves = 0  # begun by this process: every rank has begun as many, so that their keys agree
 
 
 class PendingSave:
-    """A save under way. `done` and `wait` are collective; the call that finds all ranks finished makes it visible."""
+    """A save under way. `done` and `wait` are collective; the call that finds all ranks finished makes it visible. `rescue`
+    is for when they are no longer known to be in step."""
 
     def __init__(self, folder: Path, staged: Staged, manifest: Callable[[dict[str, int]], Manifest]) -> None:
+        global _saves
+        _saves += 1
+        self._key = f"lens/save/{_saves}"
         self.folder = folder
         self._staged = staged
         self._manifest = manifest
@@ -79,11 +88,46 @@ class PendingSave:
             raise self._failure
         return True
 
+    def rescue(self, patience_s: float) -> bool:
+        """Complete it after an error of the run: whether it is now. If all ranks come here within seconds, and have written
+        within `patience_s`; by the store alone, every wait with a limit: nobody knows in which collective another rank was
+        when it failed, or whether it lives. A rank that failed alone is back after `_MEETING_S`."""
+        if self._finished:
+            return False
+        self._finished = True  # what comes of it is final
+        store: Any = dist.distributed_c10d._get_default_store()
+        rank, ranks = dist.get_rank(), range(dist.get_world_size())
+        store.set(f"{self._key}/here/{rank}", "")
+        if not _all_set(store, [f"{self._key}/here/{one}" for one in ranks], _MEETING_S):
+            return False
+        deadline = time.monotonic() + patience_s + _MEETING_S
+        self._thread.join(patience_s)
+        mine = None if self._thread.is_alive() else self._part()
+        store.set(f"{self._key}/part/{rank}", pickle.dumps(mine))
+        end = f"{self._key}/end"
+        if rank != 0:  # until rank 0 has ended it: who started the ranks ends all of them when one leaves
+            ended = _all_set(store, [end], deadline - time.monotonic() + COMPLETING_S)
+            return ended and bool(store.get(end) == b"complete")
+        outcome = "not complete"
+        try:
+            keys = [f"{self._key}/part/{one}" for one in ranks]
+            parts = []
+            if _all_set(store, keys, deadline - time.monotonic()):
+                parts = [pickle.loads(store.get(key)) for key in keys]
+            if parts and None not in parts:
+                self._complete(parts)
+                outcome = "complete"
+        finally:
+            store.set(end, outcome)
+        return outcome == "complete"
+
+    def _part(self) -> tuple[str | None, list[Any], dict[str, int]]:
+        return self._error, self._written.results, self._written.sizes
+
     def _finish(self) -> None:
         self._finished = True
-        mine = (self._error, self._written.results, self._written.sizes)
         all_ranks: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(mine, all_ranks, dst=0)
+        dist.gather_object(self._part(), all_ranks, dst=0)
         try:
             on_rank_0(partial(self._complete, all_ranks or []))
         except RunError as failure:
@@ -113,6 +157,14 @@ class PendingSave:
             if isinstance(error, RunError):
                 raise
             raise checkpoints.failed_to_write(self.folder, one_line(error)) from error
+
+
+def _all_set(store: Any, keys: list[str], limit_s: float) -> bool:
+    try:
+        store.wait(keys, timedelta(seconds=max(0.1, limit_s)))
+    except dist.DistStoreError:  # in time, or at all: its holder may have gone
+        return False
+    return True
 
 
 def save(

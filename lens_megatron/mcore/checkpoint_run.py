@@ -15,12 +15,13 @@ import torch.distributed as dist
 from lens_megatron import checkpoints
 from lens_megatron.checkpoints import Broken, CheckpointConfig, Damaged, Found, Manifest, Unreadable
 from lens_megatron.errors import RunError
-from lens_megatron.mcore.agreement import on_rank_0
-from lens_megatron.mcore.checkpoint import PendingSave, dtype_of, layout_of, load, save
+from lens_megatron.mcore.agreement import on_rank_0, one_line
+from lens_megatron.mcore.checkpoint import COMPLETING_S, PendingSave, dtype_of, layout_of, load, save
 from lens_megatron.mcore.checkpoint_reader import looked_at
 from lens_megatron.mcore.step import Trainable
 
 _T = TypeVar("_T")
+_RESCUE_S = 300.0  # for a save under way to be written when the run has failed
 _PAUSES_S = (1.0, 3.0)  # before a checkpoint that could not be read is read again
 
 
@@ -139,6 +140,27 @@ class Saver:
                     "earlier checkpoints are untouched"
                 )
             self._ended()
+
+    @property
+    def rescue_limit_s(self) -> float:
+        """What `rescue` takes at most, if the file system answers."""
+        return self._patience_s + 2 * COMPLETING_S
+
+    @property
+    def _patience_s(self) -> float:
+        return min(self._config.timeout_s, _RESCUE_S)
+
+    def rescue(self) -> None:
+        """After an error that ends the run, which perhaps not every rank met: a save that was under way is completed where it
+        can be, and is what the run goes on from. Waits for no rank that does not come."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            if pending.rescue(self._patience_s):
+                self._note(f"{pending.folder.name} was being written when the run failed, and is complete")
+        except Exception as error:  # the reason that is under way is the one to end with
+            self._note(f"{pending.folder.name} was being written when the run failed: {one_line(error)}")
 
     def _ended(self) -> None:
         self._pending = None

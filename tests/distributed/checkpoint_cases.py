@@ -263,6 +263,56 @@ def resume(folder: Path, layout: ParallelConfig, root: Path) -> Any:
     return found.step, found.extra, found.folder.name, found.passed_over, found.unreadable
 
 
+def rescued(root: Path, how: str) -> tuple[bool, list[str], float]:
+    """A step fails while both ranks' writers are held back. Whether the checkpoint shows right afterwards, what was said, and
+    how long it took."""
+    import time
+
+    from lens_megatron.checkpoints import CheckpointConfig, Manifest, begin
+    from lens_megatron.mcore import checkpoint, checkpoint_run
+    from lens_megatron.mcore.checkpoint_writer import Written
+
+    rank, target = dist.get_rank(), root / "step_000004"
+    if rank == 0:
+        begin(target)
+    dist.barrier()
+    go = threading.Event()
+
+    class Part:
+        folder = target.with_name("step_000004.partial")
+
+        def write(self) -> Written:
+            go.wait(60.0)
+            if how == "a writer fails" and rank == 1:
+                raise OSError(28, "No space left on device")
+            (self.folder / f"{rank}.distcp").write_bytes(b"part")
+            return Written([rank], {f"{rank}.distcp": 4})
+
+        def write_index(self, results: Any) -> None:
+            assert results == [[0], [1]]
+            (self.folder / ".metadata").write_bytes(b"index")
+
+    def manifest(sizes: dict[str, int]) -> Manifest:
+        return Manifest(4, {}, {}, 2, "float32", True, sizes)
+
+    said: list[str] = []
+    config = CheckpointConfig(timeout_s=0.6 if how == "a writer hangs" else 60.0)
+    saver = checkpoint_run.Saver(None, root, config, note=said.append)  # type: ignore[arg-type]
+    saver._pending = checkpoint.PendingSave(target, Part(), manifest)  # type: ignore[arg-type]
+    meeting, checkpoint._MEETING_S = checkpoint._MEETING_S, 0.5
+    began = time.monotonic()
+    try:
+        if how != "a writer hangs" or rank == 0:
+            threading.Timer(1.0, go.set).start()
+        if how != "one rank fails" or rank == 1:
+            saver.rescue()
+        return target.is_dir(), said, time.monotonic() - began
+    finally:
+        checkpoint._MEETING_S = meeting
+        dist.barrier()
+        go.set()
+
+
 def resume_meeting(
     error: BaseException, times: int, folder: Path, layout: ParallelConfig, root: Path, rank: int, file: str, read: bool
 ) -> Any:

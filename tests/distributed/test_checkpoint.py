@@ -6,6 +6,7 @@ import errno
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -418,6 +419,29 @@ def test_an_error_of_one_rank_is_every_ranks(workers: Any, hf_folder: Any, tmp_p
         assert "Invalid access pattern" in errors[0]
         assert "not JSON serializable" in errors[1]
         assert not any("\n" in error for error in errors)
+
+
+RESCUES = {
+    "all fail": ["step_000004 was being written when the run failed, and is complete"],
+    "one rank fails": [],
+    "a writer hangs": [],
+    "a writer fails": ["step_000004 was being written when the run failed: .*rank 1: No space left on device.*"],
+}
+
+
+@pytest.mark.parametrize("how", RESCUES)
+def test_a_save_under_way_when_the_run_fails(how: str, workers: Any, tmp_path: Path) -> None:
+    answers = workers(2).run(cases.rescued, tmp_path, how)
+    assert [shown for shown, _, _ in answers] == [how == "all fail"] * 2
+    (_, said, _), _ = answers
+    assert len(said) == len(RESCUES[how])
+    assert all(re.fullmatch(words, text) for words, text in zip(RESCUES[how], said, strict=True))
+    assert all(took < 5.0 for _, _, took in answers)
+    whole, broken = newest_first(tmp_path)
+    assert [found.manifest.step for found in whole] == [4] * (how == "all fail") and not broken
+    assert list(tmp_path.glob("*.partial")) == [tmp_path / "step_000004.partial"] * (
+        how in ("one rank fails", "a writer hangs")
+    )
 
 
 def test_hf_copies(workers: Any, hf_folder: Any, tmp_path: Path) -> None:
