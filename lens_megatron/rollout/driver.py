@@ -1,19 +1,24 @@
 """Rank 0's rollout driver: a process of its own that holds engine, sampler and rewards, and takes commands by pipe.
 
 It is spawned before CUDA is touched, so that generation, HTTP and rewards never share an interpreter lock with kernel
-launches. Nothing here waits for ever: the driver beats every second, a command has its time, and a driver that dies,
-falls silent or raises is one error in the caller. When the caller goes away the driver sees the pipe close and ends.
+launches. Nothing here waits for ever: the driver beats every second, a command has its time, a message on its way moves,
+and a driver that dies, falls silent or raises is one error in the caller. When the caller goes away the driver sees the
+pipe close and ends.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
+import os
 import signal
+import socket
+import struct
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import reduction
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lens_megatron.errors import RunError, UsageError
@@ -62,6 +67,7 @@ class RolloutDriver:
         self._failure: RunError | None = None
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe(duplex=True)
+        _limit_standstill(self._pipe, silence_seconds)
         # not a daemon: reward workers are its own processes
         self._process = context.Process(target=serve, args=(theirs, make_sampler, threads), name="rollout-driver")
         self._process.start()
@@ -191,7 +197,8 @@ class RolloutDriver:
         self._buffer = SharedBuffer.create(size)
         self._send("buffer", size)
         assert self._process.pid is not None
-        reduction.send_handle(self._pipe, self._buffer.descriptor, self._process.pid)
+        with self._on_its_way("buffer"):
+            reduction.send_handle(self._pipe, self._buffer.descriptor, self._process.pid)
 
     def _call(self, command: str, *args: Any) -> Any:
         self._send(command, *args)
@@ -205,9 +212,17 @@ class RolloutDriver:
             raise ValueError(f"{command!r} while sampling")
         if self._sampling and command != "stop":
             command, args = "aside", (command, *args)
-        try:
+        with self._on_its_way(command):
             self._pipe.send((command, args))
-        except (BrokenPipeError, ConnectionResetError):
+
+    @contextlib.contextmanager
+    def _on_its_way(self, command: str) -> Iterator[None]:
+        """Around a message: the other end may die, or stop, while half of it has been passed."""
+        try:
+            yield
+        except BlockingIOError:  # what _limit_standstill asked for
+            self._fell_silent(self._silence_seconds, command)
+        except (EOFError, OSError):  # a plain OSError is the end of the pipe within a message
             self._died()
 
     def _reply(self, limit: float | None, command: str, patience: float | None = None) -> Any:
@@ -225,18 +240,14 @@ class RolloutDriver:
             if limit is not None and now - start > limit:
                 self._give_up(f"did not finish {command!r} within {limit:g} s, which rank {rank()} waits for")
             if now - self._last_sign > silence and not self._pipe.poll():  # its beats of a long while may wait there
-                self._give_up(
-                    f"gave no sign of life for {silence:g} s during {command!r}, which rank {rank()} waits for"
-                )
+                self._fell_silent(silence, command)
             left = BEAT_SECONDS if patience is None else max(0.0, min(BEAT_SECONDS, start + patience - now))
             if self._pipe not in wait([self._pipe, self._process.sentinel], left):
                 if not self._process.is_alive() and not self._pipe.poll():
                     self._died()
                 continue
-            try:
+            with self._on_its_way(command):
                 kind, value, aside = self._pipe.recv()
-            except (EOFError, ConnectionResetError):
-                self._died()
             self._last_sign = time.monotonic()
             if kind == "beat":
                 continue
@@ -251,12 +262,27 @@ class RolloutDriver:
         how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
         self._give_up(f"{how}; what it printed last tells why")
 
+    def _fell_silent(self, seconds: float, command: str) -> NoReturn:
+        self._give_up(f"gave no sign of life for {seconds:g} s during {command!r}, which rank {rank()} waits for")
+
     def _give_up(self, what: str) -> NoReturn:
         self._failure = RunError(f"the rollout driver (process {self._process.pid}) {what}")
         if self._process.is_alive():
             self._process.kill()
         self.close()
         raise self._failure
+
+
+def _limit_standstill(pipe: Connection, seconds: float) -> None:
+    """A message of which nothing moves for `seconds` is a BlockingIOError: a process that has stopped neither empties the
+    socket's buffer nor sends the rest of an answer. The kernel counts, so that messages which move cost nothing more.
+
+    A write that ran into its limit tells first what it had passed, and the next one fails: half the time for each.
+    """
+    with socket.socket(fileno=os.dup(pipe.fileno())) as end:
+        for option, limit in ((socket.SO_SNDTIMEO, seconds / 2), (socket.SO_RCVTIMEO, seconds)):
+            whole = int(limit)
+            end.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", whole, int((limit - whole) * 1e6)))
 
 
 def _answered(kind: str, value: Any) -> Any:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +21,7 @@ import torch
 
 from lens_megatron.errors import RunError, UsageError
 from lens_megatron.rollout import driver_process
-from lens_megatron.rollout.driver import RolloutDriver
+from lens_megatron.rollout.driver import RolloutDriver, _limit_standstill
 from lens_megatron.rollout.embedded import EmbeddedEngine
 from lens_megatron.rollout.sampler import Sampler
 from lens_megatron.rollout.sampling import NO_RESCUE, RescueRules, SamplingConfig
@@ -30,6 +33,7 @@ from . import tiny
 pytestmark = pytest.mark.slow  # every driver is a new process that imports torch
 CONFIG = SamplingConfig(n=3, max_response_tokens=10)
 PROMPTS = [Prompt(f"p{i}", (5, 6, i + 7), (0, 3), "1") for i in range(4)]
+_SOCKET_BYTES = 1 << 18  # more than a socket's buffer holds
 PURIFIED = [PurifiedPrompt(p.id, p.tokens[1:], (0,)) for p in PROMPTS]
 
 
@@ -64,6 +68,12 @@ RULES = RescueRules(certain, moot)
 
 def make_sampler(seed: int = 0, reward: Any = parity, rules: RescueRules = RULES) -> Sampler:
     return Sampler(EmbeddedEngine(tiny.model(seed), slots=8), reward, rules, CONFIG, (tiny.STOP,), seed=1)
+
+
+def make_talkative() -> Sampler:
+    sampler = make_sampler()
+    sampler.state_dict = lambda: {"history": b"x" * (16 * _SOCKET_BYTES)}  # type: ignore[method-assign]
+    return sampler
 
 
 def make_stuck() -> Sampler:
@@ -251,6 +261,74 @@ def test_a_driver_that_falls_silent_while_it_samples_is_given_up(fresh: Any) -> 
     assert not _alive(driver.pid)
 
 
+@pytest.fixture
+def shot_if_waited_for() -> Iterator[Any]:
+    """What this process would wait for without end dies at last, and the error is another one."""
+    timers: list[threading.Timer] = []
+
+    def watch(pid: int) -> None:
+        timers.append(threading.Timer(30.0, os.kill, (pid, signal.SIGKILL)))
+        timers[-1].start()
+
+    yield watch
+    for timer in timers:
+        timer.cancel()
+
+
+def test_a_batch_that_a_stopped_driver_does_not_take_is_given_up(fresh: Any, shot_if_waited_for: Any) -> None:
+    """It is larger than the socket's buffer, so that sending it has to wait."""
+    driver = fresh(silence_seconds=2.5)
+    driver.started()
+    many = [Prompt(f"p{i}", tuple(range(200)), (0, 3), "1") for i in range(1600)]
+    assert len(pickle.dumps(many)) > 2 * _SOCKET_BYTES
+    os.kill(driver.pid, signal.SIGSTOP)
+    shot_if_waited_for(driver.pid)
+    begin = time.monotonic()
+    with pytest.raises(RunError, match=r"no sign of life for 2.5 s during 'sample', which rank 0 waits for"):
+        driver.start_sampling(many, [None] * len(many), 1)
+    assert 2.4 < time.monotonic() - begin < 20
+    assert not _alive(driver.pid)
+    with pytest.raises(RunError, match="no sign of life"):
+        driver.health()
+
+
+@pytest.mark.parametrize(("number", "message"), [("STOP", "no sign of life for 2.5 s"), ("KILL", "killed by SIGKILL")])
+def test_an_answer_that_ends_in_the_middle_is_given_up(
+    fresh: Any, shot_if_waited_for: Any, number: str, message: str
+) -> None:
+    driver = fresh(make_talkative, silence_seconds=2.5)
+    driver._send("state_dict")
+    time.sleep(1.0)  # nobody reads: its answer fills the socket, and waits
+    os.kill(driver.pid, signal.Signals[f"SIG{number}"])
+    shot_if_waited_for(driver.pid)
+    with pytest.raises(RunError, match=message):
+        driver._reply(60.0, "state_dict")
+    assert not _alive(driver.pid)
+
+
+def test_a_message_that_moves_has_all_the_time_it_needs() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    _limit_standstill(ours, 1.0)
+    size = 8 * _SOCKET_BYTES
+
+    def slowly(times: int) -> None:
+        for _ in range(times):
+            time.sleep(0.3)
+            moved.append(os.read(theirs.fileno(), _SOCKET_BYTES // 2))
+
+    moved: list[bytes] = []
+    reader = threading.Thread(target=slowly, args=(12,), daemon=True)
+    reader.start()
+    begin = time.monotonic()
+    with pytest.raises(BlockingIOError):
+        ours.send_bytes(b"x" * size)
+    assert time.monotonic() - begin > 12 * 0.3 + 0.9, "the reader stopped only then"
+    reader.join()
+    assert sum(map(len, moved)) < size
+    theirs.close()
+    ours.close()
+
+
 def test_beats_of_a_long_while_are_signs_of_life(fresh: Any) -> None:
     driver = fresh(functools.partial(make_sampler, reward=slow), silence_seconds=1.5)
     driver.start_sampling(PROMPTS, PURIFIED, 1)
@@ -276,9 +354,10 @@ def test_the_driver_ends_with_its_caller(tmp_path: Any) -> None:
         "    print(RolloutDriver(make_sampler).pid, flush=True)\n"
         "    time.sleep(60)\n"
     )
-    tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH120, PTH100
+    tests = Path(__file__).resolve().parents[1]
+    path = os.pathsep.join([str(tests), str(tests.parent)])  # the package too: an installed one may be another
     caller = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": tests}
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
     )
     assert caller.stdout is not None
     pid = int(caller.stdout.readline())
