@@ -267,7 +267,7 @@ class RewardPool:
             )
 
     def _kill(self, worker: Worker, note: Note) -> None:
-        worker.process.kill()
+        worker.kill()
         job, worker.job = worker.job, None
         if job is not None:
             with self._lock:
@@ -281,9 +281,7 @@ class RewardPool:
         if worker not in self._workers:
             return
         self._selector.unregister(worker.channel)
-        worker.channel.close()
-        worker.process.kill()
-        code = worker.process.wait()
+        code = worker.end()
         with self._lock:
             self._workers.remove(worker)
             self._counts["restarts"] += 1
@@ -322,10 +320,9 @@ class RewardPool:
             self._closing = True
         self._break("the reward pool is closed")
         for worker in self._workers:
-            worker.process.kill()
+            worker.kill()
         for worker in self._workers:
-            worker.process.wait()
-            worker.channel.close()
+            worker.end()
         with self._lock:
             self._workers.clear()
         self._selector.close()

@@ -41,6 +41,7 @@ def main() -> None:
     config = strict.build(RewardConfig, settings["config"], "rewards")
     custom = bool(settings["custom"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which closes its pool
+    _leave_nobody(channel, custom)
     _die_with_parent()
     logging.disable(logging.CRITICAL)
     with channel, channel.makefile("rwb") as stream:
@@ -129,6 +130,24 @@ def _send(stream: Any, message: dict[str, Any]) -> None:
         stream.flush()
     except OSError:
         os._exit(0)  # the trainer is gone
+
+
+def _leave_nobody(channel: socket.socket, custom: bool) -> None:
+    """What a reward function starts must not outlive a trainer that was killed, as this process does not. One more process of
+    the group kills the group when its standard input ends. It is nobody's child: a function may wait for all of its own."""
+    # the other kinds start nothing; in a group that is not its own, an older version's that still runs, it may end nobody
+    if custom and os.getpgrp() == os.getpid():
+        if os.fork() == 0:
+            if os.fork() == 0:
+                channel.close()  # the trainer sees by it that this worker has ended
+                while os.read(0, 1):
+                    pass
+                os.killpg(0, signal.SIGKILL)
+            os._exit(0)
+        os.wait()
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
 
 
 def _die_with_parent() -> None:

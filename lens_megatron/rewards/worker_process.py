@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -82,6 +84,19 @@ class Worker:
             return self.cpu_start
         return float(times.user + times.system)
 
+    def kill(self) -> None:
+        """With all that a reward function started in it. Only before `end`: its number may be another's afterwards."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # all gone already
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def end(self) -> int:
+        """Killed, if it has not ended itself; its exit code."""
+        self.kill()
+        self.channel.close()
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        return self.process.wait()
+
 
 def environment(custom: bool) -> dict[str, str]:
     """One thread and no GPU each. The user's functions are found as the trainer finds them, from the working folder too;
@@ -93,7 +108,7 @@ def environment(custom: bool) -> dict[str, str]:
 
 
 def started(custom: bool, settings: str) -> Worker:
-    """`settings`: of rewards, as JSON."""
+    """`settings`: of rewards, as JSON. Its standard input is open for as long as this process lives."""
     ours, theirs = socket.socketpair()
     told = f'{{"fd": {theirs.fileno()}, "custom": {json.dumps(custom)}, "config": {settings}}}'
     with theirs:
@@ -101,8 +116,9 @@ def started(custom: bool, settings: str) -> Worker:
             [sys.executable, "-m", "lens_megatron.rewards.worker", told],
             pass_fds=[theirs.fileno()],
             env={**os.environ, **environment(custom)},
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=STDERR,
+            start_new_session=True,  # a group of its own, to be killed as one
         )
     ours.settimeout(10)
     return Worker(process, ours, custom)

@@ -6,7 +6,10 @@ import asyncio
 import http.server
 import json
 import os
+import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -136,7 +139,7 @@ def test_a_response_longer_than_the_limit_is_not_read(pool: RewardPool) -> None:
 
 
 REWARDS = """
-import asyncio, os, time
+import asyncio, os, subprocess, time
 
 def length(response, answer, source):
     return min(1.0, len(response) / 10)
@@ -159,6 +162,30 @@ def dies(response, answer, source):
 
 def eats(response, answer, source):
     return len([0] * 10**10)
+
+def runs(response, answer, source):  # as graders of code do
+    subprocess.run(["sleep", response])
+
+def forks(response, answer, source):
+    if os.fork() == 0:
+        os.execvp("sleep", ["sleep", response])
+    time.sleep(600)
+
+def leaves(response, answer, source):
+    subprocess.Popen(["sleep", response])
+    return 1.0
+
+def leaves_and_dies(response, answer, source):
+    subprocess.Popen(["sleep", response])
+    os._exit(9)
+
+def waits_for_its_children(response, answer, source):
+    subprocess.Popen(["true"])
+    try:
+        while True:
+            os.wait()
+    except ChildProcessError:
+        return float(os.read(0, 1) == b"")
 """
 
 
@@ -190,6 +217,101 @@ def test_functions_of_the_users(rewards_module: str) -> None:
         assert futures["eats"].result(PATIENCE).note == "memory"
         # sources without a rule of their own are judged as mathematics meanwhile
         assert pool.submit("m", "math", "2", r"\boxed{2}").result(PATIENCE).verdict == "correct"
+
+
+def _sleepers(seconds: str) -> list[int]:
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline", "status"])
+        if process.info["status"] != psutil.STATUS_ZOMBIE
+        and (process.info["cmdline"] or [])[:1] == ["sleep"]
+        and process.info["cmdline"][1].startswith(seconds)
+    ]
+
+
+def _awaited(seconds: str, count: int) -> bool:
+    deadline = time.monotonic() + 20
+    while len(_sleepers(seconds)) != count and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return len(_sleepers(seconds)) == count
+
+
+@pytest.fixture
+def seconds() -> Iterator[str]:
+    """How long this test's processes would sleep: others' are not counted, and none is left by a test that fails."""
+    number = f"3333.{random.SystemRandom().randrange(10**9):09}"
+    yield number
+    for pid in _sleepers(number):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_what_a_function_started_ends_with_its_worker(rewards_module: str, seconds: str) -> None:
+    names = ("runs", "forks", "leaves", "leaves_and_dies")
+    config = RewardConfig(workers=2, seconds=0.5, wall_seconds=1, sources={name: _function(name) for name in names})
+    with RewardPool(config) as pool:
+
+        def judged(source: str, count: int) -> list[str]:
+            futures = [pool.submit(f"{n}", source, "", f"{seconds}{n}") for n in range(count)]
+            return [future.result(PATIENCE).note for future in futures]
+
+        assert judged("runs", 3) == ["timeout"] * 3
+        assert judged("forks", 3) == ["timeout"] * 3
+        assert judged("leaves_and_dies", 1) == ["crashed"]
+        assert _awaited(seconds, 0), "left by workers that were killed, or died"
+        assert judged("leaves", 3) == [""] * 3
+        pool.submit("last", "runs", "", seconds)
+        assert _awaited(seconds, 4)  # a worker that goes on keeps what it has
+    assert _awaited(seconds, 0), "left by a pool that was closed"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers die with their parent on Linux")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_outlives_the_process_that_judges(
+    rewards_module: str, seconds: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Ctrl-C does not reach the workers, which are in a session of their own; a process that is killed tells nobody."""
+    script = f"""
+import signal
+from lens_megatron.rewards.config import RewardConfig, RewardRule
+from lens_megatron.rewards.pool import RewardPool
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+rule = RewardRule(kind="function", function="my_rewards:runs")
+with RewardPool(RewardConfig(workers=2, default=rule, wall_seconds=600)) as pool:
+    futures = [pool.submit(str(n), "", "", "{seconds}" + str(n)) for n in range(3)]
+    futures[0].result()
+"""
+    root = str(Path(__file__).resolve().parents[2])
+    caller = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, str(tmp_path)])},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert _awaited(seconds, 2)
+        session = {os.getsid(pid) for pid in _sleepers(seconds)}
+        caller.send_signal(number)
+        caller.wait(20)
+        assert _awaited(seconds, 0)
+        deadline = time.monotonic() + 20
+        while left := [p.pid for p in psutil.process_iter() if _session(p.pid) in session]:
+            assert time.monotonic() < deadline, f"left behind: {left}"
+            time.sleep(0.05)
+    finally:
+        caller.kill()
+        caller.wait()
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return 0
+
+
+def test_a_function_may_wait_for_all_its_children_and_finds_no_input(rewards_module: str) -> None:
+    with RewardPool(RewardConfig(workers=1, default=_function("waits_for_its_children"))) as pool:
+        assert pool.submit("a", "", "x", "y").result(PATIENCE).reward == 1.0
 
 
 def test_a_function_that_is_not_there_fails_everyone_who_waits(rewards_module: str) -> None:
