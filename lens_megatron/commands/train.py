@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         return _train(config, model, args.resume, args.go_on, preset_line(Path(args.run), args.overrides))
 
 
-def _train(config: RunConfig, model: ModelConfig, resume: bool, go_on: bool, from_preset: str) -> int:
+def _train(config: RunConfig, model: ModelConfig, resume: bool, go_on: bool, from_preset: str = "") -> int:
     """`from_preset`: told of a new run, whose RUN.yaml does not show it."""
     from lens_megatron import endings, loop, resuming, stopping, strict, workers
     from lens_megatron.config import RunConfig
