@@ -93,6 +93,9 @@ class Finished:
     def reporting(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
+    def rescuing(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def resume(self) -> None: ...
 
     def close(self) -> None:

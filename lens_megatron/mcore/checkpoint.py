@@ -6,6 +6,7 @@ form is Megatron-Core's torch_dist; what a folder must have to count as a checkp
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pickle
@@ -22,13 +23,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
 
 import lens_megatron
 from lens_megatron import checkpoints
 from lens_megatron.checkpoints import Damaged, Manifest
 from lens_megatron.errors import RunError, UsageError
 from lens_megatron.folder_note import NOTE, note_bytes
-from lens_megatron.mcore import checkpoint_index, checkpoint_optimizer, checkpoint_reader
+from lens_megatron.mcore import checkpoint_index, checkpoint_optimizer, checkpoint_reader, safe_pickle
 from lens_megatron.mcore.agreement import on_rank_0, one_line
 from lens_megatron.mcore.checkpoint_writer import Staged, Written, stage
 from lens_megatron.mcore.hf_index import COMPANIONS
@@ -43,6 +47,8 @@ _EXTRA_STATE = "_extra_state"
 _ROUND_S = 5.0
 _MEETING_S = 5.0  # within which all ranks have failed, when they failed alike
 COMPLETING_S = 60.0  # manifest, index and names, once all is written
+# what a rank says of the records that it wrote
+_OF_PARTS = {(kind.__module__, kind.__name__): kind for kind in (WriteResult, MetadataIndex, torch.Size, _StorageInfo)}
 _saves = 0  # begun by this process: every rank has begun as many, so that their keys agree
 
 
@@ -113,7 +119,7 @@ class PendingSave:
             keys = [f"{self._key}/part/{one}" for one in ranks]
             parts = []
             if _all_set(store, keys, deadline - time.monotonic()):
-                parts = [pickle.loads(store.get(key)) for key in keys]
+                parts = [safe_pickle.load(io.BytesIO(store.get(key)), _OF_PARTS, key) for key in keys]
             if parts and None not in parts:
                 self._complete(parts)
                 outcome = "complete"

@@ -12,7 +12,12 @@ import lens_megatron
 PACKAGE = Path(lens_megatron.__file__).parent
 FILES = sorted([*PACKAGE.glob("algorithms/**/*.py"), *PACKAGE.glob("purification/**/*.py")])
 OURS = {
-    "algorithms": ("lens_megatron.types", "lens_megatron.algorithms", "lens_megatron.purification"),
+    "algorithms": (
+        "lens_megatron.types",
+        "lens_megatron.algorithms",
+        "lens_megatron.purification",
+        "lens_megatron.own_functions",  # of the standard library alone
+    ),
     "purification": ("lens_megatron.types", "lens_megatron.purification"),
 }
 
