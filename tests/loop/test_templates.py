@@ -72,7 +72,7 @@ def test_a_run_on_the_folder_of_an_sft_asks_as_it_did(task: Path, tmp_path: Path
     code, words = finished(tmp_path, "train", "--resume", run, f"data.template='{TEMPLATE}'")
     assert code == 0, words
     assert lines(words, "first prompt: ") == [line] and not lines(words, "from preset ")
-    assert lines(words, "done: ") == [closing]
+    assert "nothing is left to do" in words and not lines(words, "done: ")
 
 
 @pytest.mark.long
