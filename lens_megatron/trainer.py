@@ -108,15 +108,11 @@ class Trainer:
                 self.progress.note(note)
         self._checkpoints = Path(config.run_dir) / "checkpoints"
         template = named_template(config.data.template, model.template)
-        self._saver = Saver(
-            self.policy,
-            self._checkpoints,
-            config.checkpoint,
-            weights,
-            template,
-            note=lambda text: self.progress.note(text),  # that of now: resuming makes another
-        )
+        self._saver = Saver(self.policy, self._checkpoints, config.checkpoint, weights, template, self._tell)
         self._hf_copies = HfCopies(self.policy, Path(config.run_dir) / "hf", config.checkpoint, weights, template)
+
+    def _tell(self, text: str) -> None:
+        self.progress.note(text)  # that of now: resuming makes another
 
     def _await_the_driver(self) -> None:
         """Before any model is built. Servers may take longer than timeout_s: only now can the other ranks be told to wait."""

@@ -26,8 +26,8 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(LOOP), str(LOOP.parents[1])]))
     return write_run(tmp_path, run_tree(task, tmp_path / "run"))
 
@@ -76,7 +76,7 @@ def test_a_container_is_seen_through_its_mounts(run: Path, tmp_path: Path) -> No
     ):
         with pytest.raises(UsageError) as caught:
             plan(run, [override], container)
-        assert str(caught.value).replace(f"{tmp_path}/work/", "").startswith(message)
+        assert str(caught.value).replace(f"{tmp_path}/here/", "").startswith(message)
 
 
 def test_the_innermost_mount_holds_a_path(tmp_path: Path) -> None:
