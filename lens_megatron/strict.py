@@ -26,8 +26,6 @@ class _Loader(yaml.SafeLoader):
     PyYAML reads YAML 1.1, where 1e-6 is text, 04:00:00 is 14400, 010 is 8, `off` is false and 2026-01-31 a date object.
     """
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
@@ -43,6 +41,7 @@ class _Loader(yaml.SafeLoader):
         return int(node.value.replace("_", ""))
 
 
+_Loader.yaml_implicit_resolvers = {}  # else PyYAML's own stay beside these
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),

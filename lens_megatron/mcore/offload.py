@@ -132,7 +132,9 @@ def _kept(tensor: Tensor, pinned: bool) -> Tensor:
 
 def _flat(chunk: torch.nn.Module) -> list[Any]:
     """Megatron-Core's flat buffers of parameters and gradients."""
-    return [*chunk.buffers, *chunk.expert_parallel_buffers]
+    buffers: list[Any] = chunk.buffers  # type: ignore[assignment]  # torch's own method of that name is hidden by it
+    expert_buffers: list[Any] = chunk.expert_parallel_buffers  # type: ignore[assignment]
+    return buffers + expert_buffers
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -127,8 +128,9 @@ def _scaling(rows: Sequence[Row], groups: Mapping[str, int], simulated: bool) ->
             )
             parts.append(figure(title + mark, nothing(why)))
         elif _several_sizes(values):
-            parts.append(_over_gpus(title + mark, values, groups, lambda found, name=name: _plain_points(found, name),
-                                    unit, "", simulated, ""))  # fmt: skip
+            parts.append(
+                _over_gpus(title + mark, values, groups, partial(_plain_points, name=name), unit, "", simulated, "")
+            )
         else:
             parts.append(_bars(title + mark, values, name, unit))
     parts.append(_split(f"Step time by phase{mark}", rows))

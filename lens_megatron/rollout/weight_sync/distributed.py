@@ -15,12 +15,14 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor
 
 from lens_megatron.mcore.rendezvous import from_rank_zero
 from lens_megatron.mcore.runtime import device
+from lens_megatron.rollout.sglang_client import SGLangClient
 from lens_megatron.rollout.weight_sync.buckets import Bucket, Buffers, plan_buckets
 from lens_megatron.rollout.weight_sync.delivery import Delivery, Member, Noted, bucket_numbers, exhaust, fingerprints
 from lens_megatron.rollout.weight_sync.fleet import Fleet, SyncFailed
@@ -168,16 +170,8 @@ class DistributedTransport:
             if delivery.members != self._members:
                 self._names = [self._invite(delivery, fleet, board.read(f"port/{stage}")) for stage in range(stages)]
             for bucket in buckets:
-                asked = fleet.start(
-                    lambda server, bucket=bucket: server.update_weights_from_distributed(
-                        [slot.name for slot in bucket.slots],
-                        [slot.dtype_name for slot in bucket.slots],
-                        [slot.shape for slot in bucket.slots],
-                        self._names[bucket.stage],
-                        delivery.unfinished,
-                        "flattened_bucket",
-                    )
-                )
+                group = self._names[bucket.stage]
+                asked = fleet.start(partial(_receive, bucket=bucket, group=group, unfinished=delivery.unfinished))
                 board.put(f"go/{bucket.number}")
                 for url in fleet.collect(asked, all_or_none=True):
                     ledger.acknowledge(url, bucket.number)
@@ -231,3 +225,14 @@ class DistributedTransport:
         if self._group is not None:
             self._group.abandon()
             self._group = None
+
+
+async def _receive(server: SGLangClient, bucket: Bucket, group: str, unfinished: str) -> None:
+    await server.update_weights_from_distributed(
+        [slot.name for slot in bucket.slots],
+        [slot.dtype_name for slot in bucket.slots],
+        [slot.shape for slot in bucket.slots],
+        group,
+        unfinished,
+        "flattened_bucket",
+    )

@@ -11,8 +11,9 @@ from __future__ import annotations
 import base64
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
+from lens_megatron.rollout.sglang_client import SGLangClient
 from lens_megatron.rollout.weight_sync.buckets import Bucket, Buffers, plan_buckets
 from lens_megatron.rollout.weight_sync.delivery import Delivery, Noted, bucket_numbers, exhaust, fingerprints
 from lens_megatron.rollout.weight_sync.probe import Probe
@@ -72,11 +74,7 @@ class TensorTransport:
                 for url in fleet.live
             }
             arrived = acknowledged()
-            asked = fleet.start(
-                lambda server, payloads=payloads: server.update_weights_from_tensor(
-                    payloads[server.url], delivery.unfinished, "flattened_bucket"
-                )
-            )
+            asked = fleet.start(partial(_hand_over, payloads=payloads, unfinished=delivery.unfinished))
             under_way = bucket, buffer_B, asked
             if arrived is not None:
                 ledger.sent(fingerprints(*arrived))
@@ -90,6 +88,10 @@ class TensorTransport:
 
     def close(self) -> None:
         self._kept = []
+
+
+async def _hand_over(server: SGLangClient, payloads: Mapping[str, Sequence[bytes]], unfinished: str) -> None:
+    await server.update_weights_from_tensor(payloads[server.url], unfinished, "flattened_bucket")
 
 
 def encode(bucket: Bucket, buffer_B: Tensor) -> bytes:
