@@ -143,7 +143,7 @@ def stub_model(profile: Profile, spec: Any, layout: Any, folder: Path, *_: Any, 
             self.table_V.grad = None
 
     class StubPolicy(Trainable):
-        def export_hf(self) -> Iterator[tuple[str, torch.Tensor]]:
+        def export_hf(self, limit_s: float | None = None) -> Iterator[tuple[str, torch.Tensor]]:
             return iter(())
 
     chunk = StubChunk()

@@ -100,11 +100,11 @@ class EngineSide:
     def sync(self, version: int) -> Sequence[str]:
         """What there is to complain of, on rank 0."""
         if self._weight_sync is None:
-            tensors = self._policy.export_hf()
-            if self._host is not None:
-                self._host.load_weights(tensors, version)
-            for _ in tensors:  # the other ranks' part is done by iterating
-                pass
+            self._policy.export_hf_to(
+                lambda tensors: self._host.load_weights(tensors, version) if self._host else None,
+                "give the engine the weights",
+                self._config.timeout_s,
+            )
             return ()
         handover = self._handover
         if handover is not None:

@@ -73,7 +73,12 @@ def train_supervised(config: SftConfig, folder: RunFolder | None) -> Path:
                         with watch.doing("write the step's metrics", config.timeout_s):
                             folder.append_metrics(metrics)
                     progress.finish_step(metrics)
-            return _exported(policy, run_dir / "hf", weights, template, folder)
+            policy.export_hf_to(
+                lambda tensors: write_hf_folder(run_dir / "hf", tensors, weights, template=template),
+                "write the trained model",
+                config.timeout_s,
+            )
+            return run_dir / "hf"
     finally:
         watch.close()
 
@@ -98,16 +103,6 @@ def _step(policy: Trainable, batch: Sequence[SupervisedExample], config: SftConf
         "skipped": float(not result.updated),
         "tokens": sum(len(sequence) for sequence in sequences),
     }
-
-
-def _exported(policy: Trainable, target: Path, companions_from: Path, template: str, folder: RunFolder | None) -> Path:
-    """With a note of the template: who takes the folder as a model asks it in the same words."""
-    tensors = policy.export_hf()
-    if folder is not None:
-        write_hf_folder(target, tensors, companions_from, template=template)
-    for _ in tensors:  # the other ranks send their parts by iterating
-        pass
-    return target
 
 
 def supervised_loss(batch: Sequence[SupervisedExample], prompt_weight: float) -> LossFunction:

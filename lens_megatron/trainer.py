@@ -109,7 +109,15 @@ class Trainer:
         self._checkpoints = Path(config.run_dir) / "checkpoints"
         template = named_template(config.data.template, model.template)
         self._saver = Saver(self.policy, self._checkpoints, config.checkpoint, weights, template, self._tell)
-        self._hf_copies = HfCopies(self.policy, Path(config.run_dir) / "hf", config.checkpoint, weights, template)
+        self._hf_copies = HfCopies(
+            self.policy,
+            Path(config.run_dir) / "hf",
+            config.checkpoint,
+            weights,
+            template,
+            self._tell,
+            config.timeout_s,
+        )
 
     def _tell(self, text: str) -> None:
         self.progress.note(text)  # that of now: resuming makes another

@@ -9,14 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lens_megatron.guards import checks
 from lens_megatron.guards.config import GuardConfig, ModelGuardConfig
 from lens_megatron.guards.mismatch import watch_mismatch
 from lens_megatron.guards.streamed import different_exports, streamed_logprobs
-from lens_megatron.mcore.agreement import on_rank_0
 from lens_megatron.mcore.checksums import SCHEME, differing_replicas, state_checksums
 from lens_megatron.mcore.rendezvous import from_rank_zero
 from lens_megatron.mcore.routing import replay_routing
@@ -59,11 +57,9 @@ class ModelGuards:
                 self._hf_parity(model, who, folder)
         if self._model_config.export_parity and isinstance(model, Trainable):
             with self._timed("export_parity"):
-                exported = model.export_hf()
-                if dist.get_rank() != 0:
-                    for _ in exported:  # the other ranks' part is done by iterating
-                        pass
-                found = on_rank_0(lambda: different_exports(folder, exported), others_wait=False)
+                found = model.export_hf_to(
+                    lambda exported: different_exports(folder, exported), "compare the export", self._timeout_s
+                )
                 checks.export_parity(str(folder), *found)
 
     def _hf_parity(self, model: ShardedModel, who: str, folder: Path) -> None:

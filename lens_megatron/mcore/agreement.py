@@ -15,12 +15,12 @@ _T = TypeVar("_T")
 limited: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
-def on_rank_0(action: Callable[[], _T], others_wait: bool = True) -> _T:
-    """Rank 0's result, or its error, on every rank. Collective. `others_wait`: False when they take part in the action."""
+def on_rank_0(action: Callable[[], _T]) -> _T:
+    """Rank 0's result, or its error, on every rank. Collective: no action that the others take part in."""
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            with limited() if others_wait else contextlib.nullcontext():
+            with limited():
                 answer = [("done", action())]
         except (UsageError, RunError) as error:
             answer = [("UsageError" if isinstance(error, UsageError) else "RunError", str(error))]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import datetime
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,10 @@ from lens_megatron.mcore.hf_files import check_folder
 from lens_megatron.mcore.hf_names import Mapping, hf_shapes, mapping_of
 from lens_megatron.mcore.hf_slices import join_shards, read_shard
 from lens_megatron.mcore.model import innermost
+from lens_megatron.mcore.rendezvous import from_rank_zero
 from lens_megatron.model_spec import ModelSpec
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -125,11 +130,18 @@ def agree_on_holdings(chunks: Sequence[torch.nn.Module], spec: ModelSpec) -> Hol
 
 @torch.no_grad()
 def gather(
-    holdings: Holdings, spec: ModelSpec, units: Sequence[tuple[str, ...]], root: int, device: torch.device
+    holdings: Holdings,
+    spec: ModelSpec,
+    units: Sequence[tuple[str, ...]],
+    root: int,
+    device: torch.device,
+    limit_s: float | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """HF tensors of `units` on `root`, one unit (one expert's gate and up) at a time. Every rank that holds a part must
-    iterate, and gets nothing unless it is the root."""
+    iterate, and gets nothing unless it is the root. `limit_s`: of waiting for the other side, on the host; that of the
+    processes' group by default."""
     rank = dist.get_rank()
+    limits = () if limit_s is None else (datetime.timedelta(seconds=limit_s),)
     for names in units:
         shards: list[Tensor] = []
         for number in range(holdings.shards[names, 0].shards):
@@ -137,17 +149,52 @@ def gather(
             if shard.owner == rank:
                 tensor = holdings.mine[names, number].parameter.detach().to(device)
                 if rank != root:
-                    dist.send(tensor.contiguous(), dst=root)
+                    _begun(dist.isend(tensor.contiguous(), dst=root)).wait(*limits)
             elif rank == root:
                 tensor = torch.empty(shard.shape, dtype=shard.dtype, device=device)
-                dist.recv(tensor, src=shard.owner)
+                _begun(dist.irecv(tensor, src=shard.owner)).wait(*limits)
             if rank == root:
                 shards.append(tensor)
         if rank == root:
             yield from join_shards(holdings.shards[names, 0].mapping, spec, shards)
 
 
-def export_hf(chunks: Sequence[torch.nn.Module], spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
+def _begun(work: dist.Work | None) -> dist.Work:
+    assert work is not None  # torch's way of saying that this rank is not in the group
+    return work
+
+
+def export_hf(
+    chunks: Sequence[torch.nn.Module], spec: ModelSpec, limit_s: float | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """All HF tensors on the host of rank 0, in a fixed order; every rank must iterate."""
     holdings = agree_on_holdings(chunks, spec)
-    yield from gather(holdings, spec, holdings.order, root=0, device=torch.device("cpu"))
+    yield from gather(holdings, spec, holdings.order, 0, torch.device("cpu"), limit_s)
+
+
+def take_export(
+    exported: Iterator[tuple[str, Tensor]],
+    take: Callable[[Iterator[tuple[str, Tensor]]], T],
+    what: str,
+    silence_s: float,
+) -> T:
+    """`take(exported)` on rank 0; its result, or its error, on every rank. Every rank calls. Those whose parts are gone wait
+    on the store, not in a collective: a large model is written for longer than a collective may last."""
+
+    def taken() -> T:
+        try:
+            result = take(exported)
+        except Exception:
+            _exhaust(exported)  # the others are sending
+            raise
+        _exhaust(exported)
+        return result
+
+    if dist.get_rank() != 0:
+        _exhaust(exported)
+    return from_rank_zero(taken, what, silence_s)
+
+
+def _exhaust(tensors: Iterator[tuple[str, Tensor]]) -> None:
+    for _ in tensors:
+        pass

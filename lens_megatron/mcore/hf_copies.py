@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch.distributed as dist
+from torch import Tensor
 
 from lens_megatron import checkpoints
 from lens_megatron.checkpoints import CheckpointConfig
 from lens_megatron.errors import RunError
-from lens_megatron.mcore.agreement import on_rank_0, one_line
+from lens_megatron.mcore.agreement import one_line
 from lens_megatron.mcore.hf_files import write_hf_folder
 from lens_megatron.mcore.step import ShardedModel
 
@@ -23,34 +24,40 @@ class HfCopies:
         root: Path,
         config: CheckpointConfig,
         companions_from: Path,
-        template: str | None = None,
+        template: str | None,
+        note: Callable[[str], None],
+        silence_s: float,
     ) -> None:
         self._policy, self._root, self._config = policy, root, config
         self._companions_from, self._template = companions_from, template
+        self._note, self._silence_s = note, silence_s
+        self._told = ""  # of old copies that stay
 
     def due(self, step: int, last: bool = False) -> bool:
         return self._config.hf_every > 0 and (last or step % self._config.hf_every == 0)
 
     def write(self, step: int) -> None:
         target = checkpoints.step_folder(self._root, step)
-        tensors = self._policy.export_hf()
-        error = ""
-        if dist.get_rank() == 0:
+
+        def take(tensors: Iterator[tuple[str, Tensor]]) -> None:
             try:
                 checkpoints.clean_leftovers(self._root)
                 write_hf_folder(target, tensors, self._companions_from, replace=True, template=self._template)
-            except Exception as failure:  # the other ranks are sending: it is raised where all can hear it
-                error = one_line(failure)
-        for _ in tensors:  # what is left; on the other ranks, everything
-            pass
-
-        def complete() -> None:
-            if error:
+            except Exception as failure:
                 raise RunError(
-                    f"{target}: the HF copy was not written ({error}); free space or set checkpoint.hf_every=0, "
+                    f"{target}: the HF copy was not written ({one_line(failure)}); free space or set checkpoint.hf_every=0, "
                     "then go on with --resume"
-                )
+                ) from failure
             if self._config.hf_keep is not None:
-                checkpoints.prune_hf(self._root, self._config.hf_keep, step)
+                self._prune(self._config.hf_keep, step)
 
-        on_rank_0(complete)
+        self._policy.export_hf_to(take, "write the HF copy", self._silence_s, self._config.timeout_s)
+
+    def _prune(self, keep: int, step: int) -> None:
+        """What is in the way of it costs disk, and not the run."""
+        try:
+            checkpoints.prune_hf(self._root, keep, step)
+        except OSError as error:
+            if str(error) != self._told:  # once, and not after every copy
+                self._note(f"old HF copies stay, the run goes on: {error}")
+            self._told = str(error)

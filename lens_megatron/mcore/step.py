@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from lens_megatron.mcore.batch import PackedBatch
-from lens_megatron.mcore.hf_bridge import export_hf, load_hf
+from lens_megatron.mcore.hf_bridge import export_hf, load_hf, take_export
 from lens_megatron.mcore.hf_files import check_folder
 from lens_megatron.mcore.layout import ParallelConfig
 from lens_megatron.mcore.logprobs import TokenScores, score_sequences
@@ -23,6 +23,8 @@ from lens_megatron.mcore.pipeline import forward_backward, plan_for_this_layout
 from lens_megatron.mcore.runtime import cuda_literals, default_dtype, device
 from lens_megatron.mcore.settings import MemoryConfig, OptimizerConfig
 from lens_megatron.model_spec import ModelSpec
+
+T = TypeVar("T")
 
 # (log-probs [T], entropies [T], the pack) -> this micro-batch's share of the loss, and metrics to be summed.
 LossFunction = Callable[[Tensor, Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
@@ -52,9 +54,20 @@ class ShardedModel:
             entropy=entropy,
         )
 
-    def export_hf(self) -> Iterator[tuple[str, Tensor]]:
-        """HF-named tensors, on rank 0's host; every rank must iterate."""
-        return export_hf(self.chunks, self.spec)
+    def export_hf(self, limit_s: float | None = None) -> Iterator[tuple[str, Tensor]]:
+        """HF-named tensors, on rank 0's host; every rank must iterate. `limit_s`: a part's turn comes when those before it
+        are taken."""
+        return export_hf(self.chunks, self.spec, limit_s)
+
+    def export_hf_to(
+        self,
+        take: Callable[[Iterator[tuple[str, Tensor]]], T],
+        what: str,
+        silence_s: float,
+        limit_s: float = 3600.0,
+    ) -> T:
+        """`take` gets them on rank 0; its result, or its error, on every rank. `silence_s`: without rank 0's sign of life."""
+        return take_export(self.export_hf(limit_s), take, what, silence_s)
 
 
 @dataclass

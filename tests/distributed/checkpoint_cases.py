@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -365,18 +367,38 @@ def refusal(folder: Path, layout: ParallelConfig, source: Path) -> str:
     return ""
 
 
-def hf_copy(folder: Path, layout: ParallelConfig, root: Path) -> str:
-    """Every rank's error on writing an HF copy of steps 1, 2 and 3, of which 2 stay; "" when they are written."""
-    from lens_megatron.checkpoints import CheckpointConfig
-    from lens_megatron.mcore.hf_copies import HfCopies
+def hf_copy(
+    folder: Path, layout: ParallelConfig, root: Path, steps: int = 3, in_the_way: bool = False, tensor_s: float = 0.0
+) -> tuple[str, list[str]]:
+    """Every rank's error on writing HF copies of `steps` steps, of which 2 stay, and notes; "" when they are written.
+    `in_the_way`: an old copy cannot be removed. `tensor_s`: to write a tensor."""
+    from lens_megatron import checkpoints
+    from lens_megatron.mcore import hf_copies
 
-    copies = HfCopies(policy(folder, layout), root, CheckpointConfig(hf_every=1, hf_keep=2), folder)
+    def slowly(target: Path, tensors: Iterator[tuple[str, Tensor]], *arguments: Any, **keywords: Any) -> None:
+        def waiting() -> Iterator[tuple[str, Tensor]]:
+            for named in tensors:
+                time.sleep(tensor_s)
+                yield named
+
+        write_hf_folder(target, waiting(), *arguments, **keywords)
+
+    def refused(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    notes: list[str] = []
+    config = checkpoints.CheckpointConfig(hf_every=1, hf_keep=2)
+    copies = hf_copies.HfCopies(policy(folder, layout), root, config, folder, None, notes.append, 60.0)
+    write_hf_folder, remove = hf_copies.write_hf_folder, checkpoints.remove
+    hf_copies.write_hf_folder, checkpoints.remove = slowly, refused if in_the_way else remove
     try:
-        for step in (1, 2, 3):
+        for step in range(1, steps + 1):
             copies.write(step)
     except RunError as error:
-        return str(error)
-    return ""
+        return str(error), notes
+    finally:
+        hf_copies.write_hf_folder, checkpoints.remove = write_hf_folder, remove
+    return "", notes
 
 
 def two_dtypes(folder: Path, layout: ParallelConfig, source: Path) -> list[dict[str, Tensor]]:

@@ -11,6 +11,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ class CaseFailed(AssertionError):
 
 
 class WorkerPool:
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
+    def __init__(self, world_size: int, collective_s: float = 600.0) -> None:
+        """`collective_s`: how long a rank waits in one."""
+        self.world_size, self._collective_s = world_size, collective_s
         self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
 
     def run(self, case: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0, **keywords: Any) -> list[Any]:
@@ -74,13 +76,15 @@ class WorkerPool:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.world_size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world_size, self._store.port, there), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, self.world_size, self._collective_s, self._store.port, there), daemon=True
+            )
             process.start()
             there.close()
             self._workers.append((process, here))
 
 
-def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
+def _serve(rank: int, world_size: int, collective_s: float, port: int, connection: Connection) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     os.environ.update(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1", PYTHONWARNINGS="ignore")
     import warnings
@@ -91,7 +95,10 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
 
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False)  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    store.set(f"here/{rank}", "")
+    store.wait([f"here/{other}" for other in range(world_size)])  # joining takes less than a short `collective_s`
+    limit = timedelta(seconds=collective_s)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
     while True:
         try:
             case, arguments, keywords = connection.recv()

@@ -30,6 +30,7 @@ from tests.checkpoints_tools.payloads import (
     unpickle_carelessly,
 )
 from tests.distributed import checkpoint_cases as cases
+from tests.distributed.pool import WorkerPool
 
 pytestmark = pytest.mark.distributed
 
@@ -446,15 +447,31 @@ def test_a_save_under_way_when_the_run_fails(how: str, workers: Any, tmp_path: P
 
 def test_hf_copies(workers: Any, hf_folder: Any, tmp_path: Path) -> None:
     folder = hf_folder("qwen3_tied")
-    later = (
-        tmp_path / "hf" / "step_000009"
-    )  # of a run that went back to an earlier checkpoint: not counted, not touched
+    root = tmp_path / "hf"
+    later = root / "step_000009"  # of a run that went back to an earlier checkpoint: not counted, not touched
     later.mkdir(parents=True)
-    assert workers(2).run(cases.hf_copy, folder, ParallelConfig(tp=2), tmp_path / "hf") == ["", ""]
-    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["step_000002", "step_000003", "step_000009"]
-    written = load_file(tmp_path / "hf" / "step_000003" / "model.safetensors")
+    assert workers(2).run(cases.hf_copy, folder, ParallelConfig(tp=2), root, in_the_way=True) == [
+        ("", [f"old HF copies stay, the run goes on: [Errno 13] Permission denied: '{root / 'step_000001'}'"]),
+        ("", []),
+    ]
+    assert workers(2).run(cases.hf_copy, folder, ParallelConfig(tp=2), root) == [("", [])] * 2
+    assert sorted(path.name for path in root.iterdir()) == ["step_000002", "step_000003", "step_000009"]
+    written = load_file(root / "step_000003" / "model.safetensors")
     assert difference(written, load_file(folder / "model.safetensors")) == 0.0
     (tmp_path / "file").write_text("")
     errors = workers(2).run(cases.hf_copy, folder, ParallelConfig(pp=2), tmp_path / "file" / "hf")
-    assert len(set(errors)) == 1
-    assert "the HF copy was not written (Not a directory); free space" in errors[0]
+    assert all("the HF copy was not written (Not a directory); free space" in error for error, _ in errors)
+
+
+def test_a_copy_that_takes_longer_than_a_collective_may(hf_folder: Any, tmp_path: Path) -> None:
+    """A large model, a slow disk: the second stage waits for its turn, then for the end of it."""
+    folder = hf_folder("qwen3_tied")
+    pool = WorkerPool(2, collective_s=2.0)
+    try:
+        tensors = len(load_file(folder / "model.safetensors"))
+        answers = pool.run(
+            cases.hf_copy, folder, ParallelConfig(pp=2), tmp_path / "hf", steps=1, tensor_s=6.0 / tensors
+        )
+    finally:
+        pool.close()
+    assert answers == [("", [])] * 2
