@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from launchers.script import Job
 from launchers.servers import servers_of
 from launchers.shape import job_shape
 from launchers.site import SiteConfig, load_site, split_overrides
+from launchers.summary import summary
 from lens_megatron import stopping, strict
 from lens_megatron.config import RunConfig, load_run
 from lens_megatron.errors import RunError, UsageError
@@ -40,13 +41,14 @@ def submit(
     *,
     links: int = 1,
     resume: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> Handle:
     """Queue RUN.yaml on Slurm. What is wrong is a UsageError before anything is queued, as far as it can be known.
 
     `overrides`: `key.path=value` of the run, and `site.key=value` of the site. `links`: so many jobs, each going on where
-    the one before it ended. `resume`: go on with the run that the folder holds.
+    the one before it ended. `resume`: go on with the run that the folder holds. `tell`: shown what the job will be.
     """
-    jobs = prepare(run, overrides, site, name, links=links, resume=resume)
+    jobs = prepare(run, overrides, site, name, links=links, resume=resume, tell=tell)
     ids = nemo.submit(jobs)
     known = jobs[0].launch / "jobs.json"
     try:
@@ -66,9 +68,13 @@ def prepare(
     *,
     links: int = 1,
     resume: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> list[Job]:
     """All of `submit` but the submission: everything checked, and what the jobs read written into the run folder."""
-    jobs, tree, _ = plan(run, overrides, site, name, links)
+    jobs, tree, config = plan(run, overrides, site, name, links)
+    if tell is not None:
+        for line in summary(jobs[0], config):
+            tell(line)
     check_cluster(jobs[0].site, str(site) if isinstance(site, Path) else "site")
     folder = RunFolder(jobs[0].run_dir)
     if folder.holds_run() and not resume:

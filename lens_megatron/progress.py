@@ -129,6 +129,8 @@ class Progress:
             for name, label in (("reward", "reward"), ("success", "success"), ("zero_reward_ratio", "zero-reward"))
             if metrics.get(name) is not None
         }
+        if not shown and metrics.get("loss") is not None:  # supervised training
+            shown["loss"] = f"{metrics['loss']:.4f}"
         if shown.get("reward") == shown.get("success"):  # rewards of 0 and 1: the line has to fit a terminal
             shown.pop("success", None)
         left = (self.total - self.done) * sum(self._recent) / len(self._recent)
@@ -151,17 +153,28 @@ def closing_line(run_dir: str, metrics: Sequence[Mapping[str, Any]]) -> str:
     return f"{', '.join(parts)}; see it: lens-megatron report {shlex.quote(run_dir)}"
 
 
+def evaluation_line(step: int, metrics: Mapping[str, Any]) -> str:
+    """Accuracies of the benchmarks after `step`, with standard errors where there are any."""
+    parts = []
+    for name, value in _accuracies(metrics).items():
+        error = metrics.get(f"{name}/standard_error")
+        parts.append(f"{name[5:]} {value:.3f}{'' if error is None else f' ± {error:.3f}'}")
+    return f"evaluation {'before training' if step == 0 else f'after step {step}'}: {', '.join(parts)}"
+
+
 def _evaluation(metrics: Sequence[Mapping[str, Any]]) -> str | None:
     """The last one's average; of a single benchmark its own, which has no other."""
     for line in reversed(metrics):
-        whole = [
-            name for name in line if name.startswith("eval/") and name.count("/") == 1
-        ]  # not eval/NAME/truncated_ratio
-        scores = {name: line[name] for name in whole if line[name] is not None}
-        if scores:
+        if scores := _accuracies(line):
             name = "eval/average" if "eval/average" in scores else next(iter(scores))
             return f"{name} {scores[name]:.3f}"
     return None
+
+
+def _accuracies(line: Mapping[str, Any]) -> dict[str, float]:
+    """eval/NAME, and not eval/NAME/truncated_ratio."""
+    names = (name for name in line if name.startswith("eval/") and name.count("/") == 1)
+    return {name: line[name] for name in names if line[name] is not None}
 
 
 def duration(seconds: float) -> str:

@@ -25,7 +25,7 @@ from lens_megatron.mcore.rendezvous import from_rank_zero
 from lens_megatron.mcore.step import build_frozen, build_trainable
 from lens_megatron.mcore.watch import MARGIN_S, Watch
 from lens_megatron.model_spec import ModelConfig, find_weights, load_model_config, named_template
-from lens_megatron.progress import Progress
+from lens_megatron.progress import Progress, evaluation_line
 from lens_megatron.prompt_signals import PromptSignals, Reference
 from lens_megatron.purification.strategies import Signals
 from lens_megatron.recorder import Recorder
@@ -249,7 +249,8 @@ class Trainer:
             metrics = self.on_rank_zero(lambda host: host.benchmark(step), "evaluate")
             limit_s = self.config.timeout_s
             self.on_rank_zero(lambda host: host.keep_answers(step), "write the evaluation's answers", limit_s)
-            return metrics
+        self.progress.note(evaluation_line(step, metrics))
+        return metrics
 
     def benchmark_first_policy(self) -> None:
         """What training started from: a line for step 0, which has no other measurements."""

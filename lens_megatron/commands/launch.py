@@ -31,13 +31,18 @@ def run(args: argparse.Namespace) -> int:
     from launchers import nemo, slurm
     from launchers.summary import summary
 
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr)
+
     if args.dry_run:
         jobs, _, config = slurm.plan(Path(args.run), args.overrides, args.site, args.name, args.chain)
         for line in summary(jobs[0], config):
-            print(line, file=sys.stderr)
+            tell(line)
         print("\n".join(nemo.batch_script(job) for job in jobs), end="")
         return 0
-    handle = slurm.submit(Path(args.run), args.overrides, args.site, args.name, links=args.chain, resume=args.resume)
+    handle = slurm.submit(
+        Path(args.run), args.overrides, args.site, args.name, links=args.chain, resume=args.resume, tell=tell
+    )
     print(
         f"submitted {'job' if len(handle.jobs) == 1 else 'jobs'} {' '.join(handle.jobs)}; run folder {handle.run_dir}"
     )

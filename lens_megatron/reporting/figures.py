@@ -212,6 +212,10 @@ def step_time(run: Run) -> StepTime | None:
     return StepTime(mean(times), median(times), phases)
 
 
+def step_seconds(run: Run) -> list[Point]:
+    return [(float(line["step"]), time) for line in run.steps() if (time := _training_seconds(line)) is not None]
+
+
 def tokens_a_second(run: Run) -> list[Point]:
     return [
         (float(line["step"]), line["tokens"] / time)

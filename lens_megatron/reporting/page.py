@@ -143,7 +143,9 @@ def time(runs: Sequence[Run]) -> list[str]:
         panels.speedup_figure(runs),
         panels.step_time_table(runs),
         panels.step_time_figure(runs),
-        curves(runs, "Time of each step", [("time/step", "")], "seconds"),
+        curves(
+            runs, "Time of each step", [("time/step", "")], "seconds", source=lambda run, _: figures.step_seconds(run)
+        ),
         curves(runs, "Throughput", [("tokens", "")], "tokens/s", source=lambda run, _: figures.tokens_a_second(run)),
         success_over_time(runs),
     ]

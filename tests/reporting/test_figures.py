@@ -60,6 +60,16 @@ def test_time_in_no_phase_is_shown_as_other() -> None:
     assert time is not None and time.phases == {"train": 4.0, "evaluation": 3.0, "other": 3.0}
 
 
+def test_evaluations_are_no_part_of_the_time_of_a_step() -> None:
+    lines = [
+        {"step": 0, "time/step": 50.0, "time/eval": 50.0},
+        {"step": 1, "time/step": 4.0},
+        {"step": 2, "time/step": 9.0, "time/eval": 6.0},
+        {"step": 3, "time/step": None},
+    ]
+    assert figures.step_seconds(Run("r", {}, {}, lines)) == [(1.0, 4.0), (2.0, 3.0)]
+
+
 def test_rewards_of_a_batch_made_ahead_are_nobodys_wait() -> None:
     line = {"step": 1, "time/step": 10.0, "time/generate": 2.0, "time/reward": 5.0, "time/train": 8.0}
     time = figures.step_time(Run("r", {}, {}, [line]))

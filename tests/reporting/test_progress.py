@@ -8,7 +8,7 @@ import time
 import pytest
 from rich.text import Text
 
-from lens_megatron.progress import Progress, closing_line, duration
+from lens_megatron.progress import Progress, closing_line, duration, evaluation_line
 
 
 class Terminal(io.StringIO):
@@ -77,6 +77,26 @@ def test_the_last_step_and_missing_numbers(clock: list[float]) -> None:
         clock[0] += 1
         progress.finish_step({"reward": 1.0})
     assert log.getvalue() == "step 1/1  reward 1.000  1.0 s  done\n"
+
+
+def test_supervised_training_shows_its_loss(clock: list[float]) -> None:
+    log = io.StringIO()
+    with Progress(1, file=log) as progress:
+        clock[0] += 2
+        progress.finish_step({"loss": 0.12345, "tokens": 100})
+    assert log.getvalue() == "step 1/1  loss 0.1235  2.0 s  50 tokens/s  done\n"
+
+
+def test_an_evaluation_has_a_line() -> None:
+    metrics = {
+        "eval/gsm8k": 0.5,
+        "eval/gsm8k/standard_error": 0.0125,
+        "eval/gsm8k/truncated_ratio": 0.1,
+        "eval/amc23": 0.25,
+        "eval/average": 0.375,
+    }
+    assert evaluation_line(20, metrics) == "evaluation after step 20: gsm8k 0.500 ± 0.013, amc23 0.250, average 0.375"
+    assert evaluation_line(0, {"eval/gsm8k": 1.0}) == "evaluation before training: gsm8k 1.000"
 
 
 def test_a_terminal_gets_a_bar_and_other_ranks_nothing() -> None:
