@@ -81,7 +81,7 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def comparison(plans: Sequence[Plan]) -> list[str]:
-    """Several plans, one line each, the fastest first."""
+    """Several plans, one line each, the best first."""
     lines = []
     for place, plan in enumerate(plans, 1):
         peak = f"{plan.trainer.peak / _GIB:.1f} GiB ({plan.trainer.peak / plan.setup.gpu.memory:.0%})"

@@ -10,7 +10,7 @@ from lens_megatron.planning import published
 from lens_megatron.planning.gpus import assumed_rates, find_gpu
 from lens_megatron.planning.parameters import count_parameters
 from lens_megatron.planning.plans import PHASES, Plan
-from lens_megatron.planning.search import search
+from lens_megatron.planning.search import ALIKE, search
 from lens_megatron.planning.work import ASSUMED_RESCUED, Workload
 
 GPU = "h100"
@@ -92,9 +92,10 @@ sheets.
 
 ## LENS, 128 prompts x 8, responses of 1,024 tokens on average and 4,096 at most, on {gpu}
 
-The fastest layout found that fits, {rescued:.0%} of the prompts rescued, `speculative`. `colocated`: engine and trainer take
-turns on all GPUs; `a + b`: trainer + engine. Layout: tp / pp / cp / ep / dp. Peak: GiB of the fullest trainer GPU. Columns of
-seconds leave out scoring and what is 0; phases are {phases}. The work is the same in all
+The simplest layout of those that fit and are within {alike:.0%} of the fastest, {rescued:.0%} of the prompts rescued,
+`speculative`. `colocated`: engine and trainer take turns on all GPUs; `a + b`: trainer + engine.
+Layout: tp / pp / cp / ep / dp. Peak: GiB of the fullest trainer GPU. Columns of seconds leave
+out scoring and what is 0; phases are {phases}. The work is the same in all
 rows: from some number of GPUs on, more of them only wait for the longest response.
 
 | model | GPUs | placement | layout | recompute | engine tp | peak | generate | logprobs | train | sync | step | limited by |
@@ -129,6 +130,7 @@ def page() -> str:
     return _PAGE.format(
         gpu=GPU.upper(),
         rescued=ASSUMED_RESCUED,
+        alike=ALIKE,
         phases=", ".join(PHASES),
         plans="\n".join(plan_row(model, gpus) for model in documented_models() for gpus in COUNTS),
         steps="\n".join(table_5_rows()),

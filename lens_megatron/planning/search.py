@@ -1,10 +1,11 @@
-"""The best layouts of a model on so many GPUs: every allowed one is planned; those that fit are ranked by step time."""
+"""The best layouts of a model on so many GPUs: every allowed one is planned; those that fit are ranked by step time, and where
+that is as good as equal, by how little is split."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lens_megatron.errors import UsageError
@@ -24,10 +25,12 @@ _CHEAPEST_FIRST: tuple[Recompute, ...] = (
     "full",
 )  # in time; the first that fits is the best
 
+ALIKE = 0.03  # formulas over assumed rates cannot tell apart step times that differ by less
+
 
 @dataclass(frozen=True)
 class Found:
-    best: list[Plan]  # by step time
+    best: list[Plan]
     tried: int
     nearest: Plan | None  # when nothing fits: what came closest
 
@@ -60,8 +63,24 @@ def search(
                     fitting.append(plan)
                 elif nearest is None or plan.trainer.peak < nearest.trainer.peak:
                     nearest = plan
-    fitting.sort(key=lambda plan: plan.step_seconds)
-    return Found(fitting[:most], tried, None if fitting else nearest)
+    return Found(list(_ranked(fitting, most)), tried, None if fitting else nearest)
+
+
+def _ranked(plans: Sequence[Plan], most: int) -> Iterator[Plan]:
+    """Again and again the simplest of those that are as fast as the fastest left."""
+    left = sorted(plans, key=lambda plan: plan.step_seconds)
+    while left and most:
+        alike = [plan for plan in left if plan.step_seconds <= (1 + ALIKE) * left[0].step_seconds]
+        simplest = min(alike, key=_complexity)  # the fastest of several
+        left.remove(simplest)
+        most -= 1
+        yield simplest
+
+
+def _complexity(plan: Plan) -> tuple[int, ...]:
+    """Each kind of splitting is one more thing to get wrong, and its messages one more thing that a formula underrates."""
+    layout = plan.setup.layout
+    return layout.model_ranks * layout.ep, layout.pp, layout.cp, layout.ep, layout.ends_count_as_layers
 
 
 def _least_recomputed(setup: Setup) -> Plan:

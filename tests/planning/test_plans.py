@@ -21,7 +21,7 @@ from lens_megatron.planning.gpus import CALIBRATED, GPUS, assumed_rates, find_gp
 from lens_megatron.planning.memory import ROOM, state_bytes
 from lens_megatron.planning.parameters import count_parameters
 from lens_megatron.planning.plans import PHASES, Placement, Plan, Setup, as_tree, make_plan
-from lens_megatron.planning.search import _layouts, search
+from lens_megatron.planning.search import ALIKE, _layouts, search
 from lens_megatron.planning.setups import setup_of_run
 from lens_megatron.planning.work import Workload, workload_of_run
 
@@ -129,16 +129,20 @@ def test_a_budget_that_holds_no_sequence_does_not_fit() -> None:
     assert "tokens_per_microbatch 4096 holds no sequence of 4608" in one.complaint
 
 
-def test_the_search_returns_the_fastest_that_fit() -> None:
+def test_the_search_returns_the_simplest_of_the_fastest_that_fit() -> None:
     found = search(SPEC, GPU, RATES, WORK, 8, ("colocated",), most=3)
-    slow = []
+    every = []
     for layout in _layouts(SPEC, 8, 8):
         for recompute in ("none", "light", "selective", "full"):
             one = plan(layout, recompute=recompute)
             if one.trainer.peak <= ROOM * GPU.memory:
-                slow.append(one.step_seconds)
-    assert found.best[0].step_seconds == pytest.approx(min(slow))
-    assert [one.step_seconds for one in found.best] == sorted(one.step_seconds for one in found.best)
+                every.append(one)
+                break
+    fastest = min(one.step_seconds for one in every)
+    alike = [one for one in every if one.step_seconds <= (1 + ALIKE) * fastest]
+    assert found.best[0] in alike
+    assert found.best[0].setup.layout.model_ranks == min(one.setup.layout.model_ranks for one in alike)
+    assert all(one.step_seconds <= (1 + ALIKE) * sorted(e.step_seconds for e in every)[2] for one in found.best)
     assert all(one.fits for one in found.best) and found.nearest is None
 
 
