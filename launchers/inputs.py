@@ -18,7 +18,9 @@ from lens_megatron.config import RunConfig
 from lens_megatron.data.files import FILE_KINDS, find_files, is_hub_id
 from lens_megatron.errors import UsageError
 from lens_megatron.evaluation.benchmarks import load_benchmark, select_benchmarks
-from lens_megatron.model_spec import ModelConfig, find_weights, load_model_config
+from lens_megatron.mcore.hf_index import HfIndex
+from lens_megatron.mcore.hf_names import hf_shapes
+from lens_megatron.model_spec import ModelConfig, check_same_shape, find_weights, load_model_config
 from lens_megatron.rewards.answerable import check_functions
 
 _OF_THE_CACHE = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
@@ -46,13 +48,23 @@ class View:
         return source / there.relative_to(target) if source.exists() else None
 
 
-def find_model(name: str, view: View) -> ModelConfig:
-    """Its shape, and a look whether its weights are where the job will look for them."""
+def find_models(config: RunConfig, view: View) -> ModelConfig:
+    """The policy's shape, and a look whether its weights, and those of a reference of its own, are whole where the job will
+    look for them."""
+    model = _find_model(config.model, view)
+    if config.reference is not None and config.algorithm.needs_reference:
+        check_same_shape(config.reference, _find_model(config.reference, view).spec, config.model, model.spec)
+    return model
+
+
+def _find_model(name: str, view: View) -> ModelConfig:
+    place = view.here(name)
+    known = str(place) if place is not None and place.is_dir() else name
     cache = hub_cache(view.site.env)
     here = None if cache is None else view.here(cache)
-    model = load_model_config(name, here or cache)
+    model = load_model_config(known, here or cache)
     if cache is None or here is not None:
-        find_weights(name, here or cache)
+        HfIndex(find_weights(known, here or cache)).check(hf_shapes(model.spec))
     return model
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from launchers import nemo
-from launchers.inputs import View, check_inputs, find_model
+from launchers.inputs import View, check_inputs, find_models
 from launchers.queue import Handle
 from launchers.script import Job
 from launchers.servers import servers_of
@@ -100,7 +100,7 @@ def plan(
     config = load_run(run, of_run)
     run_dir, work_dir = Path(config.run_dir).absolute(), Path.cwd()
     view = View(where, run_dir, work_dir)
-    model = find_model(config.model, view)
+    model = find_models(config, view)
     if links < 1:
         raise UsageError(f"--chain: at least 1 (got {links})")
     shape = job_shape(model.spec, config.parallel, where, servers_of(config))

@@ -198,6 +198,11 @@ def load_model_spec(name_or_folder: str | Path) -> ModelSpec:
     return load_model_config(name_or_folder).spec
 
 
+def check_same_shape(reference: str, its_spec: ModelSpec, model: str, spec: ModelSpec) -> None:
+    if its_spec != spec:
+        raise UsageError(f"reference {reference}: not of the same shape as {model}")
+
+
 def find_weights(name_or_folder: str | Path, cache: Path | None = None) -> Path:
     """The folder with config.json, tokenizer and safetensors. Never downloads: every rank of a job may ask."""
     given = str(name_or_folder)

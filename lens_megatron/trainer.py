@@ -15,7 +15,6 @@ from lens_megatron import checkpoints, endings, stacks, stopping
 from lens_megatron.config import RunConfig
 from lens_megatron.diagnostics import after_update, before_update
 from lens_megatron.engine_side import EngineSide
-from lens_megatron.errors import UsageError
 from lens_megatron.guards.run_guards import RunGuards
 from lens_megatron.host import Host
 from lens_megatron.mcore import runtime
@@ -24,7 +23,7 @@ from lens_megatron.mcore.hf_copies import HfCopies
 from lens_megatron.mcore.rendezvous import from_rank_zero
 from lens_megatron.mcore.step import build_frozen, build_trainable
 from lens_megatron.mcore.watch import MARGIN_S, Watch
-from lens_megatron.model_spec import ModelConfig, find_weights, load_model_config, named_template
+from lens_megatron.model_spec import ModelConfig, check_same_shape, find_weights, load_model_config, named_template
 from lens_megatron.progress import Progress, evaluation_line
 from lens_megatron.prompt_signals import PromptSignals, Reference
 from lens_megatron.purification.strategies import Signals
@@ -406,6 +405,5 @@ def _rounding(config: RunConfig) -> tuple[object, ...]:
 def _reference_weights(config: RunConfig, model: ModelConfig, policy: Path) -> Path:
     if config.reference is None:
         return policy
-    if load_model_config(config.reference).spec != model.spec:
-        raise UsageError(f"reference {config.reference}: not of the same shape as {config.model}")
+    check_same_shape(config.reference, load_model_config(config.reference).spec, config.model, model.spec)
     return find_weights(config.reference)

@@ -143,9 +143,9 @@ def _finder(site: Path | None) -> Finder:
 
     def model_of(run: RunConfig, where: Where) -> ModelConfig:
         if view is not None and where == "slurm":
-            from launchers.inputs import find_model
+            from launchers.inputs import find_models
 
-            return find_model(run.model, replace(view, run_dir=Path(run.run_dir).absolute()))
+            return find_models(run, replace(view, run_dir=Path(run.run_dir).absolute()))
         model = load_model_config(run.model)
         if where != "simulated":
             find_weights(run.model)

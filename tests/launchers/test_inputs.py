@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -131,3 +132,23 @@ def test_models_are_looked_for_in_the_sites_cache(
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "ours"))  # the job inherits it
     with pytest.raises(UsageError, match=f"cache {tmp_path}/ours"):
         plan(run, published, site(env=home))
+
+
+def test_weights_are_looked_into(run: Path, task: Path, tmp_path: Path) -> None:
+    """As headers alone tell; those of a reference too, and in a container through its mounts."""
+    broken = tmp_path / "host" / "broken"
+    shutil.copytree(task / "model", broken)
+    content = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(content[: len(content) // 2])
+    container = site(image="x", mounts=[f"{tmp_path}/host:/models"])
+    for key in ("model", "reference"):
+        for where, place in ((site(), broken), (container, Path("/models/broken"))):
+            with pytest.raises(UsageError, match=f"{broken}/model.safetensors: .*truncated"):
+                plan(run, [f"{key}={place}", "algorithm=lens"], where)
+    plan(run, [f"reference={broken}", "algorithm=gspo"], site())  # which has no use for one
+    other = tmp_path / "host" / "other"
+    shutil.copytree(task / "model", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rope_theta": 123.0}))
+    with pytest.raises(UsageError, match=f"reference {other}: not of the same shape as {task}/model"):
+        plan(run, [f"reference={other}", "algorithm=lens"], site())

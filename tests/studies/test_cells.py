@@ -15,6 +15,7 @@ from lens_megatron import strict
 from lens_megatron.cli import main
 from lens_megatron.config import RunConfig
 from lens_megatron.errors import UsageError
+from lens_megatron.model_spec import load_model_config
 from lens_megatron.reporting.runs import Run
 from lens_megatron.run_folder import RunFolder
 from lens_megatron.studies.config import Target, load_study
@@ -215,7 +216,7 @@ def test_cells_on_slurm_are_jobs(
         return Job(name)
 
     monkeypatch.setattr(slurm, "submit", submit)
-    monkeypatch.setattr(inputs, "find_weights", lambda model, cache: tmp_path)
+    monkeypatch.setattr(inputs, "find_models", lambda run, view: load_model_config(run.model))
     queued = {"seed0"}  # the job of an earlier, interrupted study
     monkeypatch.setattr(queue.Handle, "of", lambda folder: Job(folder.name) if folder.name in queued else None)
     path = study(tmp_path, where="slurm", site="site.yaml", at_once=3, grid={"seed": [0, 1, 2]})
@@ -256,7 +257,7 @@ def test_a_cell_whose_job_can_never_start_fails(
             cancelled.append(self.name)
 
     monkeypatch.setattr(slurm, "submit", lambda run, overrides, site, name, *, resume: Job(name))
-    monkeypatch.setattr(inputs, "find_weights", lambda model, cache: tmp_path)
+    monkeypatch.setattr(inputs, "find_models", lambda run, view: load_model_config(run.model))
     path = study(tmp_path, where="slurm", site="site.yaml", at_once=2, grid={"seed": [0, 1]})
     assert main(["study", str(path)]) == 1
     out = capsys.readouterr().out
@@ -289,7 +290,7 @@ def test_an_interrupted_study_leaves_its_jobs_and_takes_what_became_of_them(
         return Job(name)
 
     monkeypatch.setattr(slurm, "submit", submit)
-    monkeypatch.setattr(inputs, "find_weights", lambda model, cache: tmp_path)
+    monkeypatch.setattr(inputs, "find_models", lambda run, view: load_model_config(run.model))
     monkeypatch.setattr(queue.Handle, "of", lambda folder: Job(folder.name) if folder.name in jobs else None)
     arms = [{"name": "a", "set": {"steps": 3}}, {"name": "b"}]
     common = {"where": "slurm", "site": "site.yaml", "at_once": 2}
