@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
+# The tests start a thousand processes: without bytecode each compiles the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart install test test-long test-sglang test-slurm lint format clean
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
 SUMMARY = "HF <-> Megatron checkpoints: convert, verify, inspect, average, prune"
 EXAMPLE = "lens-megatron convert hf-to-megatron Qwen3-8B-Base checkpoints/base"
@@ -110,10 +109,13 @@ def _write(args: argparse.Namespace) -> Path:
 
 def _inspect(args: argparse.Namespace) -> int:
     from checkpoints_tools.inspection import inspect_checkpoint, summary
-    from lens_megatron.output import wide_console, write_json
+    from lens_megatron.output import write_json
 
     found = inspect_checkpoint(args.checkpoint)
-    wide_console(100).print(_table(summary(found)))
+    rows = summary(found)
+    longest = max(len(name) for name, _ in rows)
+    for name, value in rows:  # no table: paths are longer than its columns
+        print(f"{name:<{longest}}  {value}")
     if args.json:
         write_json(args.json, found)
     return 0
@@ -129,12 +131,3 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         write_json(args.json, result)
     return 0 if result["equal"] else 1
-
-
-def _table(rows: list[tuple[str, str]]) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False, padding=(0, 1))
-    for name, value in rows:
-        table.add_row(name, value)
-    return table

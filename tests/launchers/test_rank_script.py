@@ -59,12 +59,14 @@ def test_other_ranks_leave_it_to_the_first(here: Job) -> None:
 
 def test_a_notice_is_kept_and_kills_nobody(here: Job) -> None:
     """The stand-in has no handler, as Python has none while it starts."""
-    task = start(here, f"touch '{here.run_dir}/began'; sleep 1.5; exit 85")
+    end = here.run_dir / "end"
+    task = start(here, f"touch '{here.run_dir}/began'; until [ -e '{end}' ]; do sleep 0.1; done; exit 85")
     until(here.run_dir / "began")
     os.killpg(task.pid, signal.SIGUSR1)
     until(here.launch / "notice.7.2")
     time.sleep(0.1)
     os.killpg(task.pid, signal.SIGUSR1)
+    end.touch()
     assert task.wait(20) == 0 and told(here) == "85"
 
 

@@ -13,7 +13,7 @@ written down here. On a GPU none of this has run yet.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from operator import methodcaller
 from typing import Any
 
 from lens_megatron.errors import RunError
@@ -37,14 +37,14 @@ class ServerMemory:
             gone = self._released.setdefault((server.url, server.start), set())
             if wanted := [tag for tag in tags if tag not in gone]:
                 self._ask(server, lambda client: client.flush_cache())  # a server that is not idle yet would die of it
-                self._ask(server, partial(SGLangClient.release_memory_occupation, tags=wanted))
+                self._ask(server, methodcaller("release_memory_occupation", wanted))
                 gone.update(wanted)
 
     def resume(self, servers: Sequence[ServerAddress], *tags: MemoryTag) -> None:
         for server in servers:
             gone = self._released.setdefault((server.url, server.start), set())
             if wanted := [tag for tag in tags if tag in gone]:
-                self._ask(server, partial(SGLangClient.resume_memory_occupation, tags=wanted))
+                self._ask(server, methodcaller("resume_memory_occupation", wanted))
                 gone.difference_update(wanted)
 
     def _ask(self, server: ServerAddress, verb: Callable[[SGLangClient], Any]) -> None:
