@@ -25,9 +25,10 @@ quickstart: install
 test: install
 	$(BIN)/python -m pytest
 
-# Whole runs, started, killed, stalled, resumed: the minutes that keep `make test` under twenty.
+# Whole runs, started, killed, stalled, resumed: the minutes that keep `make test` under twenty. By two workers: a run waits
+# more than it computes. The longest first.
 test-long: install
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m long -n 2 --dist worksteal tests/study tests
 
 # The real SGLang server, on CPU, in an environment of its own outside the checkout (LENS_SGLANG_VENV names another).
 # By two workers: much of the time one process starts. tests/sglang/conftest.py says which files share servers.
