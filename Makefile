@@ -22,13 +22,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: install
 	$(BIN)/lens-megatron quickstart --dir runs/quickstart
 
+# By two workers, a file each: much of the time one process starts. A plain `pytest` does the same, one after the other.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Whole runs, started, killed, stalled, resumed: the minutes that keep `make test` under twenty. By two workers: a run waits
-# more than it computes. The longest first.
+# more than it computes.
 test-long: install
-	$(BIN)/python -m pytest -m long -n 2 --dist worksteal tests/study tests
+	$(BIN)/python -m pytest -m long -n 2 --dist worksteal
 
 # The real SGLang server, on CPU, in an environment of its own outside the checkout (LENS_SGLANG_VENV names another).
 # By two workers: much of the time one process starts. tests/sglang/conftest.py says which files share servers.

@@ -299,9 +299,13 @@ def prune(root: Path, keep: int, keep_best: str | None = None) -> list[str]:
             left.append(f"{folder}: not removed: {error.strerror or error}")
             continue
         removed.append(folder.name)
+    _complain_of(left)
+    return removed
+
+
+def _complain_of(left: Sequence[str]) -> None:
     if left:
         raise RunError(f"{left[0]}{f' (and {len(left) - 1} more)' if len(left) > 1 else ''}")
-    return removed
 
 
 def set_aside(folder: Path) -> Path:
@@ -317,9 +321,14 @@ def set_aside(folder: Path) -> Path:
 
 
 def prune_hf(root: Path, keep: int, step: int) -> None:
-    """Remove HF copies but the newest `keep` up to `step`."""
+    """Remove HF copies but the newest `keep` up to `step`. Raises RunError of one that could not be, when the others are."""
+    left = []
     for folder in sorted((one for one in _folders(root) if _step_of(one) <= step), key=_step_of)[:-keep]:
-        remove(folder)
+        try:
+            remove(folder)
+        except OSError as error:
+            left.append(f"{folder}: not removed: {error.strerror or error}")
+    _complain_of(left)
 
 
 def remove(folder: Path) -> None:

@@ -11,8 +11,14 @@ import torch.distributed as dist
 from lens_megatron.errors import RunError, UsageError
 
 _T = TypeVar("_T")
-# Around what rank 0 does while the others wait in a collective. A watch sets it, to speak before that gives up.
-limited: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+
+
+def unlimited(limit_s: float | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+# Around what rank 0 does while the others wait. A watch sets it, to speak before they give up; None: the limit of collectives.
+limited: Callable[[float | None], contextlib.AbstractContextManager[None]] = unlimited
 
 
 def on_rank_0(action: Callable[[], _T]) -> _T:
@@ -20,7 +26,7 @@ def on_rank_0(action: Callable[[], _T]) -> _T:
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            with limited():
+            with limited(None):
                 answer = [("done", action())]
         except (UsageError, RunError) as error:
             answer = [("UsageError" if isinstance(error, UsageError) else "RunError", str(error))]

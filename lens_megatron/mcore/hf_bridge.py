@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from lens_megatron.errors import RunError
+from lens_megatron.mcore import agreement
 from lens_megatron.mcore.hf_files import check_folder
 from lens_megatron.mcore.hf_names import Mapping, hf_shapes, mapping_of
 from lens_megatron.mcore.hf_slices import join_shards, read_shard
@@ -167,9 +168,9 @@ def _begun(work: dist.Work | None) -> dist.Work:
 def export_hf(
     chunks: Sequence[torch.nn.Module], spec: ModelSpec, limit_s: float | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """All HF tensors on the host of rank 0, in a fixed order; every rank must iterate."""
-    holdings = agree_on_holdings(chunks, spec)
-    yield from gather(holdings, spec, holdings.order, 0, torch.device("cpu"), limit_s)
+    """All HF tensors on the host of rank 0, in a fixed order. Every rank must call, and iterate."""
+    holdings = agree_on_holdings(chunks, spec)  # at once: rank 0 may have much to do before it wants the first tensor
+    return gather(holdings, spec, holdings.order, 0, torch.device("cpu"), limit_s)
 
 
 def take_export(
@@ -177,13 +178,15 @@ def take_export(
     take: Callable[[Iterator[tuple[str, Tensor]]], T],
     what: str,
     silence_s: float,
+    limit_s: float,
 ) -> T:
-    """`take(exported)` on rank 0; its result, or its error, on every rank. Every rank calls. Those whose parts are gone wait
-    on the store, not in a collective: a large model is written for longer than a collective may last."""
+    """`take(exported)` on rank 0, in `limit_s`; its result, or its error, on every rank. Every rank calls. Those whose parts
+    are gone wait on the store, not in a collective: a large model is written for longer than a collective may last."""
 
     def taken() -> T:
         try:
-            result = take(exported)
+            with agreement.limited(limit_s):
+                result = take(exported)
         except Exception:
             _exhaust(exported)  # the others are sending
             raise

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lens_megatron import checkpoints
+from lens_megatron import checkpoints, endings
 from lens_megatron.checkpoints import CheckpointConfig
 from lens_megatron.errors import RunError
 from lens_megatron.mcore.agreement import one_line
@@ -44,6 +44,8 @@ class HfCopies:
                 checkpoints.clean_leftovers(self._root)
                 write_hf_folder(target, tensors, self._companions_from, replace=True, template=self._template)
             except Exception as failure:
+                if endings.is_of_transport(failure):
+                    raise
                 raise RunError(
                     f"{target}: the HF copy was not written ({one_line(failure)}); free space or set checkpoint.hf_every=0, "
                     "then go on with --resume"
@@ -57,7 +59,7 @@ class HfCopies:
         """What is in the way of it costs disk, and not the run."""
         try:
             checkpoints.prune_hf(self._root, keep, step)
-        except OSError as error:
+        except RunError as error:
             if str(error) != self._told:  # once, and not after every copy
                 self._note(f"old HF copies stay, the run goes on: {error}")
             self._told = str(error)

@@ -22,6 +22,7 @@ from lens_megatron.mcore.optimizer import Optimizer, build_optimizer, with_gradi
 from lens_megatron.mcore.pipeline import forward_backward, plan_for_this_layout
 from lens_megatron.mcore.runtime import cuda_literals, default_dtype, device
 from lens_megatron.mcore.settings import MemoryConfig, OptimizerConfig
+from lens_megatron.mcore.watch import MARGIN_S
 from lens_megatron.model_spec import ModelSpec
 
 T = TypeVar("T")
@@ -66,8 +67,12 @@ class ShardedModel:
         silence_s: float,
         limit_s: float = 3600.0,
     ) -> T:
-        """`take` gets them on rank 0; its result, or its error, on every rank. `silence_s`: without rank 0's sign of life."""
-        return take_export(self.export_hf(limit_s), take, what, silence_s)
+        """`take` gets them on rank 0 and has `limit_s`; its result, or its error, on every rank. `silence_s`: without rank
+        0's sign of life."""
+        tensors = self.export_hf(
+            limit_s + 2 * MARGIN_S
+        )  # the watch, which knows whom the others wait for, speaks first
+        return take_export(tensors, take, what, silence_s, limit_s)
 
 
 @dataclass

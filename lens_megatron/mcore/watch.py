@@ -55,7 +55,7 @@ class Watch:
         if self.ranks > 1:
             self._store = _own_connection()
             threading.Thread(target=self._exchange, name="watch: signs of life", daemon=True).start()
-            agreement.limited = lambda: self.doing(self._doing[0], timeout_s)
+            agreement.limited = lambda limit_s: self.doing(self._doing[0], limit_s or timeout_s)
         threading.Thread(target=self._judge, name="watch: judge", daemon=True).start()
 
     @contextlib.contextmanager
@@ -87,7 +87,7 @@ class Watch:
             raise
 
     def close(self) -> None:
-        agreement.limited = contextlib.nullcontext
+        agreement.limited = agreement.unlimited
         self._closed.set()
 
     def dump(self, reason: str, more: str = "") -> Path | None:

@@ -1,5 +1,5 @@
-"""The best layouts of a model on so many GPUs: every allowed one is planned; those that fit are ranked by step time, and where
-that is as good as equal, by how little is split."""
+"""The best layouts of a model on so many GPUs: every allowed one is planned; those that fit are ranked by step time, but for
+the first, which is the simplest of those as good as the fastest."""
 
 from __future__ import annotations
 
@@ -63,24 +63,29 @@ def search(
                     fitting.append(plan)
                 elif nearest is None or plan.trainer.peak < nearest.trainer.peak:
                     nearest = plan
-    return Found(list(_ranked(fitting, most)), tried, None if fitting else nearest)
+    return Found(list(_ranked(fitting))[:most], tried, None if fitting else nearest)
 
 
-def _ranked(plans: Sequence[Plan], most: int) -> Iterator[Plan]:
-    """Again and again the simplest of those that are as fast as the fastest left."""
-    left = sorted(plans, key=lambda plan: plan.step_seconds)
-    while left and most:
-        alike = [plan for plan in left if plan.step_seconds <= (1 + ALIKE) * left[0].step_seconds]
+def _ranked(plans: Sequence[Plan]) -> Iterator[Plan]:
+    """The simplest of those that are as good as equal to the fastest, then all others from the fastest on."""
+    by_time = sorted(plans, key=lambda plan: plan.step_seconds)
+    if by_time:
+        alike = [plan for plan in by_time if plan.step_seconds <= (1 + ALIKE) * by_time[0].step_seconds]
         simplest = min(alike, key=_complexity)  # the fastest of several
-        left.remove(simplest)
-        most -= 1
-        yield simplest
+        by_time.remove(simplest)
+        by_time.insert(0, simplest)
+    yield from by_time
 
 
 def _complexity(plan: Plan) -> tuple[int, ...]:
-    """Each kind of splitting is one more thing to get wrong, and its messages one more thing that a formula underrates."""
-    layout = plan.setup.layout
-    return layout.model_ranks * layout.ep, layout.pp, layout.cp, layout.ep, layout.ends_count_as_layers
+    """Experts beyond a node wait for the network in every layer; stages have to be filled and balanced; sequences cut in parts,
+    and experts cut by tensor parallelism, make small kernels. Tensor parallelism and experts spread over a node are what
+    everybody runs."""
+    layout, moe = plan.setup.layout, plan.setup.spec.moe is not None
+    experts_cut = layout.expert_tp if moe else 1
+    beyond_a_node = layout.ep * experts_cut > plan.setup.gpu.a_node
+    apart = plan.setup.placement != "colocated"
+    return beyond_a_node, layout.pp, layout.cp, experts_cut, layout.tp, layout.ep, apart
 
 
 def _least_recomputed(setup: Setup) -> Plan:
@@ -127,3 +132,4 @@ def _layouts(spec: ModelSpec, world: int, a_node: int) -> Iterator[ParallelConfi
                         except UsageError:
                             continue
                         yield layout
+                        break  # where both ways divide, a plan cannot tell them apart

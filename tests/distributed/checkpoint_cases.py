@@ -368,29 +368,31 @@ def refusal(folder: Path, layout: ParallelConfig, source: Path) -> str:
 
 
 def hf_copy(
-    folder: Path, layout: ParallelConfig, root: Path, steps: int = 3, in_the_way: bool = False, tensor_s: float = 0.0
+    folder: Path, layout: ParallelConfig, root: Path, steps: int = 3, stuck: str = "", pause_s: float = 0.0
 ) -> tuple[str, list[str]]:
     """Every rank's error on writing HF copies of `steps` steps, of which 2 stay, and notes; "" when they are written.
-    `in_the_way`: an old copy cannot be removed. `tensor_s`: to write a tensor."""
+    `stuck`: a copy that cannot be removed. `pause_s`: before the first tensor is taken, and after the last."""
     from lens_megatron import checkpoints
     from lens_megatron.mcore import hf_copies
 
     def slowly(target: Path, tensors: Iterator[tuple[str, Tensor]], *arguments: Any, **keywords: Any) -> None:
-        def waiting() -> Iterator[tuple[str, Tensor]]:
-            for named in tensors:
-                time.sleep(tensor_s)
-                yield named
+        def pausing() -> Iterator[tuple[str, Tensor]]:
+            time.sleep(pause_s)
+            yield from tensors
+            time.sleep(pause_s)
 
-        write_hf_folder(target, waiting(), *arguments, **keywords)
+        write_hf_folder(target, pausing(), *arguments, **keywords)
 
-    def refused(folder: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(folder))
+    def but_one(folder: Path) -> None:
+        if folder.name == stuck:
+            raise PermissionError(13, "Permission denied", str(folder))
+        remove(folder)
 
     notes: list[str] = []
     config = checkpoints.CheckpointConfig(hf_every=1, hf_keep=2)
     copies = hf_copies.HfCopies(policy(folder, layout), root, config, folder, None, notes.append, 60.0)
     write_hf_folder, remove = hf_copies.write_hf_folder, checkpoints.remove
-    hf_copies.write_hf_folder, checkpoints.remove = slowly, refused if in_the_way else remove
+    hf_copies.write_hf_folder, checkpoints.remove = slowly, but_one
     try:
         for step in range(1, steps + 1):
             copies.write(step)

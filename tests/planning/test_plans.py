@@ -138,12 +138,25 @@ def test_the_search_returns_the_simplest_of_the_fastest_that_fit() -> None:
             if one.trainer.peak <= ROOM * GPU.memory:
                 every.append(one)
                 break
-    fastest = min(one.step_seconds for one in every)
-    alike = [one for one in every if one.step_seconds <= (1 + ALIKE) * fastest]
-    assert found.best[0] in alike
-    assert found.best[0].setup.layout.model_ranks == min(one.setup.layout.model_ranks for one in alike)
-    assert all(one.step_seconds <= (1 + ALIKE) * sorted(e.step_seconds for e in every)[2] for one in found.best)
+    times = sorted(one.step_seconds for one in every)
+    alike = [one.setup.layout for one in every if one.step_seconds <= (1 + ALIKE) * times[0]]
+    first = found.best[0].setup.layout
+    assert first in alike and len(alike) > 1
+    assert (first.pp, first.cp, first.tp) == min((layout.pp, layout.cp, layout.tp) for layout in alike)
+    assert [one.step_seconds for one in found.best[1:]] == [one for one in times if one != found.best[0].step_seconds][
+        :2
+    ]
     assert all(one.fits for one in found.best) and found.nearest is None
+
+
+def test_experts_are_spread_before_they_are_cut() -> None:
+    found = search(load_model_config("qwen3-30b-a3b").spec, GPU, RATES, WORK, 32)
+    layout = found.best[0].setup.layout
+    assert (
+        layout.ep > 1
+        and layout.expert_tp == layout.pp == layout.cp == 1
+        and found.best[0].setup.placement == "colocated"
+    )
 
 
 def test_when_nothing_fits_the_nearest_is_named() -> None:

@@ -12,8 +12,8 @@ written down here. On a GPU none of this has run yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from operator import methodcaller
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from lens_megatron.errors import RunError
@@ -37,14 +37,14 @@ class ServerMemory:
             gone = self._released.setdefault((server.url, server.start), set())
             if wanted := [tag for tag in tags if tag not in gone]:
                 self._ask(server, lambda client: client.flush_cache())  # a server that is not idle yet would die of it
-                self._ask(server, methodcaller("release_memory_occupation", wanted))
+                self._ask(server, partial(_release, tags=wanted))
                 gone.update(wanted)
 
     def resume(self, servers: Sequence[ServerAddress], *tags: MemoryTag) -> None:
         for server in servers:
             gone = self._released.setdefault((server.url, server.start), set())
             if wanted := [tag for tag in tags if tag in gone]:
-                self._ask(server, methodcaller("resume_memory_occupation", wanted))
+                self._ask(server, partial(_resume, tags=wanted))
                 gone.difference_update(wanted)
 
     def _ask(self, server: ServerAddress, verb: Callable[[SGLangClient], Any]) -> None:
@@ -53,6 +53,14 @@ class ServerMemory:
             self._loop.run(verb(client))
         finally:
             self._loop.run(client.close())
+
+
+def _release(client: SGLangClient, tags: Sequence[MemoryTag]) -> Awaitable[None]:
+    return client.release_memory_occupation(tags)
+
+
+def _resume(client: SGLangClient, tags: Sequence[MemoryTag]) -> Awaitable[None]:
+    return client.resume_memory_occupation(tags)
 
 
 class Handover:
