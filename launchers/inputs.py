@@ -20,7 +20,14 @@ from lens_megatron.errors import UsageError
 from lens_megatron.evaluation.benchmarks import load_benchmark, select_benchmarks
 from lens_megatron.mcore.hf_index import HfIndex
 from lens_megatron.mcore.hf_names import hf_shapes
-from lens_megatron.model_spec import ModelConfig, check_same_shape, find_weights, load_model_config
+from lens_megatron.model_spec import (
+    ModelConfig,
+    ModelSpec,
+    check_same_shape,
+    find_weights,
+    is_shipped,
+    load_model_config,
+)
 from lens_megatron.rewards.answerable import check_functions
 
 _OF_THE_CACHE = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
@@ -51,21 +58,45 @@ class View:
 def find_models(config: RunConfig, view: View) -> ModelConfig:
     """The policy's shape, and a look whether its weights, and those of a reference of its own, are whole where the job will
     look for them."""
-    model = _find_model(config.model, view)
-    if config.reference is not None and config.algorithm.needs_reference:
-        check_same_shape(config.reference, _find_model(config.reference, view).spec, config.model, model.spec)
+    place = _place_of(config.model, view)
+    model = load_model_config(place or config.model, _cache(view))
+    if _visible(config.model, view):
+        _look_into(place or config.model, model.spec, view)
+    if config.reference is not None and config.algorithm.needs_reference and view.site.check_inputs:
+        _check_reference(config.reference, config.model, model.spec, view)
     return model
 
 
-def _find_model(name: str, view: View) -> ModelConfig:
+def _check_reference(name: str, policy: str, spec: ModelSpec, view: View) -> None:
+    if _visible(name, view):
+        place = _place_of(name, view) or name
+        check_same_shape(name, load_model_config(place, _cache(view)).spec, policy, spec)
+        _look_into(place, spec, view)
+
+
+def _place_of(name: str, view: View) -> str | None:
+    """The folder here of a model that a container sees elsewhere; None: it is called by its name here too."""
+    if view.site.image is None or is_shipped(name) or name.startswith("~"):  # no shell is between RUN.yaml and training
+        return None
     place = view.here(name)
-    known = str(place) if place is not None and place.is_dir() else name
+    return str(place) if place is not None and (Path(name).is_absolute() or place.is_dir()) else None
+
+
+def _visible(name: str, view: View) -> bool:
+    """Whether the weights lie where this machine can look: in a folder, or in a cache."""
+    if Path(name).is_absolute():
+        return view.here(name) is not None
     cache = hub_cache(view.site.env)
-    here = None if cache is None else view.here(cache)
-    model = load_model_config(known, here or cache)
-    if cache is None or here is not None:
-        HfIndex(find_weights(known, here or cache)).check(hf_shapes(model.spec))
-    return model
+    return cache is None or view.here(cache) is not None or Path(_place_of(name, view) or name).is_dir()
+
+
+def _cache(view: View) -> Path | None:
+    cache = hub_cache(view.site.env)
+    return None if cache is None else view.here(cache) or cache
+
+
+def _look_into(name: str, spec: ModelSpec, view: View) -> None:
+    HfIndex(find_weights(name, _cache(view))).check(hf_shapes(spec))
 
 
 def hub_cache(variables: Mapping[str, str]) -> Path | None:

@@ -67,7 +67,7 @@ class SiteConfig(Place):
     requeue: bool = True  # false: where a job may not queue itself again; use --chain
     sbatch: dict[str, str | int | bool] = field(default_factory=dict)  # more #SBATCH lines
     setup: list[str] = field(default_factory=list)  # lines of shell before anything else, such as `module load ...`
-    check_inputs: bool = True  # before queueing; false: data or functions are there on the nodes alone
+    check_inputs: bool = True  # before queueing; false: data, functions or a reference are there on the nodes alone
     servers: Place | None = None  # null: as the trainer
 
     def __post_init__(self) -> None:

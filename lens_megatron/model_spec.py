@@ -220,6 +220,11 @@ def find_weights(name_or_folder: str | Path, cache: Path | None = None) -> Path:
     return folder
 
 
+def is_shipped(name: str) -> bool:
+    """By its name, or its hub id where no folder is called so."""
+    return _shipped(name) is not None
+
+
 def _shipped(given: str) -> ModelConfig | None:
     names = shipped_models()
     if given in names:

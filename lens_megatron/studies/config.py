@@ -145,13 +145,17 @@ def _finder(site: Path | None) -> Finder:
         if view is not None and where == "slurm":
             from launchers.inputs import find_models
 
-            return find_models(run, replace(view, run_dir=Path(run.run_dir).absolute()))
+            key = run.model, run.reference if run.algorithm.needs_reference else None
+            if key not in found:  # cells are many, their models few, and each has thousands of tensors
+                found[key] = find_models(run, replace(view, run_dir=Path(run.run_dir).absolute()))
+            return found[key]
         model = load_model_config(run.model)
         if where != "simulated":
             find_weights(run.model)
         return model
 
     view = None
+    found: dict[tuple[str, str | None], ModelConfig] = {}
     if site is not None:
         from launchers.inputs import View
         from launchers.site import load_site

@@ -152,3 +152,38 @@ def test_weights_are_looked_into(run: Path, task: Path, tmp_path: Path) -> None:
     (other / "config.json").write_text(json.dumps({**config, "rope_theta": 123.0}))
     with pytest.raises(UsageError, match=f"reference {other}: not of the same shape as {task}/model"):
         plan(run, [f"reference={other}", "algorithm=lens"], site())
+
+
+def test_a_reference_that_nobody_here_can_see_is_left_to_the_job(run: Path, task: Path, tmp_path: Path) -> None:
+    hidden = site(image="x", mounts=["/not/on/this/machine:/models"], env={"HF_HOME": "/in/the/image"})
+    plan(run, ["reference=/models/ref", "algorithm=lens"], site(image="x", mounts=["/not/on/this/machine:/models"]))
+    plan(run, ["reference=/in/the/image/ref", "algorithm=lens"], site(image="x"))
+    plan(run, [f"model={task}/model", "reference=owner/name", "algorithm=lens"], hidden)
+    with pytest.raises(UsageError, match="model 'owner/name': not a folder, not in the Hugging Face cache"):
+        plan(run, ["reference=owner/name", "algorithm=lens"], site())
+    plan(run, ["reference=owner/name", "algorithm=lens"], site(check_inputs=False))
+
+
+def test_a_model_is_looked_for_as_training_will(
+    run: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shipped name is no folder; ~ is no home; what a mount holds is not looked for outside of it."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(task / "model", Path("qwen3-8b-base"))
+    shutil.copytree(task / "model", tmp_path / "tiny")
+    container = site(image="x", mounts=[f"{tmp_path}/host:{tmp_path}/tiny"])
+    (tmp_path / "host").mkdir()
+    refused = [
+        ("qwen3-8b-base", site(), "no weights in the Hugging Face cache"),
+        ("qwen3-8b-base", site(image="x"), "no weights in the Hugging Face cache"),
+        ("~/tiny", site(), "not a folder"),
+        ("~/tiny", site(image="x", mounts=[f"{tmp_path}:{tmp_path}"]), "not a folder"),
+        (str(tmp_path / "tiny"), container, f"{tmp_path}/host/config.json: No such file"),
+    ]
+    for name, where, message in refused:
+        with pytest.raises(UsageError, match=message):
+            plan(run, [f"model={name}", "update.tokens_per_microbatch=4096"], where)
+    shutil.copytree(task / "model", Path("mine"))
+    plan(run, ["model=mine"], site())
+    plan(run, ["model=mine"], site(image="x"))  # the working folder is always mounted
