@@ -9,7 +9,7 @@ from tests.distributed.pool import WorkerPool
 
 @pytest.fixture(scope="package")
 def workers() -> Iterator[Callable[[int], WorkerPool]]:
-    """workers(n): n processes on gloo, kept between the tests of a folder: idle ones cost CPU, as gloo's threads never rest."""
+    """workers(n): n processes on gloo, kept between the tests of a folder."""
     pools: dict[int, WorkerPool] = {}
 
     def get(world_size: int) -> WorkerPool:
