@@ -69,9 +69,8 @@ class ShardedModel:
     ) -> T:
         """`take` gets them on rank 0 and has `limit_s`; its result, or its error, on every rank. `silence_s`: without rank
         0's sign of life."""
-        tensors = self.export_hf(
-            limit_s + 2 * MARGIN_S
-        )  # the watch, which knows whom the others wait for, speaks first
+        # sends give up after the watch, which knows whom the others wait for
+        tensors = self.export_hf(limit_s + 2 * MARGIN_S)
         return take_export(tensors, take, what, silence_s, limit_s)
 
 
