@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         if finding.advice:
             lines.append(f"-> {escape(finding.advice)}")
         table.add_row(_MARKS[finding.status], finding.name, "\n".join(lines))
-    console = wide_console(100)
+    console = wide_console(80)
     console.print(table)
     blocking = [finding.name for finding in findings if finding.blocks]
     console.print(f"Training cannot run here: {', '.join(blocking)}" if blocking else "Training can run here.")

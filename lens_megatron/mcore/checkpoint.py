@@ -31,15 +31,15 @@ import lens_megatron
 from lens_megatron import checkpoints
 from lens_megatron.checkpoints import Damaged, Manifest
 from lens_megatron.errors import RunError, UsageError
-from lens_megatron.folder_note import NOTE, note_bytes
 from lens_megatron.mcore import checkpoint_index, checkpoint_optimizer, checkpoint_reader, safe_pickle
 from lens_megatron.mcore.agreement import on_rank_0, one_line
 from lens_megatron.mcore.checkpoint_writer import Staged, Written, stage
-from lens_megatron.mcore.hf_index import COMPANIONS
+from lens_megatron.mcore.hf_companions import companion_readers
 from lens_megatron.mcore.model import innermost
 from lens_megatron.mcore.runtime import cuda_literals
 from lens_megatron.mcore.safe_pickle import Refused
 from lens_megatron.mcore.step import ShardedModel, Trainable
+from lens_megatron.mcore.stored_dtypes import BY_NAME
 from lens_megatron.model_spec import to_hf_config
 
 _EXTRA, _HF = "extra.json", "hf"
@@ -320,15 +320,14 @@ def _live_storages(policy: Trainable) -> set[int]:
 
 
 def _companions(model: ShardedModel, source: Path | None, template: str | None) -> dict[str, Callable[[], bytes]]:
-    """What an HF folder has besides weights, so that one can be written from the checkpoint alone."""
-    config = json.dumps(to_hf_config(model.spec, dtype_of(model)), indent=2) + "\n"
-    files: dict[str, Callable[[], bytes]] = {f"{_HF}/config.json": config.encode}
-    for name in COMPANIONS if source is not None else ():
-        if name != "config.json" and (source / name).is_file():  # type: ignore[operator]
-            files[f"{_HF}/{name}"] = (source / name).read_bytes  # type: ignore[operator]
-    if template is not None:
-        files[f"{_HF}/{NOTE}"] = partial(note_bytes, template)
-    return files
+    """What an HF folder has besides weights, so that one can be written from the checkpoint alone: the source's, as beside
+    any other copy of these weights; without one, what the model's shape says."""
+    if source is not None:
+        files = companion_readers(source, BY_NAME[dtype_of(model)], template)
+    else:
+        config = json.dumps(to_hf_config(model.spec, dtype_of(model)), indent=2) + "\n"
+        files = {"config.json": config.encode}
+    return {f"{_HF}/{name}": read for name, read in files.items()}
 
 
 def layout_of(model: ShardedModel) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,19 @@ from lens_megatron.mcore.stored_dtypes import Dtype
 
 
 def companions_of(folder: Path, dtype: Dtype | None, template: str | None = None) -> dict[str, bytes]:
-    """The files, by name; config.json with its dtype changed when the weights' is. `template`: that the weights were trained
-    with, whatever the folder's own were."""
-    files = {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
-    if dtype is not None and "config.json" in files:
-        files["config.json"] = config_bytes(json.loads(files["config.json"]), dtype)
+    return {name: read() for name, read in companion_readers(folder, dtype, template).items()}
+
+
+def companion_readers(folder: Path, dtype: Dtype | None, template: str | None = None) -> dict[str, Callable[[], bytes]]:
+    """The files by name, read when asked for; config.json with its dtype changed when the weights' is. `template`: that the
+    weights were trained with, whatever the folder's own were."""
+    files: dict[str, Callable[[], bytes]] = {
+        name: (folder / name).read_bytes for name in COMPANIONS if (folder / name).is_file()
+    }
+    if dtype is not None and (given := files.get("config.json")) is not None:
+        files["config.json"] = lambda: config_bytes(json.loads(given()), dtype)
     if template is not None:
-        files[NOTE] = note_bytes(template)
+        files[NOTE] = lambda: note_bytes(template)
     return files
 
 

@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lens_megatron.checkpoints import CheckpointConfig, latest, newest_first, read_manifest
+from lens_megatron.mcore.hf_companions import companions_of
 from lens_megatron.mcore.layout import ParallelConfig
-from lens_megatron.model_spec import load_model_spec
+from lens_megatron.mcore.stored_dtypes import BY_NAME
 from tests.checkpoints_tools.payloads import (
     planted_in_an_object,
     planted_in_common,
@@ -338,10 +339,9 @@ def test_manifest_and_companions(saved: Any, hf_folder: Any) -> None:
     on_disk = {p.relative_to(source).as_posix(): p.stat().st_size for p in source.rglob("*") if p.is_file()}
     assert on_disk.pop("manifest.json") > 0
     assert manifest.files == on_disk
-    assert load_model_spec(str(source / "hf")) == load_model_spec(str(hf_folder("llama")))
-    assert (source / "hf" / "generation_config.json").read_bytes() == (
-        hf_folder("llama") / "generation_config.json"
-    ).read_bytes()
+    beside = companions_of(hf_folder("llama"), BY_NAME["float32"])  # beside an HF copy of the same weights
+    assert json.loads(beside["config.json"])["eos_token_id"] is not None
+    assert beside == {path.name: path.read_bytes() for path in (source / "hf").iterdir()}
 
 
 @pytest.mark.parametrize("problem", ["other model", "format", "no manifest", "nothing there"])
