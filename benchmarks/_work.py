@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lens_megatron.precision import torch_dtype
+
 if TYPE_CHECKING:  # the head's benchmarks run where Megatron-Core is missing
     from lens_megatron.mcore.layout import ParallelConfig
     from lens_megatron.mcore.packing import Pack
@@ -72,7 +74,7 @@ def random_policy(
     layout = layout or ParallelConfig()
     memory = MemoryConfig(recompute=recompute, head=head, offload_optimizer=offload_optimizer)
     runtime.initialize(spec, layout)
-    config = transformer_config(spec, layout, dtype or runtime.default_dtype(), memory)
+    config = transformer_config(spec, layout, dtype or torch_dtype(), memory)
     chunks = build_chunks(spec, config, memory)
     with torch.no_grad():
         for chunk in chunks:

@@ -16,14 +16,13 @@ from lens_megatron.evaluation.config import EvaluationConfig
 from lens_megatron.guards.config import GuardConfig, ModelGuardConfig
 from lens_megatron.mcore.layout import ParallelConfig, check_budget
 from lens_megatron.mcore.settings import MemoryConfig, OptimizerConfig
+from lens_megatron.precision import Precision
 from lens_megatron.rewards.config import RewardConfig
 from lens_megatron.rollout.sampling import SamplingConfig
 from lens_megatron.rollout.sglang_config import ServerConfig
 from lens_megatron.rollout.weight_sync.config import SyncConfig
 from lens_megatron.tracking import TrackingConfig
 from lens_megatron.update_config import DiagnosticsConfig, UpdateConfig
-
-Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class RunConfig:
     reference: str | None = None  # default: the initial policy
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
-    precision: Precision = "auto"  # auto: bf16 on GPU, fp32 on CPU
+    precision: Precision = "auto"
     update: UpdateConfig = field(default_factory=UpdateConfig)
     placement: Literal["disaggregated", "colocated"] = "disaggregated"  # SGLang on GPUs of its own, or on the trainer's
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

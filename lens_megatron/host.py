@@ -28,6 +28,7 @@ from lens_megatron.evaluation.sets import load_sets, questions, with_benchmark_r
 from lens_megatron.guards import checks
 from lens_megatron.guards.bits import PassingSums
 from lens_megatron.model_spec import ModelConfig, named_template, template_origin
+from lens_megatron.precision import dtype_name
 from lens_megatron.purification.strategies import Outcome, Signals, purify
 from lens_megatron.rewards.answerable import check_answers, check_functions
 from lens_megatron.rollout.driver import RolloutDriver
@@ -85,7 +86,6 @@ class Host:
         )
         self.prompt_filter = PromptFilter(config.algorithm.filter, config.data.prompts_per_step, config.seed)
         self.special_ids = frozenset(self.tokenizer.all_special_ids)
-        on_gpu = torch.cuda.is_available()
         sampling = SamplingConfig(
             **{field.name: getattr(config.rollout, field.name) for field in fields(SamplingConfig)}
         )
@@ -94,8 +94,8 @@ class Host:
                 _SAMPLERS[config.rollout.engine],
                 weights,
                 config.rollout.slots,
-                "cuda" if on_gpu else "cpu",
-                "bfloat16" if config.precision == "bf16" or (config.precision == "auto" and on_gpu) else "float32",
+                "cuda" if torch.cuda.is_available() else "cpu",
+                dtype_name(config.precision),
                 sampling,
                 config.algorithm.rescue,
                 with_benchmark_rules(config.rewards) if self.benchmarks else config.rewards,

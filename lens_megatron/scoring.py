@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
 from lens_megatron.errors import UsageError
 from lens_megatron.mcore.layout import ParallelConfig
 from lens_megatron.model_spec import find_weights, load_model_config, named_template
+from lens_megatron.precision import Precision, torch_dtype
 from lens_megatron.purification.config import PurificationConfig
 from lens_megatron.purification.eligibility import eligible_tokens
 from lens_megatron.purification.scores import interference_scores, to_optional
 from lens_megatron.purification.strategies import Signals, purify
 from lens_megatron.types import Prompt
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class ScoreConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     purification: PurificationConfig = field(default_factory=PurificationConfig)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPU, fp32 on CPU
+    precision: Precision = "auto"
     tokens_per_microbatch: int = 16384
     timeout_s: float = 600.0
     template: str | None = None  # chat, a text with {problem}, or the name of a shipped model; null: the policy's own
@@ -74,7 +73,7 @@ def score_prompts(model: str, reference: str, prompts: Sequence[Prompt], config:
     spec = load_model_config(model).spec
     runtime.initialize(spec, config.parallel, timeout_s=config.timeout_s)
     sequences = [torch.tensor(prompt.tokens) for prompt in prompts]
-    dtype = _DTYPES.get(config.precision)
+    dtype = torch_dtype(config.precision)
     logprobs = {}
     floor: float | None = None
     for name in (reference, model):

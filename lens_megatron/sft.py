@@ -23,10 +23,9 @@ from lens_megatron.mcore.layout import check_budget
 from lens_megatron.mcore.step import LossFunction, Trainable, build_trainable, train_step
 from lens_megatron.mcore.watch import MARGIN_S, Watch
 from lens_megatron.model_spec import find_weights, load_model_config, named_template, template_origin
+from lens_megatron.precision import torch_dtype
 from lens_megatron.progress import Progress
 from lens_megatron.run_folder import RunFolder
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def train_supervised(config: SftConfig, folder: RunFolder | None) -> Path:
@@ -53,7 +52,7 @@ def train_supervised(config: SftConfig, folder: RunFolder | None) -> Path:
                 config.optimizer,
                 steps=config.steps,
                 memory=config.memory,
-                dtype=_DTYPES.get(config.precision),
+                dtype=torch_dtype(config.precision),
             )
             if folder is not None:  # only now: a start that failed for bad input leaves no run behind
                 folder.begin(strict.to_tree(SftConfig, config))

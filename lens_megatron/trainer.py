@@ -24,6 +24,7 @@ from lens_megatron.mcore.rendezvous import from_rank_zero
 from lens_megatron.mcore.step import build_frozen, build_trainable
 from lens_megatron.mcore.watch import MARGIN_S, Watch
 from lens_megatron.model_spec import ModelConfig, check_same_shape, find_weights, load_model_config, named_template
+from lens_megatron.precision import torch_dtype
 from lens_megatron.progress import Progress, evaluation_line
 from lens_megatron.prompt_signals import PromptSignals, Reference
 from lens_megatron.purification.strategies import Signals
@@ -36,7 +37,6 @@ from lens_megatron.types import Prompt, Sample
 from lens_megatron.update import Evaluated, evaluate_samples, update_policy
 
 _STEPS_WITHOUT_REWARD = 3  # before a note
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Trainer:
@@ -65,7 +65,7 @@ class Trainer:
         """Models, and what needs them."""
         config = self.config
         self.step = 0
-        dtype = _DTYPES.get(config.precision)
+        dtype = torch_dtype(config.precision)
         self.engine.make_room()  # before any model is built
         self.policy = build_trainable(
             model.spec,
@@ -399,7 +399,7 @@ class Trainer:
 
 def _rounding(config: RunConfig) -> tuple[object, ...]:
     """What the last bits of a score depend on, besides the weights."""
-    return _DTYPES.get(config.precision) or runtime.default_dtype(), runtime.device().type, config.parallel
+    return torch_dtype(config.precision), runtime.device().type, config.parallel
 
 
 def _reference_weights(config: RunConfig, model: ModelConfig, policy: Path) -> Path:

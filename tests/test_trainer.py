@@ -85,16 +85,15 @@ def test_an_error_before_the_ranks_meet_is_written_down(
 
 
 def test_scores_are_of_the_dtype_and_device_that_auto_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rounding(precision: str, dtype: torch.dtype, device: str) -> Any:
-        monkeypatch.setattr(runtime, "default_dtype", lambda: dtype)
+    def rounding(precision: str, device: str) -> Any:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
         monkeypatch.setattr(runtime, "device", lambda: torch.device(device))
         config: Any = SimpleNamespace(precision=precision, parallel=ParallelConfig())
         return trainer._rounding(config)
 
-    here = rounding("auto", torch.float32, "cpu")
-    assert here == rounding("fp32", torch.bfloat16, "cpu") == rounding("auto", torch.float32, "cpu")
-    assert here != rounding("auto", torch.bfloat16, "cpu") == rounding("bf16", torch.float32, "cpu")
-    assert here != rounding("fp32", torch.float32, "cuda")
+    assert rounding("auto", "cpu") == rounding("fp32", "cpu") != rounding("bf16", "cpu")
+    assert rounding("auto", "cuda") == rounding("bf16", "cuda") != rounding("fp32", "cuda")
+    assert rounding("fp32", "cpu") != rounding("fp32", "cuda")
     assert RunConfig.__dataclass_fields__["precision"].default == "auto"
 
 

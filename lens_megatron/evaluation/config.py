@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
+from lens_megatron.precision import Precision
 from lens_megatron.rewards.config import RewardConfig
 from lens_megatron.rollout.sglang_config import ServerConfig
 
@@ -77,7 +78,7 @@ class GenerationConfig:
     server: ServerConfig = field(default_factory=ServerConfig)
     slots: int = 128
     threads: int = 1
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPU, fp32 on CPU
+    precision: Precision = "auto"  # of engines that are started here
     template: str | None = None
     temperature: float = 1.0
     top_p: float = 1.0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lens_megatron.errors import UsageError
 from lens_megatron.evaluation.config import GenerationConfig
+from lens_megatron.precision import dtype_name
 from lens_megatron.rollout.engine import Engine
 
 if TYPE_CHECKING:
@@ -33,12 +34,9 @@ def engine_for(config: GenerationConfig, folder: Path, positions: int, logs: Pat
 
     from lens_megatron.rollout.embedded import EmbeddedEngine
 
-    on_gpu = torch.cuda.is_available()
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(config.threads)
-    embedded = EmbeddedEngine.from_folder(
-        folder, config.slots, "cuda" if on_gpu else "cpu", "bfloat16" if bf16 else "float32"
-    )
+    embedded = EmbeddedEngine.from_folder(folder, config.slots, device, dtype_name(config.precision))
     try:
         yield embedded
     finally:
@@ -51,8 +49,7 @@ def _sglang(config: GenerationConfig, folder: Path, positions: int, logs: Path) 
     from lens_megatron.rollout.sglang_seat import seats
 
     server = config.server if config.engine == "sglang" else replace(config.server, urls=(config.engine,))
-    dtype = {"fp32": "float32", "bf16": "bfloat16", "auto": "auto"}[config.precision]
-    common = {"dtype": dtype, "skip_tokenizer_init": True}
+    common = {"dtype": dtype_name(config.precision), "skip_tokenizer_init": True}
     found = seats(server, config.servers, str(folder.absolute()), logs.absolute(), 0, common, config.seed)
     engine = SGLangEngine(found, server, lambda address, version, _: _name_weights(address, version), positions)
     try:

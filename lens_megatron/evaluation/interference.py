@@ -24,6 +24,7 @@ from lens_megatron.evaluation.sets import Question
 from lens_megatron.evaluation.statistics import Interval, bootstrap_interval
 from lens_megatron.mcore.layout import ParallelConfig
 from lens_megatron.model_spec import find_weights, load_model_config, named_template
+from lens_megatron.precision import torch_dtype
 from lens_megatron.purification.config import PurificationConfig, Strategy
 from lens_megatron.purification.scores import from_optional
 from lens_megatron.purification.strategies import Signals, purify
@@ -121,7 +122,7 @@ def score_all(model: str, reference: str, prompts: Sequence[Prompt], config: Int
         from lens_megatron.mcore.step import build_trainable
 
         spec = load_model_config(model).spec
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(config.precision)
+        dtype = torch_dtype(config.precision)
         policy = build_trainable(spec, config.parallel, find_weights(model), OptimizerConfig(), steps=1, dtype=dtype)
         sequences = [torch.tensor(prompt.tokens) for prompt in prompts]
         norms = embedding_gradient_norms(policy, sequences, config.tokens_per_microbatch)

@@ -15,6 +15,7 @@ from lens_megatron.guards import checks
 from lens_megatron.guards.config import GuardConfig, ModelGuardConfig
 from lens_megatron.guards.mismatch import watch_mismatch
 from lens_megatron.guards.streamed import different_exports, streamed_logprobs
+from lens_megatron.mcore.checkpoint import dtype_of
 from lens_megatron.mcore.checksums import SCHEME, differing_replicas, state_checksums
 from lens_megatron.mcore.rendezvous import from_rank_zero
 from lens_megatron.mcore.routing import replay_routing
@@ -188,7 +189,7 @@ class RunGuards(ModelGuards):
         with self._timed("resume_parity"):
             loaded = state_checksums(policy)
             # in another precision the weights are rounded; their fp32 copies in the optimizer are not
-            same = dtype == str(policy.config.params_dtype).removeprefix("torch.")
+            same = dtype == dtype_of(policy)
             wanted = {name: value for name, value in saved.items() if same or name != "weights"}
             checks.resume_parity(str(folder), wanted, loaded)
 

@@ -32,11 +32,6 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
 
 
-def default_dtype() -> torch.dtype:
-    """bf16 on GPU; on CPU fp32, in which layouts can be compared to 1e-6."""
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-
-
 class _CudaLiteralsOnCpu(TorchFunctionMode):
     """device="cuda" literals, .cuda(), pinned memory, and `t.type() == "torch.cuda.FloatTensor"` checks.
 

@@ -20,10 +20,11 @@ from lens_megatron.mcore.logprobs import TokenScores, score_sequences
 from lens_megatron.mcore.model import build_chunks, transformer_config
 from lens_megatron.mcore.optimizer import Optimizer, build_optimizer, with_gradient_buffers
 from lens_megatron.mcore.pipeline import forward_backward, plan_for_this_layout
-from lens_megatron.mcore.runtime import cuda_literals, default_dtype, device
+from lens_megatron.mcore.runtime import cuda_literals, device
 from lens_megatron.mcore.settings import MemoryConfig, OptimizerConfig
 from lens_megatron.mcore.watch import MARGIN_S
 from lens_megatron.model_spec import ModelSpec
+from lens_megatron.precision import torch_dtype
 
 T = TypeVar("T")
 
@@ -93,7 +94,7 @@ def _loaded(
     spec: ModelSpec, layout: ParallelConfig, folder: Path, memory: MemoryConfig, dtype: torch.dtype | None
 ) -> tuple[Any, list[torch.nn.Module]]:
     check_folder(folder, spec)
-    config = transformer_config(spec, layout, dtype or default_dtype(), memory)
+    config = transformer_config(spec, layout, dtype or torch_dtype(), memory)
     chunks = build_chunks(spec, config, memory)
     load_hf(chunks, spec, folder)
     return config, chunks
