@@ -10,7 +10,6 @@ import contextlib
 import errno
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -99,7 +98,7 @@ class Broken:
 
     @property
     def step(self) -> int:
-        return _step_of(self.folder)
+        return step_of(self.folder)
 
 
 def step_name(step: int) -> str:
@@ -230,8 +229,8 @@ def newest_first(root: Path) -> tuple[list[Found], list[Broken]]:
     whole: list[Found] = []
     broken: list[Broken] = []
     with reading(root):
-        folders = _folders(root)
-    for folder in sorted(folders, key=_step_of, reverse=True):
+        candidates = folders(root)
+    for folder in sorted(candidates, key=step_of, reverse=True):
         try:
             manifest = read_manifest(folder)
         except UsageError as error:
@@ -273,41 +272,6 @@ def clean_leftovers(root: Path) -> list[str]:
     return removed
 
 
-def best(found: Sequence[Found], metric: str) -> Found | None:
-    """The highest finite value of `metric`; of equal ones the newest."""
-    scored = [f for f in found if math.isfinite(f.manifest.metrics.get(metric, math.nan))]
-    return max(scored, key=lambda f: (f.manifest.metrics[metric], f.manifest.step), default=None)
-
-
-def prune(root: Path, keep: int, keep_best: str | None = None) -> list[str]:
-    """Remove all but the newest `keep` and the best. Broken ones go once a newer whole one stands; they never count.
-    Raises RunError of one that could not be removed, when the others are."""
-    whole, _ = newest_first(root)
-    if not whole:
-        return []
-    spared = {found.folder for found in whole[: max(1, keep)]}
-    if keep_best is not None and (top := best(whole, keep_best)) is not None:
-        spared.add(top.folder)
-    removed, left = [], []
-    for folder in sorted(_folders(root), key=_step_of):
-        try:
-            ours = (folder / MANIFEST).is_file()
-            if folder in spared or not ours or _step_of(folder) > whole[0].manifest.step:
-                continue
-            remove(folder)
-        except OSError as error:
-            left.append(f"{folder}: not removed: {error.strerror or error}")
-            continue
-        removed.append(folder.name)
-    _complain_of(left)
-    return removed
-
-
-def _complain_of(left: Sequence[str]) -> None:
-    if left:
-        raise RunError(f"{left[0]}{f' (and {len(left) - 1} more)' if len(left) > 1 else ''}")
-
-
 def set_aside(folder: Path) -> Path:
     """For a checkpoint that could not be loaded. Its sizes may be right: left in place it would count as the newest, and the
     good ones be pruned for it."""
@@ -318,17 +282,6 @@ def set_aside(folder: Path) -> Path:
     except OSError as error:
         raise RunError(f"{folder}: damaged, and not renamed ({error.strerror}); move it away, then resume") from None
     return aside
-
-
-def prune_hf(root: Path, keep: int, step: int) -> None:
-    """Remove HF copies but the newest `keep` up to `step`. Raises RunError of one that could not be, when the others are."""
-    left = []
-    for folder in sorted((one for one in _folders(root) if _step_of(one) <= step), key=_step_of)[:-keep]:
-        try:
-            remove(folder)
-        except OSError as error:
-            left.append(f"{folder}: not removed: {error.strerror or error}")
-    _complain_of(left)
 
 
 def remove(folder: Path) -> None:
@@ -351,13 +304,13 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _folders(root: Path) -> list[Path]:
+def folders(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     return [path for path in root.iterdir() if path.is_dir() and _STEP.fullmatch(path.name)]
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 

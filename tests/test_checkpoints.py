@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from lens_megatron import checkpoints
 from lens_megatron.checkpoints import CheckpointConfig, Manifest, Unreadable
 from lens_megatron.errors import RunError, UsageError
+from lens_megatron.pruning import prune
 
 
 def write(root: Path, step: int, metrics: dict[str, float] | None = None, content: bytes = b"weights") -> Path:
@@ -92,7 +93,7 @@ def test_damage_is_seen(how: str, tmp_path: Path) -> None:
     good.rmdir()
     with pytest.raises(RunError, match="no checkpoint can be loaded"):
         checkpoints.latest(tmp_path)
-    assert checkpoints.prune(tmp_path, keep=1) == []
+    assert prune(tmp_path, keep=1) == []
     assert bad.is_dir()
 
 
@@ -110,7 +111,7 @@ def test_what_the_file_system_does_not_give_is_not_damaged(
             look(tmp_path)
         assert str(caught.value) == f"{path} cannot be read: Input/output error"
     with pytest.raises(Unreadable):  # nor is it removed, as broken ones are
-        checkpoints.prune(tmp_path, keep=1)
+        prune(tmp_path, keep=1)
     monkeypatch.undo()
     assert steps(tmp_path) == [40, 20]
 
@@ -120,7 +121,7 @@ def test_one_that_cannot_be_removed_keeps_no_other_one(tmp_path: Path, monkeypat
         write(tmp_path, step)
     not_removed(monkeypatch, tmp_path / "step_000010")
     with pytest.raises(RunError, match=r"step_000010: not removed: Permission denied$"):
-        checkpoints.prune(tmp_path, keep=2)
+        prune(tmp_path, keep=2)
     assert steps(tmp_path) == [40, 30, 10]
 
 
@@ -259,7 +260,7 @@ def test_prune_against_a_naive_model(
                 best, best_step = score, number
         spared = set(sorted(scores)[-keep:]) | ({best_step} if use_best and best_step else set())
         expected = {n for n in expected if n in spared or n > max(scores)}
-    checkpoints.prune(root, keep, "success" if use_best else None)
+    prune(root, keep, "success" if use_best else None)
     assert {int(p.name.removeprefix("step_")) for p in root.iterdir()} == expected
 
 
@@ -269,7 +270,7 @@ def test_prune_leaves_what_is_not_ours(tmp_path: Path) -> None:
     (tmp_path / "final").mkdir()
     for step in (2, 3):
         write(tmp_path, step)
-    assert checkpoints.prune(tmp_path, keep=1) == ["step_000002"]
+    assert prune(tmp_path, keep=1) == ["step_000002"]
     assert (tmp_path / "step_000001" / "thesis.txt").exists()
     assert (tmp_path / "final").exists()
 

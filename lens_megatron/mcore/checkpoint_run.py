@@ -19,6 +19,7 @@ from lens_megatron.mcore.agreement import on_rank_0, one_line
 from lens_megatron.mcore.checkpoint import COMPLETING_S, PendingSave, dtype_of, layout_of, load, save
 from lens_megatron.mcore.checkpoint_reader import looked_at
 from lens_megatron.mcore.step import Trainable
+from lens_megatron.pruning import Pruner, prune
 
 _T = TypeVar("_T")
 _RESCUE_S = 300.0  # for a save under way to be written when the run has failed
@@ -102,7 +103,7 @@ class Saver:
         self._config = config
         self._companions_from, self._template = companions_from, template
         self._note = note or _on_stderr
-        self._told = ""
+        self._old = Pruner("checkpoints", self._note)
         self._pending: PendingSave | None = None
 
     def due(self, step: int, last: bool = False) -> bool:
@@ -164,14 +165,4 @@ class Saver:
 
     def _ended(self) -> None:
         self._pending = None
-        on_rank_0(self._prune)
-
-    def _prune(self) -> None:
-        """What is in the way of it costs disk, and not the run."""
-        try:
-            with checkpoints.reading(self._root):
-                checkpoints.prune(self._root, self._config.keep, self._config.keep_best)
-        except (OSError, RunError) as error:
-            if str(error) != self._told:  # once, and not after every save
-                self._note(f"old checkpoints stay, the run goes on: {error}")
-            self._told = str(error)
+        on_rank_0(lambda: self._old.attempt(lambda: prune(self._root, self._config.keep, self._config.keep_best)))

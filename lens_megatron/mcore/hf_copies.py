@@ -13,6 +13,7 @@ from lens_megatron.errors import RunError
 from lens_megatron.mcore.agreement import one_line
 from lens_megatron.mcore.hf_files import write_hf_folder
 from lens_megatron.mcore.step import ShardedModel
+from lens_megatron.pruning import Pruner, prune_hf
 
 
 class HfCopies:
@@ -30,8 +31,8 @@ class HfCopies:
     ) -> None:
         self._policy, self._root, self._config = policy, root, config
         self._companions_from, self._template = companions_from, template
-        self._note, self._silence_s = note, silence_s
-        self._told = ""  # of old copies that stay
+        self._silence_s = silence_s
+        self._old = Pruner("HF copies", note)
 
     def due(self, step: int, last: bool = False) -> bool:
         return self._config.hf_every > 0 and (last or step % self._config.hf_every == 0)
@@ -50,16 +51,7 @@ class HfCopies:
                     f"{target}: the HF copy was not written ({one_line(failure)}); free space or set checkpoint.hf_every=0, "
                     "then go on with --resume"
                 ) from failure
-            if self._config.hf_keep is not None:
-                self._prune(self._config.hf_keep, step)
+            if (keep := self._config.hf_keep) is not None:
+                self._old.attempt(lambda: prune_hf(self._root, keep, step))
 
         self._policy.export_hf_to(take, "write the HF copy", self._silence_s, self._config.timeout_s)
-
-    def _prune(self, keep: int, step: int) -> None:
-        """What is in the way of it costs disk, and not the run."""
-        try:
-            checkpoints.prune_hf(self._root, keep, step)
-        except RunError as error:
-            if str(error) != self._told:  # once, and not after every copy
-                self._note(f"old HF copies stay, the run goes on: {error}")
-            self._told = str(error)

@@ -372,7 +372,7 @@ def hf_copy(
 ) -> tuple[str, list[str]]:
     """Every rank's error on writing HF copies of `steps` steps, of which 2 stay, and notes; "" when they are written.
     `stuck`: a copy that cannot be removed. `pause_s`: before the first tensor is taken, and after the last."""
-    from lens_megatron import checkpoints
+    from lens_megatron import checkpoints, pruning
     from lens_megatron.mcore import hf_copies
 
     def slowly(target: Path, tensors: Iterator[tuple[str, Tensor]], *arguments: Any, **keywords: Any) -> None:
@@ -391,15 +391,15 @@ def hf_copy(
     notes: list[str] = []
     config = checkpoints.CheckpointConfig(hf_every=1, hf_keep=2)
     copies = hf_copies.HfCopies(policy(folder, layout), root, config, folder, None, notes.append, 60.0)
-    write_hf_folder, remove = hf_copies.write_hf_folder, checkpoints.remove
-    hf_copies.write_hf_folder, checkpoints.remove = slowly, but_one
+    write_hf_folder, remove = hf_copies.write_hf_folder, pruning.remove
+    hf_copies.write_hf_folder, pruning.remove = slowly, but_one
     try:
         for step in range(1, steps + 1):
             copies.write(step)
     except RunError as error:
         return str(error), notes
     finally:
-        hf_copies.write_hf_folder, checkpoints.remove = write_hf_folder, remove
+        hf_copies.write_hf_folder, pruning.remove = write_hf_folder, remove
     return "", notes
 
 
