@@ -17,6 +17,7 @@ PRIMARY = "eval/noisy"  # held-out prompts with two words of noise
 PHASES = ("early", "middle", "late")
 BUCKETS = ("failure", "low", "mid", "high", "solved")
 Row = Mapping[str, Any]
+Cost = Callable[[Row], float]
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,13 @@ class Run:
         """The first steps of a longer run: with a constant rate they are those of a shorter one."""
         return Run(self.arm, self.seed, tuple(row for row in self.rows if row["step"] <= step))
 
-    def cost_until(self, step: float, metrics: Sequence[str]) -> float:
-        """The sum of these metrics up to a step, in proportion within the step that it falls in."""
-        each = [sum(row.get(metric) or 0.0 for metric in metrics) for row in self.rows if row["step"] > 0]
+    def costs(self, cost: Cost) -> list[float]:
+        """Of every step."""
+        return [cost(row) for row in self.rows if row["step"] > 0]
+
+    def cost_until(self, step: float, cost: Cost) -> float:
+        """The sum up to a step, in proportion within the step that it falls in."""
+        each = self.costs(cost)
         totals = [0.0, *accumulate(each)]
         whole = min(int(step), len(each))
         rest = step - whole
@@ -126,8 +131,24 @@ def log_speed(reaches: Sequence[Reach]) -> Contrast | None:
     return contrasts.contrast(logs) if logs else None
 
 
-ROLLOUTS = ("sampling/original_rollouts", "sampling/purified_rollouts")
-COSTS: dict[str, tuple[str, ...]] = {"rollouts": ROLLOUTS, "tokens": ("tokens",), "seconds": ("time/step",)}
+def rollouts(row: Row) -> float:
+    return _number(row, "sampling/original_rollouts") + _number(row, "sampling/purified_rollouts")
+
+
+def tokens(row: Row) -> float:
+    return _number(row, "tokens") + _number(row, "sampling/wasted_tokens")
+
+
+def training_seconds(row: Row) -> float:
+    """The paper compares training: evaluations are not in its times."""
+    return _number(row, "time/step") - _number(row, "time/eval")
+
+
+def _number(row: Row, metric: str) -> float:
+    return float(row.get(metric) or 0.0)
+
+
+COSTS: dict[str, Cost] = {"rollouts": rollouts, "tokens": tokens, "seconds": training_seconds}
 
 
 def cost_to_peak(

@@ -32,7 +32,7 @@ METRICS = (
     *("effective_size_rho_purified_tokens", "effective_size_rho_purified_sequences"),
     *("kl", "entropy", "entropy_purified", "grad_norm", "clip_fraction", "positive_mass", "negative_mass"),
     *("transfer/rescued_prompts", "transfer/other_prompts", "transfer/rescued_gain", "transfer/matched_difference"),
-    *("response_tokens", "tokens", "time/step", "time/eval"),
+    *("response_tokens", "tokens", "sampling/wasted_tokens", "time/step", "time/eval"),
     *(f"sampling/{name}" for name in ("original_rollouts", "purified_rollouts", "original_tokens", "purified_tokens")),
 )
 

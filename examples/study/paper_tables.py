@@ -74,8 +74,8 @@ def step_costs(runs: Runs, data: Path) -> str:
     for arm in TABLE_5:
         if arm not in runs:
             continue
-        steps = [mean(run.values("time/step")) for run in runs[arm].values()]
-        relative = [_relative(runs, arm, metrics) for metrics in analysis.COSTS.values()]
+        steps = [mean(run.costs(analysis.training_seconds)) for run in runs[arm].values()]
+        relative = [_relative(runs, arm, cost) for cost in analysis.COSTS.values()]
         shown = [DASH if one is None else f"{one:.2f}x" for one in relative]
         rows.append((LABELS[arm], str(len(runs[arm])), str(sizes.get(arm, 8)), share(mean(steps), 2), *shown))
     head = ("Algorithm", "seeds", "group size", "mean step time (s)", *(f"relative {cost}" for cost in analysis.COSTS))
@@ -89,10 +89,10 @@ def group_sizes(data: Path) -> dict[str, int]:
     return {arm: int(size.group(1)) for arm, size in found if size}
 
 
-def _relative(runs: Runs, arm: str, metrics: Sequence[str]) -> float | None:
+def _relative(runs: Runs, arm: str, cost: analysis.Cost) -> float | None:
     logs = []
     for seed in runs[arm].keys() & runs.get("grpo", {}).keys():
-        own, base = (run.cost_until(len(run.rows), metrics) for run in (runs[arm][seed], runs["grpo"][seed]))
+        own, base = (run.cost_until(len(run.rows), cost) for run in (runs[arm][seed], runs["grpo"][seed]))
         logs.append(math.log(own / base))
     return math.exp(mean(logs)) if logs else None
 

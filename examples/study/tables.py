@@ -324,7 +324,7 @@ def against_tokens(runs: Mapping[int, Run]) -> list[tuple[float, float, float, f
     """Mean success at the mean number of thousand tokens sampled up to each evaluation."""
     points = []
     for step, middle, low, high in analysis.band(runs, PRIMARY):
-        tokens = mean(run.cost_until(step, ("tokens",)) for run in runs.values()) / 1000
+        tokens = mean(run.cost_until(step, analysis.tokens) for run in runs.values()) / 1000
         points.append((tokens, middle, low, high))
     return points
 

@@ -71,9 +71,9 @@ def test_phases_weights_and_costs_by_hand() -> None:
     assert analysis.by_phase(run, "x") == {"early": 2.0, "middle": 5.0, "late": 8.0}
     assert analysis.weighted(run, "x") == pytest.approx(1.5)  # steps 1 and 2, alike
     assert analysis.weighted(run, "absent") is None
-    assert run.cost_until(3, ("tokens",)) == 12.0
-    assert run.cost_until(2.5, ("tokens",)) == 9.0
-    assert run.cost_until(99, ("tokens",)) == sum(2.0 * s for s in range(1, 10))
+    assert run.cost_until(3, analysis.tokens) == 12.0
+    assert run.cost_until(2.5, analysis.tokens) == 9.0
+    assert run.cost_until(99, analysis.tokens) == sum(2.0 * s for s in range(1, 10))
     assert analysis.end(ramp("a", 0, 1e-9)) == pytest.approx(0.8)
 
 

@@ -45,8 +45,8 @@ def test_costs_of_a_step_relative_to_the_same_seeds(tmp_path: Path) -> None:
     (tmp_path / "runs.csv").write_text(
         'study,arm,seed,set\nmain,grpo,0,"seed=0"\nmain,grpo_extended,0,"seed=0 rollout.n=16"\n'
     )
-    costs = {"time/step": 2.0, "tokens": 100.0, "sampling/original_rollouts": 128.0}
-    double = {**{name: 2 * value for name, value in costs.items()}, "time/step": 3.0}
+    costs = {"time/step": 2.5, "time/eval": 0.5, "tokens": 100.0, "sampling/original_rollouts": 128.0}
+    double = {**{name: 2 * value for name, value in costs.items()}, "time/step": 4.0}
     runs = {
         "grpo": {0: level("grpo", 0, 0.5, **costs), 1: level("grpo", 1, 0.5, **{**costs, "tokens": 7.0})},
         "grpo_extended": {0: level("grpo_extended", 0, 0.5, **double)},
