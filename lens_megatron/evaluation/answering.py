@@ -18,7 +18,7 @@ from lens_megatron.rollout.engine import Engine, Finished, Request
 from lens_megatron.types import FinishReason, Prompt
 
 # (prompt, tokens of the response) -> its text, and what will be said of it
-Judge = Callable[[Prompt, tuple[int, ...]], tuple[str, "Future[Judgement]"]]
+Judge = Callable[[Prompt, tuple[int, ...], str], tuple[str, "Future[Judgement]"]]  # of a response that ended so
 POLL_SECONDS = 1.0
 POLL_SECONDS_WHILE_JUDGING = 0.02
 IDLE_SECONDS = 30.0  # for aborted responses to come back
@@ -177,7 +177,7 @@ class _Answering:
         self.waiting.appendleft(question)
 
     def _ask_judge(self, question: Question, finished: Finished) -> None:
-        text, judgement = self.judge(question.prompt, finished.tokens)
+        text, judgement = self.judge(question.prompt, finished.tokens, finished.finish)
         self.judging[judgement] = (question, text, finished)
 
     def _judged(self, question: Question, text: str, finished: Finished, judgement: Judgement) -> None:

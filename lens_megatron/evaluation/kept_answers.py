@@ -67,10 +67,13 @@ def answers_to(wanted: Sequence[Question], file: AnswerFile, how: Answering, tit
 def _judge_again(outdated: Sequence[Question], file: AnswerFile, how: Answering, judge: TextReward, title: str) -> None:
     """One that no judge came to an end with keeps what was said of it, and has its turn the next time."""
     _say(f"{title}: {len(outdated):,} kept answers are judged again, by the rules of today")
-    judged = [judge.judge_text(question.prompt, file.answers[question.key].response) for question in outdated]
+    before = [file.answers[question.key] for question in outdated]
+    judged = [
+        judge.judge_text(q.prompt, answer.response, answer.finish) for q, answer in zip(outdated, before, strict=True)
+    ]
     failed = 0
-    for question, future in zip(outdated, judged, strict=True):
-        judgement, earlier = future.result(), file.answers[question.key]
+    for question, earlier, future in zip(outdated, before, judged, strict=True):
+        judgement = future.result()
         if judgement.note in ("timeout", "memory", "crashed"):
             failed += 1
             continue

@@ -74,16 +74,21 @@ def _without_inner_boxes(content: str) -> str:
     return re.sub(r"\\(?:boxed|fbox)\s*\{", "{", content)
 
 
-def final_answer(response: str, answer_in: str = "anywhere") -> str:
-    """The text of the answer; "" when the response gives none."""
+def final_answer(response: str, answer_in: str = "anywhere", cut: bool = False) -> str:
+    """The text of the answer; "" when the response gives none. `cut`: it ran into the length limit, so that its last line is
+    no conclusion, and what stands there may be half of a number."""
     content = boxed(response)
     if content is not None or answer_in == "boxed":
         return (content or "").strip()
+    if cut:
+        response = response.rpartition("\n")[0]
     last = None
     for match in _ANNOUNCED.finditer(response):
         last = match
     if last is not None and (announced := _announced(response[last.end() : last.end() + MAX_ANSWER_CHARS])) is not None:
         return announced
+    if cut:
+        return ""
     last_line = response.rstrip()[-_LINE_CHARS:].rpartition("\n")[2]
     whole = _bare(last_line)
     if len(response.strip()) <= _LINE_CHARS and "\n" not in response.strip() and not _PROSE.search(whole):

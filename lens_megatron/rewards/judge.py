@@ -22,9 +22,9 @@ _FORMATS = {
 }
 
 
-def judge(rule: RewardRule, answer: str, response: str) -> Judgement:
-    """By a shipped kind. Custom kinds are custom.py's."""
-    judged = _answer_judged(rule, answer, response)
+def judge(rule: RewardRule, answer: str, response: str, cut: bool = False) -> Judgement:
+    """By a shipped kind. Custom kinds are custom.py's. `cut`: the response ran into the length limit."""
+    judged = _answer_judged(rule, answer, response, cut)
     return with_format(rule, response, judged)
 
 
@@ -38,10 +38,10 @@ def with_format(rule: RewardRule, response: str, judged: Judgement) -> Judgement
     return replace(judged, reward=reward, answer_reward=judged.reward)
 
 
-def _answer_judged(rule: RewardRule, answer: str, response: str) -> Judgement:
+def _answer_judged(rule: RewardRule, answer: str, response: str, cut: bool) -> Judgement:
     if has_control_characters(response):
         return Judgement(0.0, "unparsable", "control characters")
-    given = final_answer(response, rule.answer_in)
+    given = final_answer(response, rule.answer_in, cut)
     if not given:
         return Judgement(0.0, "unparsable", "no answer")
     if len(given) > MAX_ANSWER_CHARS:

@@ -73,9 +73,10 @@ class RewardPool:
 
     # ---- what callers use, from any thread
 
-    def submit(self, id: str, source: str, answer: str, response: str) -> Future[Judgement]:
-        """Judged as soon as a worker is free. The future fails only when a reward of the user's own does."""
-        request = Request(id, source, answer, response)
+    def submit(self, id: str, source: str, answer: str, response: str, cut: bool = False) -> Future[Judgement]:
+        """Judged as soon as a worker is free. The future fails only when a reward of the user's own does. `cut`: the response
+        ran into the length limit."""
+        request = Request(id, source, answer, response, cut)
         future: Future[Judgement] = Future()
         rule = self.config.rule(source)
         if rule is None:
@@ -102,7 +103,7 @@ class RewardPool:
         return future
 
     def grade_all(self, requests: Iterable[Request]) -> list[Judgement]:
-        futures = [self.submit(r.id, r.source, r.answer, r.response) for r in requests]
+        futures = [self.submit(r.id, r.source, r.answer, r.response, r.cut) for r in requests]
         return [future.result() for future in futures]
 
     def health(self) -> dict[str, float]:
@@ -337,7 +338,7 @@ def _key(config: RewardConfig, request: Request) -> bytes | None:
     digest = blake2b(digest_size=16)
     # rules are looked up by source, but sources with the same rule share what they know
     source = request.source if rule is not None and rule.custom else ""
-    for part in (repr(rule), source, request.answer, request.response):
+    for part in (repr((rule, request.cut)), source, request.answer, request.response):
         data = part.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.digest()

@@ -93,14 +93,14 @@ def _out_of_time(_signal: int, _frame: FrameType | None) -> None:
     raise OutOfTime
 
 
-def _answer(config: RewardConfig, custom: bool, request: dict[str, str]) -> dict[str, Any]:
+def _answer(config: RewardConfig, custom: bool, request: dict[str, Any]) -> dict[str, Any]:
     rule = config.rule(request["source"])
     assert rule is not None  # the pool asked before
     try:
         if custom:
             judged = judge_custom(rule, request["source"], request["answer"], request["response"], config.wall_seconds)
         else:
-            judged = _timed(config, rule, request["answer"], request["response"])
+            judged = _timed(config, rule, request["answer"], request["response"], request["cut"])
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
     except CustomRewardError as error:
@@ -111,11 +111,11 @@ def _answer(config: RewardConfig, custom: bool, request: dict[str, str]) -> dict
     return {"judgement": asdict(judged)}
 
 
-def _timed(config: RewardConfig, rule: RewardRule, answer: str, response: str) -> Judgement:
+def _timed(config: RewardConfig, rule: RewardRule, answer: str, response: str, cut: bool) -> Judgement:
     """CPU time, so that a busy machine changes no verdict. The parent kills what does not listen."""
     signal.setitimer(signal.ITIMER_PROF, config.seconds)
     try:
-        judged = judge(rule, answer, response)
+        judged = judge(rule, answer, response, cut)
         signal.setitimer(signal.ITIMER_PROF, 0)
     except OutOfTime:
         judged = Judgement(0.0, "unparsable", "timeout")

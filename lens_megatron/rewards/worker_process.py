@@ -28,6 +28,7 @@ class Request:
     source: str
     answer: str
     response: str
+    cut: bool = False
 
 
 @dataclass
@@ -54,8 +55,7 @@ class Worker:
     def give(self, job: Job) -> bool:
         """False when it cannot take it any more."""
         self.job = job
-        request = job.request
-        message = json.dumps({"source": request.source, "answer": request.answer, "response": request.response})
+        message = json.dumps({name: getattr(job.request, name) for name in ("source", "answer", "response", "cut")})
         try:
             self.channel.sendall(message.encode() + b"\n")
         except OSError:

@@ -39,12 +39,12 @@ class TextReward:
         self._tokenizer = tokenizer
         self._pool = RewardPool(config, stall_seconds)
 
-    def judge(self, prompt: Prompt, response: tuple[int, ...]) -> tuple[str, Future[Judgement]]:
+    def judge(self, prompt: Prompt, response: tuple[int, ...], finish: str) -> tuple[str, Future[Judgement]]:
         text = self._tokenizer.decode(response, skip_special_tokens=True)
-        return text, self.judge_text(prompt, text)
+        return text, self.judge_text(prompt, text, finish)
 
-    def judge_text(self, prompt: Prompt, response: str) -> Future[Judgement]:
-        return self._pool.submit(prompt.id, prompt.source, prompt.answer, response)
+    def judge_text(self, prompt: Prompt, response: str, finish: str) -> Future[Judgement]:
+        return self._pool.submit(prompt.id, prompt.source, prompt.answer, response, cut=finish == "length")
 
     def __call__(self, prompt: Prompt, rollout: Rollout) -> Future[float]:
         reward: Future[float] = Future()
@@ -55,7 +55,7 @@ class TextReward:
             elif reward.set_running_or_notify_cancel():
                 reward.set_result(judgement.result().reward)
 
-        self.judge(prompt, rollout.response)[1].add_done_callback(judged)
+        self.judge(prompt, rollout.response, rollout.finish)[1].add_done_callback(judged)
         return reward
 
     def health(self) -> Mapping[str, float]:

@@ -71,7 +71,7 @@ class ScriptedEngine:
 
 
 def judged_by(rule: Callable[[Prompt, tuple[int, ...]], float]) -> Callable:
-    def judge(prompt: Prompt, response: tuple[int, ...]) -> tuple[str, Future[Judgement]]:
+    def judge(prompt: Prompt, response: tuple[int, ...], finish: str) -> tuple[str, Future[Judgement]]:
         reward = rule(prompt, response)
         future: Future[Judgement] = Future()
         future.set_result(Judgement(reward, verdict_of(reward), "", str(response[:1])))

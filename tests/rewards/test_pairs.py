@@ -46,6 +46,23 @@ def test_boxed_only_reads_nothing_else() -> None:
     assert judge(rule, "5", r"\boxed{5}").verdict == "correct"
 
 
+@pytest.mark.parametrize(
+    ("response", "right_when_cut"),
+    [
+        ("Adding them:\nso 5 + 7 = 12", False),  # an intermediate result may be the last line
+        ("The answer is 12", False),  # of 125
+        ("12", False),
+        ("The answer is 12.\nLet me check: 3 * 4", True),
+        ("**Final answer**\n\n12\nbecause", True),
+        ("**Final answer**\n\n12", False),
+        (r"\boxed{12} and so", True),
+    ],
+)
+def test_what_stands_where_a_response_was_cut_is_no_answer(response: str, right_when_cut: bool) -> None:
+    assert judge(RewardRule(), "12", response).reward == 1
+    assert judge(RewardRule(), "12", response, cut=True).reward == right_when_cut
+
+
 def test_percent_lenient_overlooks_a_sign_that_the_gold_lacks() -> None:
     assert judge(RewardRule(percent="lenient"), "50", r"\boxed{50\%}").verdict == "correct"
     assert judge(RewardRule(percent="lenient"), "50", r"\boxed{5\%}").verdict == "wrong"

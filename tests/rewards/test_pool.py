@@ -50,6 +50,13 @@ def test_the_cache_is_by_answer_and_response(pool: RewardPool) -> None:
     assert after["judged"] - before["judged"] == 2
 
 
+def test_a_response_that_was_cut_is_judged_as_one(pool: RewardPool) -> None:
+    response = "The answer is 41"
+    rewards = [pool.submit("a", "", "41", response, cut=cut).result(PATIENCE).reward for cut in (False, True, False)]
+    assert rewards == [1, 0, 1]
+    assert [one.reward for one in pool.grade_all([Request("a", "", "41", response, cut=True)])] == [0]
+
+
 def test_works_from_asyncio(pool: RewardPool) -> None:
     async def gather() -> list[float]:
         futures = [asyncio.wrap_future(pool.submit(str(n), "", "2", rf"async \boxed{{{n}}}")) for n in range(4)]
@@ -96,11 +103,10 @@ def test_when_all_judgements_time_out_it_says_so(rewards_module: str) -> None:
         with pytest.raises(RunError, match=r"no judgement for 2 s, \d timed out and \d+ wait"):
             judged[-1].result(PATIENCE)
         assert 1 <= sum(future.exception() is None for future in judged) <= 4  # those that timed out before
-    with RewardPool(
-        config, stall_seconds=2.0
-    ) as pool:  # every other one says something: no stall, however long it takes
-        judged = [pool.submit(f"{n}", "well" if n % 2 else "hangs", "a", "b" * (n + 1)) for n in range(8)]
-        assert [future.result(PATIENCE).note for future in judged[::2]] == ["timeout"] * 4
+    # every other one says something: no stall, however long it takes (5 s: on a busy machine a worker starts in seconds)
+    with RewardPool(config, stall_seconds=5.0) as pool:
+        judged = [pool.submit(f"{n}", "well" if n % 2 else "hangs", "a", "b" * (n + 1)) for n in range(14)]
+        assert [future.result(PATIENCE).note for future in judged[::2]] == ["timeout"] * 7
 
 
 def test_300_hostile_responses(tmp_path: Path) -> None:
