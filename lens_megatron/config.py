@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from lens_megatron import presets, strict
 from lens_megatron.algorithms.algorithm import AlgorithmConfig
+from lens_megatron.algorithms.outcomes import is_success
 from lens_megatron.checkpoints import CheckpointConfig
 from lens_megatron.data.config import DataConfig, SupervisedDataConfig
 from lens_megatron.errors import UsageError
@@ -70,69 +71,98 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps is at least 1 (got {self.steps})")
-        if self.rollout.temperature == 0:
-            raise ValueError("rollout.temperature 0 leaves no log-probs to train on: set it above 0")
-        if self.rollout.servers < 1:
-            raise ValueError(f"rollout.servers is at least 1 (got {self.rollout.servers})")
         longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
         check_budget("update.tokens_per_microbatch", self.update.tokens_per_microbatch, longest, self.parallel)
-        corrected = self.algorithm.loss.engine_correction.mode != "none" or self.update.old_logprobs == "engine"
-        if self.rollout.sync.transport == "distributed" and self.placement == "colocated":
-            raise ValueError(
-                "rollout.sync.transport distributed needs servers on GPUs of their own: leave it out with placement colocated"
-            )
-        if self.rollout.routing_replay and self.rollout.engine != "sglang":
-            raise ValueError(
-                "rollout.routing_replay needs rollout.engine sglang: the embedded engine does not tell which experts it took"
-            )
-        if self.rollout.staleness and self.placement == "colocated":
-            raise ValueError(
-                "rollout.staleness 1 generates while it trains, which placement colocated cannot: set it to 0"
-            )
-        if self.rollout.staleness and self.rollout.engine != "sglang" and self.rollout.sync.in_flight != "wait":
-            raise ValueError(
-                f"rollout.sync.in_flight {self.rollout.sync.in_flight} needs rollout.engine sglang: the embedded engine gets "
-                "no weights while it generates; leave it at wait"
-            )
-        if self.rollout.staleness and not corrected:
-            raise ValueError(
-                "rollout.staleness 1 trains on rollouts of older weights: correct for it with "
-                "algorithm.loss.engine_correction.mode: truncate, or update.old_logprobs: engine"
-            )
-        purified_ratio = self.algorithm.loss.purified.kind
-        if (
-            self.update.old_logprobs == "engine"
-            and purified_ratio in ("none", "mixture")
-            and self.algorithm.rescue.strategy != "resample"
-        ):
-            raise ValueError(
-                f"update.old_logprobs: engine is of the prompt that was rolled out, and loss.purified_ratio {purified_ratio} "
-                "asks for a purified rollout's under the original one: leave old_logprobs at megatron, with "
-                "algorithm.loss.engine_correction.mode: truncate where a mismatch is to be corrected"
-            )
-        overlong = self.algorithm.advantage.overlong
-        if overlong is not None and overlong.buffer_tokens >= self.rollout.max_response_tokens:
-            raise ValueError(
-                f"algorithm.advantage.overlong.buffer_tokens {overlong.buffer_tokens} punishes every length: "
-                f"rollout.max_response_tokens is {self.rollout.max_response_tokens}. Set it to a fifth of that, as DAPO "
-                "(4096 of 20480), or overlong: null"
-            )
-        if self.update.old_logprobs == "engine" and self.algorithm.loss.engine_correction.mode != "none":
-            raise ValueError(
-                "update.old_logprobs: engine leaves loss.engine_correction nothing to correct: set one of them off"
-            )
-        if self.guards.leaves_out and self.update.old_logprobs == "engine":
-            raise ValueError(
-                f"guards.on_logprob_diff {self.guards.on_logprob_diff} leaves out what trainer and engine disagree on, and "
-                "with update.old_logprobs: engine there is nothing to compare: set on_logprob_diff: report, or old_logprobs: "
-                "megatron"
-            )
-        dropping = self.guards.on_logprob_diff == "drop_sequences"
-        if dropping and self.rollout.staleness and self.guards.logprob_diff is None:
-            raise ValueError(
-                "guards.on_logprob_diff drop_sequences has no bound with rollout.staleness 1, where log-probs differ by what "
-                "was learnt since: set guards.logprob_diff"
-            )
+        _refuse_sampling(self)
+        _refuse_engines(self)
+        _refuse_staleness(self)
+        _refuse_old_logprobs(self)
+        _refuse_rewards(self)
+
+
+def _refuse_sampling(run: RunConfig) -> None:
+    if run.rollout.temperature == 0:
+        raise ValueError("rollout.temperature 0 leaves no log-probs to train on: set it above 0")
+    algorithm = run.algorithm
+    if run.rollout.n == 1 and algorithm.advantage.learns_from == "spread" and algorithm.rescue.replacement != "union":
+        raise ValueError(
+            "rollout.n 1 teaches nothing: one reward does not differ from its group's mean. Set it to 2 or more"
+        )
+    overlong = algorithm.advantage.overlong
+    if overlong is not None and overlong.buffer_tokens >= run.rollout.max_response_tokens:
+        raise ValueError(
+            f"algorithm.advantage.overlong.buffer_tokens {overlong.buffer_tokens} punishes every length: "
+            f"rollout.max_response_tokens is {run.rollout.max_response_tokens}. Set it to a fifth of that, as DAPO "
+            "(4096 of 20480), or overlong: null"
+        )
+
+
+def _refuse_engines(run: RunConfig) -> None:
+    if run.rollout.servers < 1:
+        raise ValueError(f"rollout.servers is at least 1 (got {run.rollout.servers})")
+    if run.rollout.sync.transport == "distributed" and run.placement == "colocated":
+        raise ValueError(
+            "rollout.sync.transport distributed needs servers on GPUs of their own: leave it out with placement colocated"
+        )
+    if run.rollout.routing_replay and run.rollout.engine != "sglang":
+        raise ValueError(
+            "rollout.routing_replay needs rollout.engine sglang: the embedded engine does not tell which experts it took"
+        )
+
+
+def _refuse_staleness(run: RunConfig) -> None:
+    if not run.rollout.staleness:
+        return
+    if run.placement == "colocated":
+        raise ValueError("rollout.staleness 1 generates while it trains, which placement colocated cannot: set it to 0")
+    if run.rollout.engine != "sglang" and run.rollout.sync.in_flight != "wait":
+        raise ValueError(
+            f"rollout.sync.in_flight {run.rollout.sync.in_flight} needs rollout.engine sglang: the embedded engine gets "
+            "no weights while it generates; leave it at wait"
+        )
+    if run.algorithm.loss.engine_correction.mode == "none" and run.update.old_logprobs != "engine":
+        raise ValueError(
+            "rollout.staleness 1 trains on rollouts of older weights: correct for it with "
+            "algorithm.loss.engine_correction.mode: truncate, or update.old_logprobs: engine"
+        )
+    if run.guards.on_logprob_diff == "drop_sequences" and run.guards.logprob_diff is None:
+        raise ValueError(
+            "guards.on_logprob_diff drop_sequences has no bound with rollout.staleness 1, where log-probs differ by what "
+            "was learnt since: set guards.logprob_diff"
+        )
+
+
+def _refuse_old_logprobs(run: RunConfig) -> None:
+    if run.update.old_logprobs != "engine":
+        return
+    ratio = run.algorithm.loss.purified.kind
+    if ratio in ("none", "mixture") and run.algorithm.rescue.strategy != "resample":
+        raise ValueError(
+            f"update.old_logprobs: engine is of the prompt that was rolled out, and loss.purified_ratio {ratio} "
+            "asks for a purified rollout's under the original one: leave old_logprobs at megatron, with "
+            "algorithm.loss.engine_correction.mode: truncate where a mismatch is to be corrected"
+        )
+    if run.algorithm.loss.engine_correction.mode != "none":
+        raise ValueError(
+            "update.old_logprobs: engine leaves loss.engine_correction nothing to correct: set one of them off"
+        )
+    if run.guards.leaves_out:
+        raise ValueError(
+            f"guards.on_logprob_diff {run.guards.on_logprob_diff} leaves out what trainer and engine disagree on, and "
+            "with update.old_logprobs: engine there is nothing to compare: set on_logprob_diff: report, or old_logprobs: "
+            "megatron"
+        )
+
+
+def _refuse_rewards(run: RunConfig) -> None:
+    """A success has the right answer: what a form alone earns must not make one."""
+    threshold = run.algorithm.rescue.success_threshold
+    weights = [rule.format.weight for rule in run.rewards.rules if rule.format is not None]
+    if any(is_success(weight, threshold) for weight in weights):
+        raise ValueError(
+            f"rewards: a format weight of {max(weights):g} makes a success of a wrong answer in the right form: it reaches "
+            f"algorithm.rescue.success_threshold {threshold:g}. Set it below"
+        )
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from lens_megatron import strict
 from lens_megatron.ahead import Ahead
 from lens_megatron.algorithms.filters import NotEnoughGroups, PromptFilter
 from lens_megatron.algorithms.group_metrics import group_metrics, top_k_overlap
+from lens_megatron.algorithms.outcomes import is_success
 from lens_megatron.algorithms.rescue import RebuiltGroup, rebuild_group
 from lens_megatron.algorithms.transfer import TransferTracker
 from lens_megatron.config import RunConfig
 from lens_megatron.data.prompts import PromptStream, first_prompt, load_prompts
-from lens_megatron.data.tokenizer import TokenPieces, check_tokenizer, load_tokenizer
+from lens_megatron.data.tokenizer import TokenPieces, check_tokenizer, load_tokenizer, special_ids
 from lens_megatron.errors import RunError, UsageError
 from lens_megatron.evaluation.answering import Limits
 from lens_megatron.evaluation.results import metric_names, step_metrics
@@ -85,7 +86,7 @@ class Host:
             stall_seconds=config.rollout.stall_seconds,
         )
         self.prompt_filter = PromptFilter(config.algorithm.filter, config.data.prompts_per_step, config.seed)
-        self.special_ids = frozenset(self.tokenizer.all_special_ids)
+        self.special_ids = special_ids(self.tokenizer)
         sampling = SamplingConfig(
             **{field.name: getattr(config.rollout, field.name) for field in fields(SamplingConfig)}
         )
@@ -177,8 +178,8 @@ class Host:
         if algorithm.rescue.mode != "none":
             self._outcomes += self._purify(prompts, signals, self.step)
             self._signals.update({p.id: signal for p, signal in zip(prompts, signals, strict=True)})
-        against_original = algorithm.advantage.against_original
-        rebuilt = [rebuild_group(group, algorithm.rescue, seed, self.step, against_original) for group in result.groups]
+        learns_from = algorithm.advantage.learns_from
+        rebuilt = [rebuild_group(group, algorithm.rescue, seed, self.step, learns_from) for group in result.groups]
         self.prompt_filter.accept(rebuilt)
         self._groups += rebuilt
         self._counts.append(result.counts)
@@ -285,7 +286,7 @@ class Host:
                     response=rollout.response,
                     response_text=self.tokenizer.decode(rollout.response),
                     reward=rollout.reward,
-                    success=rollout.reward >= self.config.algorithm.rescue.success_threshold,
+                    success=is_success(rollout.reward, self.config.algorithm.rescue.success_threshold),
                     finish=rollout.finish,
                     advantage=sample.advantage if sample else None,
                     weight=sample.weight if sample else None,

@@ -65,7 +65,7 @@ def check_models(model: str, reference: str) -> None:
 
 def score_prompts(model: str, reference: str, prompts: Sequence[Prompt], config: ScoreConfig) -> ScoreResult:
     """Every process of the layout calls this; every one gets the result. The two models are in memory one at a time."""
-    from lens_megatron.data.tokenizer import TokenPieces, load_tokenizer
+    from lens_megatron.data.tokenizer import TokenPieces, load_tokenizer, special_ids
     from lens_megatron.mcore import runtime
     from lens_megatron.mcore.step import build_frozen
     from lens_megatron.prompt_signals import floor_of
@@ -83,7 +83,7 @@ def score_prompts(model: str, reference: str, prompts: Sequence[Prompt], config:
             floor = floor_of(sharded, sequences, config.purification, config.tokens_per_microbatch)
         del sharded
     tokenizer = load_tokenizer(str(find_weights(model)))
-    special = frozenset(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     pieces = TokenPieces(tokenizer)
     scored = []
     for number, prompt in enumerate(prompts):

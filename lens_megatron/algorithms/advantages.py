@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lens_megatron.algorithms.outcomes import SAME_REWARD
+from lens_megatron.algorithms.outcomes import SAME_REWARD, LearnsFrom
 from lens_megatron.own_functions import named
 
 
@@ -57,9 +57,11 @@ class AdvantageConfig:
             )
 
     @property
-    def against_original(self) -> bool:
-        """Rewards are compared with the mean of Y: a group of equal ones may teach (an all-success rescue does)."""
-        return self.baseline == "original"
+    def learns_from(self) -> LearnsFrom:
+        """A baseline that is no mean of the group may be anything; but where rewards do not differ no std divides by."""
+        if self.baseline == "original":
+            return "original"
+        return "spread" if self.baseline in ("group", "leave_one_out") or self.std != "none" else "any"
 
 
 class BaselineTerms(NamedTuple):
@@ -130,7 +132,7 @@ def group_advantages(
     """
     rewards = rewards_M.to(torch.float64)
     weights = group_weights(success_M, purified_M, success_rate, config.weights)
-    if not config.against_original and bool(rewards.max() - rewards.min() <= SAME_REWARD):
+    if config.learns_from == "spread" and bool(rewards.max() - rewards.min() <= SAME_REWARD):
         # no spread, no signal: exactly 0, whatever the rounding and the epsilon
         return GroupAdvantages(torch.zeros_like(rewards_M), weights.to(rewards_M.dtype))
     terms = BaselineTerms(rewards, weights, success_rate if original_mean is None else original_mean)

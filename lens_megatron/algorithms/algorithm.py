@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from lens_megatron.algorithms.advantages import AdvantageConfig
 from lens_megatron.algorithms.filters import FilterConfig
-from lens_megatron.algorithms.loss_config import LossConfig
+from lens_megatron.algorithms.greso import GresoConfig
+from lens_megatron.algorithms.loss_config import EngineCorrectionConfig, LossConfig
 from lens_megatron.algorithms.rescue import RescueConfig
 
 
@@ -22,8 +23,9 @@ class AlgorithmConfig:
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
+        _refuse_unused_values(self.filter, self.loss)
         if self.rescue.mode == "none":
-            _refuse_rescue_values(self.advantage, self.loss)
+            _refuse_rescue_values(self.rescue, self.advantage, self.loss)
         else:
             _refuse_rescue_conflicts(self.rescue, self.loss)
 
@@ -33,8 +35,24 @@ class AlgorithmConfig:
         return self.loss.any_kl or (self.rescue.mode != "none" and self.rescue.strategy == "interference")
 
 
-def _refuse_rescue_values(advantage: AdvantageConfig, loss: LossConfig) -> None:
+def _refuse_unused_values(filtering: FilterConfig, loss: LossConfig) -> None:
+    """Of a slot that is off: they would silently do nothing."""
+    if filtering.mode in ("none", "greso") and filtering.size_factor != FilterConfig.size_factor:
+        raise ValueError(f"filter.size_factor does nothing with filter.mode {filtering.mode}: set mode: dynamic")
+    if not filtering.skips_before_rollout and filtering.greso != GresoConfig():
+        raise ValueError(f"filter.greso does nothing with filter.mode {filtering.mode}: set mode: greso")
+    correction = loss.engine_correction
+    if correction.mode == "none" and correction != EngineCorrectionConfig():
+        raise ValueError("loss.engine_correction's cap and floor do nothing with mode none: set mode: truncate")
+
+
+def _refuse_rescue_values(rescue: RescueConfig, advantage: AdvantageConfig, loss: LossConfig) -> None:
     """Without a rescue there is no purified rollout, and a value about them would silently do nothing."""
+    standing = RescueConfig(success_threshold=rescue.success_threshold)  # the threshold is everybody's
+    if given := [one.name for one in fields(RescueConfig) if getattr(rescue, one.name) != getattr(standing, one.name)]:
+        raise ValueError(
+            f"rescue.{given[0]} does nothing with rescue.mode none: set mode: purification, or leave it out"
+        )
     if loss.purified.kind != "literal":
         raise ValueError(
             f"loss.purified_ratio {loss.purified_ratio!r} is about purified rollouts, and rescue.mode none has none: "
@@ -55,6 +73,11 @@ def _refuse_rescue_values(advantage: AdvantageConfig, loss: LossConfig) -> None:
 
 def _refuse_rescue_conflicts(rescue: RescueConfig, loss: LossConfig) -> None:
     kind = loss.purified.kind
+    if loss.surrogate == "aspo" and kind in ("literal", "gspo"):
+        raise ValueError(
+            "loss.surrogate aspo turns the ratio of successes over, and that of purified ones (Eq. 5) is small where x makes "
+            f"them improbable: with purified_ratio {kind} just these would weigh most. Set purified_ratio: none or floor(C)"
+        )
     if rescue.strategy == "resample" and kind != "none":
         raise ValueError(
             f"rescue.strategy resample deletes nothing, so there is no x' for loss.purified_ratio {kind!r} to correct: "

@@ -19,7 +19,7 @@ greso           GRESO: skips before the rollout, drops groups without a signal a
                 and trains short if the last one brings too few.
 greso_dynamic   GRESO's skipping with dynamic sampling's full batches.
 
-A signal is RebuiltGroup.has_signal (variance, for all baselines but `original`): it is judged after the rescue, and on
+A signal is RebuiltGroup.has_signal (variance, for the shipped baselines but `original`): it is judged after the rescue, and on
 the verifier's rewards, before any length penalty.
 A batch is judged whole and groups stand in the order their prompts were drawn: whatever is cut is not the slowest.
 """
@@ -88,7 +88,7 @@ class _Step:
         self.judged_in_batch = 0
         self.kept_in_batch = 0
         self.finished = False
-        self.means: list[float] = []  # of the original rewards of every judged group
+        self.rewards: list[list[float]] = []  # of the original rollouts of every judged group
 
 
 class PromptFilter:
@@ -115,7 +115,7 @@ class PromptFilter:
             return None
         if now.batches == self.config.max_batches:
             why = "is the data too easy or too hard? Raise algorithm.filter.max_batches or change data.train"
-            if not any(now.means):
+            if not any(map(any, now.rewards)):
                 why = "every reward was 0: do prompts ask for answers in the form that the rule (rewards) reads?"
             raise NotEnoughGroups(
                 f"step {now.step + 1}: only {len(now.kept)} of {self.prompts_per_step} groups with differing rewards after "
@@ -173,9 +173,9 @@ class PromptFilter:
                 raise ValueError(f"prompt {prompt_id!r} was not drawn in this batch, or is judged already")
             place = now.unjudged[prompt_id].popleft()
             rewards = [rollout.reward for rollout in group.group.originals]
-            now.means.append(sum(rewards) / len(rewards))
+            now.rewards.append(rewards)
             if self._history is not None:
-                self._history.observe(prompt_id, now.means[-1])
+                self._history.observe(prompt_id, rewards)
             now.judged_in_batch += 1
             if not self.config.drops_zero_signal or group.has_signal:
                 now.kept_in_batch += 1
@@ -190,24 +190,24 @@ class PromptFilter:
             raise RuntimeError("the step is not over: go on until next_batch_size returns None")
         # from the second epoch on: before it every prompt is new, and p decides nothing that the ratios could show
         if self._history is not None and now.epoch > 0 and not now.finished:
-            self._history.adapt(self._history.ratios(now.means))
+            self._history.adapt(self._history.ratios(now.rewards))
         now.finished = True
         return [now.kept[place] for place in sorted(now.kept)][: self.prompts_per_step]
 
     def metrics(self) -> dict[str, float]:
         """Of the step so far."""
         now = self._step
-        judged = max(1, len(now.means))
+        judged = max(1, len(now.rewards))
         metrics = {
             "filter/batches": float(now.batches),
             "filter/rolled_out": float(now.drawn),
-            "filter/dropped": float(len(now.means) - len(now.kept)),
-            "filter/dropped_ratio": (len(now.means) - len(now.kept)) / judged,
+            "filter/dropped": float(len(now.rewards) - len(now.kept)),
+            "filter/dropped_ratio": (len(now.rewards) - len(now.kept)) / judged,
             "filter/surplus": float(max(0, len(now.kept) - self.prompts_per_step)),
             "filter/missing": float(max(0, self.prompts_per_step - len(now.kept))),
         }
         if self._history is not None:
-            ratios = self._history.ratios(now.means)
+            ratios = self._history.ratios(now.rewards)
             metrics |= {
                 "filter/skipped_easy": float(now.skipped["easy"]),
                 "filter/skipped_hard": float(now.skipped["hard"]),

@@ -8,9 +8,12 @@ rolled out approaches its target. Streaks count original rollouts: a rescue chan
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
+
+from lens_megatron.algorithms.outcomes import zero_variance
 
 Difficulty = Literal["easy", "hard"]
 
@@ -21,8 +24,9 @@ class GresoConfig:
 
     p_easy, p_hard      where the two start; from the second epoch on each moves by p_step within [p_min, p_max].
     explore             a prompt is tried again with at least this probability, however long its streak.
-    easy_at, hard_at    a group is easy at a mean reward >= easy_at, hard at <= hard_at. 0.11 admits a reward of 0.1
-                        for format alone, but also one success of ten or more: lower it for n >= 10 and 0/1 rewards.
+    easy_at, hard_at    a group of equal rewards is easy from easy_at on, hard up to hard_at (0.11: a reward of 0.1 for format
+                        alone is hard too). The public code looks at the mean alone, which skips prompts that teach
+                        where one success of n is 0.11 or less: from n = 10 on.
     target              aimed-at share of easy and hard groups; a third of it easy, two thirds hard.
     hard_ratio          hard_groups: what p_hard answers to is the share of hard groups.  format_only: as in the
                         public code, only groups of mean exactly 0.1, so that with 0/1 rewards p_hard climbs to p_max
@@ -78,25 +82,25 @@ class GresoHistory:
         streak = self._streaks.get(prompt_id, 0)
         return "easy" if streak > 0 else "hard" if streak < 0 else None
 
-    def observe(self, prompt_id: str, mean_reward: float) -> None:
+    def observe(self, prompt_id: str, rewards: Sequence[float]) -> None:
         """Another group of original rollouts of this prompt."""
         streak = self._streaks.get(prompt_id, 0)
-        if mean_reward >= self.config.easy_at:
-            self._streaks[prompt_id] = max(streak, 0) + 1
-        elif mean_reward <= self.config.hard_at:
-            self._streaks[prompt_id] = min(streak, 0) - 1
-        else:
-            self._streaks[prompt_id] = 0
+        kind = self._kind(rewards)
+        self._streaks[prompt_id] = max(streak, 0) + 1 if kind == "easy" else min(streak, 0) - 1 if kind == "hard" else 0
 
-    def ratios(self, mean_rewards: list[float]) -> dict[Difficulty, float]:
-        """Shares of easy and hard groups among those rolled out in a step."""
-        groups = max(1, len(mean_rewards))
-        easy = sum(mean >= self.config.easy_at for mean in mean_rewards)
+    def ratios(self, groups: Sequence[Sequence[float]]) -> dict[Difficulty, float]:
+        """Shares of easy and hard groups among those rolled out in a step, each given by its rewards."""
+        kinds = [self._kind(rewards) for rewards in groups]
+        hard = kinds.count("hard")
         if self.config.hard_ratio == "format_only":
-            hard = sum(math.isclose(mean, 0.1, abs_tol=1e-6) for mean in mean_rewards)
-        else:
-            hard = sum(mean <= self.config.hard_at for mean in mean_rewards)
-        return {"easy": easy / groups, "hard": hard / groups}
+            hard = sum(math.isclose(_mean(rewards), 0.1, abs_tol=1e-6) for rewards in groups)
+        return {"easy": kinds.count("easy") / max(1, len(kinds)), "hard": hard / max(1, len(kinds))}
+
+    def _kind(self, rewards: Sequence[float]) -> Difficulty | None:
+        if not zero_variance(rewards):
+            return None
+        mean = _mean(rewards)
+        return "easy" if mean >= self.config.easy_at else "hard" if mean <= self.config.hard_at else None
 
     def adapt(self, ratios: dict[Difficulty, float]) -> None:
         """Too many zero-variance groups of a kind: a smaller p skips more of them."""
@@ -114,6 +118,10 @@ class GresoHistory:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.p_easy, self.p_hard = float(state["p_easy"]), float(state["p_hard"])
         self._streaks = {str(prompt_id): int(streak) for prompt_id, streak in state["streaks"].items()}
+
+
+def _mean(rewards: Sequence[float]) -> float:
+    return sum(rewards) / len(rewards)
 
 
 def largest_batch(prompts_per_step: int, config: GresoConfig) -> int:

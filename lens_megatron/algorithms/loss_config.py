@@ -141,6 +141,16 @@ class LossConfig:
             )
         if self.surrogate == "cispo" and self.dual_clip is not None:
             raise ValueError("loss.dual_clip has nothing to bound with cispo, whose weight is clipped already")
+        if self.ratio == "sequence" and self.purified.kind in ("floor", "power", "luffy", "gspo"):
+            raise ValueError(
+                f"loss.purified_ratio {self.purified_ratio!r} weighs tokens, or their mean: beside ratio: sequence, whose "
+                "gradient is the sum over a rollout's tokens, purified rollouts of L tokens would get 1 / L of theirs. "
+                "Set ratio: token or length_normalised"
+            )
+        if self.kl == "k1" and self.any_kl:
+            raise ValueError(
+                "loss.kl k1 has a gradient of mean 0, noise and no pull towards the reference: set k3 or k2, or kl_coef: 0"
+            )
         split = self.entropy_split
         if split and self.ratio != "token" and (split.high_clip_low is not None or split.high_clip_high is not None):
             raise ValueError(

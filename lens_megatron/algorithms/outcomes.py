@@ -10,6 +10,11 @@ Rewards are in [0, 1]. For 0/1 rewards these are the papers' words. For graded r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
+
+# What tells whether a group can teach anything. spread: its rewards differ.  original: one of them differs from the mean
+# of Y (an all-success rescue's do).  any: nobody can tell from rewards alone.
+LearnsFrom = Literal["spread", "original", "any"]
 
 # Far below any difference that a verifier means, far above the rounding of a sum of rewards. A std compared with 0
 # would not do: that of eight rewards of 0.1 is not exactly 0 in floating point.

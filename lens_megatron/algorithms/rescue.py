@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
-from lens_megatron.algorithms.outcomes import SAME_REWARD, is_success, success_count, zero_variance
+from lens_megatron.algorithms.outcomes import SAME_REWARD, LearnsFrom, is_success, success_count, zero_variance
 from lens_megatron.purification.config import PurificationConfig
 from lens_megatron.purification.seeds import choose, seed_for
 from lens_megatron.types import Group, Rollout
@@ -92,7 +92,7 @@ class RebuiltGroup:
     successes: int  # |Y+|
     purified_successes: int = 0  # |P|, before any limit on how many join
     removed: tuple[Rollout, ...] = ()  # R
-    against_original: bool = False  # AdvantageConfig.against_original
+    learns_from: LearnsFrom = "spread"  # AdvantageConfig.learns_from
 
     @property
     def rescued(self) -> bool:
@@ -116,10 +116,10 @@ class RebuiltGroup:
 
     @property
     def has_signal(self) -> bool:
-        """Whether G can teach: its rewards differ, or, against the mean of Y, one of them differs from that."""
+        """Whether G can teach."""
         rewards = [member.rollout.reward for member in self.members]
-        if not self.against_original:
-            return not zero_variance(rewards)
+        if self.learns_from != "original":
+            return self.learns_from == "any" or not zero_variance(rewards)
         mean = sum(rollout.reward for rollout in self.group.originals) / len(self.group.originals)
         return any(abs(reward - mean) > SAME_REWARD for reward in rewards)
 
@@ -143,11 +143,11 @@ def rescue_is_moot(finished_rewards: Sequence[float], n: int, config: RescueConf
 
 
 def rebuild_group(
-    group: Group, config: RescueConfig, seed: int, step: int, against_original: bool = False
+    group: Group, config: RescueConfig, seed: int, step: int, learns_from: LearnsFrom = "spread"
 ) -> RebuiltGroup:
     """Eq. 2 and 3. Who leaves Y- and, under a limit, who of P joins is drawn uniformly, by prompt and step.
 
-    `against_original` decides what is a signal, for `zero_signal` and for whoever asks the group later.
+    `learns_from` decides what can teach, for `zero_signal` and for whoever asks the group later.
     """
     _check_complete(group)
     originals = sorted(group.originals, key=lambda rollout: rollout.index)
@@ -161,7 +161,7 @@ def rebuild_group(
         staying = {member.rollout.index for member in members if not member.rollout.purified}
         removed = tuple(rollout for rollout in originals if rollout.index not in staying)
         a = successes / len(Y)
-        return RebuiltGroup(group, tuple(members), why, a, successes, len(P), removed, against_original)
+        return RebuiltGroup(group, tuple(members), why, a, successes, len(P), removed, learns_from)
 
     if not needs_rescue([y.reward for y in originals], config):
         return result("off" if config.mode == "none" else "enough_success")

@@ -38,7 +38,8 @@ class TransferTracker:
                 sums[first] += 1
                 sums[first + 1] += group.success_rate
                 del self._waiting[prompt_id]
-            if group.why not in ("off", "enough_success"):
+            # the first time counts: who is written down anew at every failure is asked only after doing well throughout
+            if group.why not in ("off", "enough_success") and prompt_id not in self._waiting:
                 self._waiting[prompt_id] = (step, repr(group.success_rate), group.rescued)
         return self.metrics()
 

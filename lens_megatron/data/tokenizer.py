@@ -34,6 +34,12 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
         )
 
 
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Tokens of structure, not of text: those with a role, and those that are only marked special (Llama 3's headers)."""
+    marked = (token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
+    return frozenset((*tokenizer.all_special_ids, *marked))
+
+
 class TokenPieces:
     """The text that each token adds after the one before it: together they read like the whole text.
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from lens_megatron.data.tokenizer import load_tokenizer
+from lens_megatron.data.tokenizer import load_tokenizer, special_ids
 from lens_megatron.errors import RunError
 from lens_megatron.evaluation.answer_file import AnswerFile
 from lens_megatron.evaluation.config import GenerationConfig
@@ -137,7 +137,7 @@ def measure(
     """Generates and compares; one process. Answers are kept in `out`, so that a killed analysis goes on."""
     policy = find_models(model)[0]
     tokenizer = load_tokenizer(str(policy.tokenizer))
-    purified = purified_prompts(prompts, scored, config, frozenset(tokenizer.all_special_ids))
+    purified = purified_prompts(prompts, scored, config, special_ids(tokenizer))
     how = Answering(policy, tokenizer, config, config.rewards, out / "logs")
     with AnswerFile(out / "answers.jsonl", how.made_by()) as file:
 

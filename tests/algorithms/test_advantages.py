@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lens_megatron.algorithms.advantages import (
     AdvantageConfig,
+    BaselineTerms,
     OverlongConfig,
     group_advantages,
     overlong_penalty,
@@ -183,6 +184,22 @@ def test_baseline_of_the_originals_is_positive_only_where_they_all_failed() -> N
     assert group_advantages(rewards, success, purified, float(a), config).advantages_M.tolist() == [0.75] * 10
     graded_result = group_advantages(rewards, success, purified, float(a), config, original_mean=0.4)
     assert graded_result.advantages_M.tolist() == pytest.approx([0.6] * 10)
+
+
+def half(terms: BaselineTerms) -> torch.Tensor:
+    return torch.full_like(terms.rewards_M, 0.5)
+
+
+def test_a_baseline_of_ones_own_is_asked_about_equal_rewards_too() -> None:
+    own = f"{__name__}:half"
+    nobody = torch.zeros(4, dtype=torch.bool)
+    for config, expected in ((AdvantageConfig(own, "none"), 0.5), (AdvantageConfig(own), 0.0)):  # no std of equal ones
+        for reward in (1.0, 0.0):
+            rewards = torch.full((4,), reward)
+            found = group_advantages(rewards, rewards > 0.5, nobody, reward, config).advantages_M
+            assert found.tolist() == [expected if reward else -expected] * 4
+    assert AdvantageConfig(own, "none").learns_from == "any"
+    assert AdvantageConfig(own).learns_from == AdvantageConfig().learns_from == "spread"
 
 
 @pytest.mark.parametrize("weights", ["all", "none"])

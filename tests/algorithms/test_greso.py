@@ -17,15 +17,16 @@ from lens_megatron.strict import build
 PUBLISHED = GresoConfig()
 
 
-def history_of(means: list[float], config: GresoConfig = PUBLISHED) -> GresoHistory:
+def history_of(rewards: list[float], config: GresoConfig = PUBLISHED) -> GresoHistory:
+    """Of groups in which every rollout has the same reward."""
     history = GresoHistory(config)
-    for mean in means:
-        history.observe("p", mean)
+    for reward in rewards:
+        history.observe("p", [reward] * 8)
     return history
 
 
 @pytest.mark.parametrize(
-    ("means", "probability"),
+    ("rewards", "probability"),
     [
         ([], 0.0),  # never seen
         ([0.5], 0.0),
@@ -42,28 +43,29 @@ def history_of(means: list[float], config: GresoConfig = PUBLISHED) -> GresoHist
         ([0.0] * 20, 0.99),  # never less than one chance in a hundred
     ],
 )
-def test_skip_probability_by_hand(means: list[float], probability: float) -> None:
-    assert history_of(means).skip_probability("p") == pytest.approx(probability)
-    assert history_of(means).skip_probability("another") == 0.0
+def test_skip_probability_by_hand(rewards: list[float], probability: float) -> None:
+    assert history_of(rewards).skip_probability("p") == pytest.approx(probability)
+    assert history_of(rewards).skip_probability("another") == 0.0
 
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from([0, 0, 1, 4, 7, 8, 8]), max_size=12), st.floats(0.05, 0.95), st.floats(0.05, 0.95))
 def test_skip_probability_against_the_whole_trace(successes: list[int], p_easy: float, p_hard: float) -> None:
-    """The reference keeps every mean and counts from the end: first as easy, then as hard."""
-    trace = [count / 8 for count in successes]
+    """The reference keeps every group and counts from the end: first as easy, then as hard."""
     expected = 0.0
-    for p, belongs in ((p_easy, lambda r: r >= 0.98), (p_hard, lambda r: r <= 0.11)):
+    for p, belonging in ((p_easy, 8), (p_hard, 0)):
         z = 0
-        for mean in reversed(trace):
-            if not belongs(mean):
+        for count in reversed(successes):
+            if count != belonging:
                 break
             z += 1
         if z:
             expected = 1 - max(p**z, 0.01)
             break
-    config = GresoConfig(p_easy=p_easy, p_hard=p_hard)
-    assert history_of(trace, config).skip_probability("p") == pytest.approx(expected)
+    history = GresoHistory(GresoConfig(p_easy=p_easy, p_hard=p_hard))
+    for count in successes:
+        history.observe("p", [1.0] * count + [0.0] * (8 - count))
+    assert history.skip_probability("p") == pytest.approx(expected)
 
 
 def test_p_moves_by_one_hundredth_towards_its_target() -> None:
@@ -88,7 +90,7 @@ def test_p_stays_within_its_bounds() -> None:
 def test_trap_hard_ratio_of_zero_one_rewards() -> None:
     """Published: only groups of mean exactly 0.1 count as hard. With 0/1 rewards there are none, p_hard climbs to
     0.95 and hard prompts are hardly skipped any more."""
-    all_fail = [0.0] * 9 + [0.5]
+    all_fail = [[0.0, 0.0]] * 9 + [[0.0, 1.0]]
     ours, published = GresoHistory(PUBLISHED), GresoHistory(GresoConfig(hard_ratio="format_only"))
     assert ours.ratios(all_fail)["hard"] == 0.9
     assert published.ratios(all_fail)["hard"] == 0.0
@@ -97,23 +99,30 @@ def test_trap_hard_ratio_of_zero_one_rewards() -> None:
         published.adapt(published.ratios(all_fail))
     assert (ours.p_hard, published.p_hard) == (0.05, 0.95)
     for history in (ours, published):
-        history.observe("p", 0.0)
+        history.observe("p", [0.0, 0.0])
     assert ours.skip_probability("p") == pytest.approx(0.95)
     assert published.skip_probability("p") == pytest.approx(0.05)
     # where a format reward exists the two agree on it
-    assert published.ratios([0.1, 0.5])["hard"] == ours.ratios([0.1, 0.5])["hard"] == 0.5
+    form_only = [[0.1, 0.1], [0.1, 1.0]]
+    assert published.ratios(form_only)["hard"] == ours.ratios(form_only)["hard"] == 0.5
 
 
 def test_ratios_count_groups_of_any_size() -> None:
-    """Published: the metric folds rewards into groups of 8 whatever n is. Ours takes one mean a group."""
+    """Published: the metric folds rewards into groups of 8 whatever n is. Ours takes a group as it is."""
     history = GresoHistory(PUBLISHED)
-    assert history.ratios([1.0, 1.0, 0.0, 0.5]) == {"easy": 0.5, "hard": 0.25}
+    assert history.ratios([[1.0], [1.0] * 3, [0.0] * 16, [0.5] * 2]) == {"easy": 0.5, "hard": 0.25}
     assert history.ratios([]) == {"easy": 0.0, "hard": 0.0}
 
 
-def test_one_success_of_sixteen_is_hard_by_the_published_threshold_and_not_by_a_lower_one() -> None:
-    assert history_of([1 / 16]).skip_probability("p") == 0.5
-    assert history_of([1 / 16], GresoConfig(hard_at=0.0)).skip_probability("p") == 0.0
+@pytest.mark.parametrize("n", [8, 12, 16, 32])
+def test_trap_a_group_with_a_success_teaches_and_is_not_hard_however_large(n: int) -> None:
+    """Published: the mean alone decides, and one success of sixteen is below 0.11."""
+    history = GresoHistory(PUBLISHED)
+    for successes in (1, n - 1):
+        rewards = [1.0] * successes + [0.0] * (n - successes)
+        history.observe("p", rewards)
+        assert history.skip_probability("p") == 0.0
+        assert history.ratios([rewards]) == {"easy": 0.0, "hard": 0.0}
 
 
 @settings(deadline=None)
@@ -147,14 +156,14 @@ def test_trap_streaks_and_both_p_survive_a_checkpoint() -> None:
     history = GresoHistory(PUBLISHED)
     for prompt_id, means in {"easy": [1.0, 1.0], "hard": [0.0], "mixed": [1.0, 0.5]}.items():
         for mean in means:
-            history.observe(prompt_id, mean)
+            history.observe(prompt_id, [mean] * 4)
     history.adapt({"easy": 1.0, "hard": 0.0})
     resumed = GresoHistory(PUBLISHED)
     resumed.load_state_dict(json.loads(json.dumps(history.state_dict())))
     for prompt_id in ("easy", "hard", "mixed", "unseen"):
         assert resumed.skip_probability(prompt_id) == history.skip_probability(prompt_id)
     for one in (history, resumed):
-        one.observe("easy", 1.0)
+        one.observe("easy", [1.0] * 4)
         one.adapt({"easy": 0.0, "hard": 0.0})
     assert resumed.state_dict() == history.state_dict()
     assert math.isclose(resumed.skip_probability("easy"), 1 - 0.5**3)

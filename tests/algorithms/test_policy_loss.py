@@ -30,7 +30,6 @@ VARIANTS = {
     "sequence_ratio_sum": LossConfig(ratio="sequence", aggregation="sum", clip_low=0.5, clip_high=0.5),
     "token_ratio_sum": LossConfig(aggregation="sum"),
     "sequence_mean": LossConfig(aggregation="sequence_mean", entropy_coef=0.01),
-    "k1": LossConfig(kl="k1", kl_coef=0.1),
     "k2_original": LossConfig(kl="k2", kl_coef=0.1, kl_scope="original", aggregation="sequence_mean"),
     "power": LossConfig(purified_ratio="power(0.5)"),
     "luffy": LossConfig(purified_ratio="luffy", kl_coef=0.0),

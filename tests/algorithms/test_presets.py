@@ -172,6 +172,17 @@ REFUSED = [
     ({"preset": "grpo", "loss": {"clip_lo": 0.1}}, r"did you mean '(loss\.)?clip_low'"),
     ({"preset": "grpo", "loss": {"engine_correction": {"mode": "truncate", "cap": 0.5}}}, "1 <= cap"),
     ({"preset": "len"}, "did you mean 'lens'"),
+    *(
+        ({"preset": "lens", "loss": {"ratio": "sequence", "purified_ratio": kind}}, "1 / L of theirs")
+        for kind in ("floor(0.3)", "power(1.0)", "luffy", "gspo")
+    ),
+    ({"preset": "archer2", "rescue": {"mode": "purification"}}, "just these would weigh most"),
+    ({"preset": "grpo", "loss": {"kl": "k1"}}, "mean 0"),
+    ({"preset": "grpo", "rescue": {"strategy": "resample", "tau": 0.25}}, "rescue.strategy does nothing"),
+    ({"preset": "grpo", "rescue": {"gamma": 0.05}}, "rescue.gamma does nothing"),
+    ({"preset": "grpo", "filter": {"size_factor": 2.0}}, "filter.size_factor does nothing"),
+    ({"preset": "dapo", "filter": {"greso": {"hard_at": 0.0}}}, "filter.greso does nothing"),
+    ({"preset": "grpo", "loss": {"engine_correction": {"cap": 3.0}}}, "cap and floor do nothing"),
     ("gpro", "did you mean 'grpo'"),  # not gspo, which is as near by difflib
     ("no_such_thing", "no preset"),
     (3, "expected a preset's name"),
@@ -183,6 +194,17 @@ def test_what_means_nothing_is_refused_with_the_reason(choice: Any, reason: str)
     with pytest.raises(UsageError, match=reason) as caught:
         load_algorithm(choice)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_near_a_refusal_is_taken() -> None:
+    for choice in (
+        {"preset": "grpo_weighted", "rescue": {"success_threshold": 1.0}},  # Eq. 4 asks for it without any rescue
+        {"preset": "lens", "rescue": {"mode": "none"}},  # an ablation of a preset that leaves the defaults as they are
+        {"preset": "lens", "loss": {"ratio": "length_normalised", "purified_ratio": "floor(0.3)"}},
+        {"preset": "archer2", "rescue": {"mode": "purification"}, "loss": {"purified_ratio": "floor(0.3)"}},
+        {"preset": "lens_dapo", "loss": {"kl": "k1"}},  # an estimate in the metrics, and no loss
+    ):
+        load_algorithm(choice)
 
 
 def test_a_path_is_a_preset_and_may_have_a_base(tmp_path: Path) -> None:

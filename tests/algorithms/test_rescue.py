@@ -194,8 +194,11 @@ def test_zero_signal_falls_back_where_the_original_group_teaches() -> None:
     assert rebuild(group(binary(0), binary(8)), original).why == "replaced"
     assert rebuild(group(binary(2), binary(5)), original).why == "replaced"
     # against the mean of Y, 2/8, successes alone teach: nothing to take back
-    against = rebuild_group(group(binary(2), binary(8)), original, seed=0, step=0, against_original=True)
+    against = rebuild_group(group(binary(2), binary(8)), original, seed=0, step=0, learns_from="original")
     assert against.why == "replaced" and against.has_signal
+    # what a baseline of one's own makes of equal rewards nobody knows
+    anything = rebuild_group(group(binary(2), binary(8)), original, seed=0, step=0, learns_from="any")
+    assert anything.why == "replaced" and anything.has_signal
 
 
 def test_union_keeps_every_rollout() -> None:

@@ -31,16 +31,17 @@ def test_rescued_prompts_against_others_of_the_same_a() -> None:
     assert metrics["transfer/matched_difference"] == pytest.approx((2 * 2 / 8 + 1 / 8) / 3)
 
 
-def test_an_early_visit_starts_the_wait_anew_or_changes_nothing() -> None:
+def test_an_early_visit_changes_nothing_whatever_comes_of_it() -> None:
+    """If a failure began the wait anew, only prompts that did well at every visit would be asked: a gain of nothing."""
     tracker = TransferTracker(lag=3)
-    tracker.update(0, [seen("rescued", 0, 4), seen("again", 0, 4)])
-    tracker.update(
-        1, [seen("rescued", 8), seen("again", 1, 1)]
-    )  # solved, too early to count; and not rescued this time
-    metrics = tracker.update(3, [seen("rescued", 4), seen("again", 4)])
-    assert (metrics["transfer/rescued_prompts"], metrics["transfer/other_prompts"]) == (1, 0)
-    metrics = tracker.update(4, [seen("again", 4)])
-    assert (metrics["transfer/rescued_prompts"], metrics["transfer/other_prompts"]) == (1, 1)
+    tracker.update(0, [seen("solved", 0, 4), seen("failed", 0, 4)])
+    metrics = tracker.update(1, [seen("solved", 8), seen("failed", 0, 4)])  # too early to count
+    assert metrics["transfer/rescued_prompts"] == 0
+    metrics = tracker.update(3, [seen("solved", 4), seen("failed", 0, 4)])
+    assert (metrics["transfer/rescued_prompts"], metrics["transfer/other_prompts"]) == (2, 0)
+    assert metrics["transfer/rescued_gain"] == (4 / 8 + 0) / 2
+    metrics = tracker.update(6, [seen("solved", 4), seen("failed", 8)])  # who failed when asked waits from then on
+    assert metrics["transfer/rescued_prompts"] == 3
 
 
 def test_state_survives_a_checkpoint() -> None:

@@ -163,6 +163,29 @@ def test_what_could_never_be_left_out_is_refused(
             load_run(given, overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["rollout.n=1"], r"rollout\.n 1 teaches nothing"),
+        (["rollout.n=1", "algorithm.advantage.baseline=original", "algorithm.advantage.std=none"], None),
+        (["rewards.default.format.weight=0.5"], "format weight of 0.5 .* reaches .*success_threshold 0.5"),
+        (["rewards.default.format.weight=0.49"], None),
+        (["rewards.default.format.weight=0.5", "algorithm.rescue.success_threshold=0.9"], None),
+        (["rewards.sources.gsm8k.format.weight=0.9", "rewards.sources.gsm8k.kind=numeric"], "format weight of 0.9"),
+    ],
+)
+def test_rewards_that_say_something_else_than_they_seem_to_are_refused(
+    tmp_path: Path, overrides: list[str], reason: str | None
+) -> None:
+    given = tmp_path / "RUN.yaml"
+    given.write_text(yaml.safe_dump({**MINIMAL, "algorithm": "lens"}))
+    if reason is None:
+        load_run(given, overrides)
+    else:
+        with pytest.raises(UsageError, match=reason):
+            load_run(given, overrides)
+
+
 def test_only_an_engine_that_tells_its_experts_can_have_them_replayed(tmp_path: Path) -> None:
     given = tmp_path / "RUN.yaml"
     given.write_text(yaml.safe_dump({**MINIMAL, "algorithm": "grpo"}))
