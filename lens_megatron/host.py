@@ -26,8 +26,8 @@ from lens_megatron.errors import RunError, UsageError
 from lens_megatron.evaluation.answering import Limits
 from lens_megatron.evaluation.results import metric_names, step_metrics
 from lens_megatron.evaluation.sets import load_sets, questions, with_benchmark_rules
+from lens_megatron.fingerprints import PassingSums
 from lens_megatron.guards import checks
-from lens_megatron.guards.bits import PassingSums
 from lens_megatron.model_spec import ModelConfig, named_template, template_origin
 from lens_megatron.precision import dtype_name
 from lens_megatron.purification.strategies import Outcome, Signals, purify

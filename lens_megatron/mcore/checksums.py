@@ -17,12 +17,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from lens_megatron.guards.bits import placed_sum
+from lens_megatron.fingerprints import odd_words, placed_sum
 from lens_megatron.mcore.checkpoint_optimizer import optimizer_parts, owned_ranges
 from lens_megatron.mcore.hf_bridge import LocalTensor, local_tensors
 from lens_megatron.mcore.runtime import device
 from lens_megatron.mcore.step import ShardedModel, Trainable
-from lens_megatron.rollout.weight_sync.ledger import odd_words
 
 SCHEME = 2  # of `state_checksums`: those of another one say nothing about the same state
 

@@ -200,7 +200,7 @@ class EmbeddedEngine:
         self._updating, self._version = False, self._next_version
 
     def checksums(self) -> dict[str, str]:
-        """Of every weight that it holds, by its Hugging Face name (weight_sync.ledger.fingerprint)."""
+        """Of every weight that it holds, by its Hugging Face name (fingerprints.fingerprint)."""
         return self._weights.checksums()
 
     @torch.inference_mode()

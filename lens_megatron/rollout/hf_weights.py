@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lens_megatron.errors import RunError
-from lens_megatron.rollout.weight_sync.ledger import fingerprint
+from lens_megatron.fingerprints import fingerprint
 
 
 class HFWeights:

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lens_megatron.fingerprints import fingerprint
 from lens_megatron.mcore.hf_bridge import Holdings, gather
 from lens_megatron.mcore.hf_names import hf_shapes
 from lens_megatron.model_spec import ModelSpec
@@ -21,7 +22,7 @@ from lens_megatron.rollout.weight_sync.buckets import Bucket, Described, view
 from lens_megatron.rollout.weight_sync.checksums import ExpectedChecksums
 from lens_megatron.rollout.weight_sync.config import SyncConfig
 from lens_megatron.rollout.weight_sync.fleet import Fleet
-from lens_megatron.rollout.weight_sync.ledger import Entry, Ledger, fingerprint
+from lens_megatron.rollout.weight_sync.ledger import Entry, Ledger
 from lens_megatron.rollout.weight_sync.probe import Probe
 
 

@@ -12,63 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
-_WIDTH = 4096  # words a row of the fingerprint's matrix
-_CACHED_ROWS = 16
 _MOST_NAMES = 4  # in one message
-_WORDS: dict[tuple[str, int], Tensor] = {}
-
-
-def fingerprint(tensor: Tensor) -> str:
-    """16 hex digits of a tensor's bytes, on its own device, at the speed of one read (two on a GPU).
-
-    The bytes are a matrix of 64-bit words; its column sums are weighed with fixed odd numbers and its row sums with
-    fixed even ones, modulo 2^64. A word so counts an odd number of times, and one changed word always shows: an even
-    number would lose its highest bits. Not cryptographic: it guards against faults, not against people.
-    """
-    bytes_B = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    whole = bytes_B.numel() // (8 * _WIDTH) * (8 * _WIDTH)
-    total = bytes_B.numel()
-    for rows_RW in (bytes_B[:whole].view(torch.int64).view(-1, _WIDTH), _padded(bytes_B[whole:])):
-        if rows_RW.numel():
-            columns_W, rows_R = _sums(rows_RW)
-            weighed_W, weighed_R = columns_W * odd_words(columns_W, 1), rows_R * (odd_words(rows_R, 2) << 1)
-            total = total * 31 + int(weighed_W.sum() + weighed_R.sum())
-    return f"{total % 2**64:016x}"
-
-
-def _sums(rows_RW: Tensor) -> tuple[Tensor, Tensor]:
-    """Over rows and over columns; on a CPU block by block, so that the second sum reads its cache."""
-    if rows_RW.device.type != "cpu":
-        return rows_RW.sum(0), rows_RW.sum(1)
-    columns_W = rows_RW.new_zeros(rows_RW.shape[1])
-    rows = []
-    for block_RW in rows_RW.split(_CACHED_ROWS):
-        columns_W += block_RW.sum(0)
-        rows.append(block_RW.sum(1))
-    return columns_W, torch.cat(rows)
-
-
-def _padded(bytes_B: Tensor) -> Tensor:
-    """As rows of words, the last filled with zeros."""
-    filled_B = bytes_B.new_zeros(-(-bytes_B.numel() // (8 * _WIDTH)) * 8 * _WIDTH)
-    filled_B[: bytes_B.numel()] = bytes_B
-    return filled_B.view(torch.int64).view(-1, _WIDTH)
-
-
-def odd_words(like: Tensor, seed: int, start: int = 0) -> Tensor:
-    """Fixed odd numbers from number `start` on, as many as `like` has elements; the same in every process."""
-    key, stop = (str(like.device), seed), start + like.numel()
-    have = _WORDS.get(key)
-    if have is None or have.numel() < stop:
-        count = max(_WIDTH, 2 * stop)
-        words = torch.arange(1, count + 1, dtype=torch.int64) * (0x9E3779B97F4A7C15 - 2**64) + seed
-        words = (words ^ (words >> 31)) * (0xBF58476D1CE4E5B9 - 2**64)
-        words = (words ^ (words >> 29)) * 0x14D049BB133111EB
-        have = _WORDS[key] = (words | 1).to(like.device)
-    return have[start:stop]
 
 
 @dataclass(frozen=True)
