@@ -110,16 +110,12 @@ def lost_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        # here, for it brings torch, which what starts the workers does without
+        from lens_megatron.mcore.agreement import is_of_transport
+
         if not is_of_transport(error):
             raise
         if workers.is_local_worker():
             sys.exit(workers.LOST_PEER)
         first_line = str(error).splitlines()[0]
         raise RunError(f"rank {workers.rank()}: another process of the run went away ({first_line})") from error
-
-
-def is_of_transport(error: Exception) -> bool:
-    """Another rank went away, or is not heard any more."""
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or "gloo" in str(error)

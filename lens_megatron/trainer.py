@@ -11,13 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lens_megatron import checkpoints, endings, stacks, stopping
+from lens_megatron import checkpoints, stacks, stopping
 from lens_megatron.config import RunConfig
 from lens_megatron.diagnostics import after_update, before_update
 from lens_megatron.engine_side import EngineSide
 from lens_megatron.guards.run_guards import RunGuards
 from lens_megatron.host import Host
 from lens_megatron.mcore import runtime
+from lens_megatron.mcore.agreement import is_of_transport
 from lens_megatron.mcore.checkpoint_run import Saver, resume
 from lens_megatron.mcore.hf_copies import HfCopies
 from lens_megatron.mcore.rendezvous import from_rank_zero
@@ -348,7 +349,7 @@ class Trainer:
         try:
             yield
         except Exception as error:
-            if not endings.is_of_transport(error):
+            if not is_of_transport(error):
                 with self.watch.doing("complete the checkpoint under way", self._saver.rescue_limit_s):
                     self._saver.rescue()
             raise

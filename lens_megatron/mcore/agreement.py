@@ -58,6 +58,11 @@ def everywhere(action: Callable[[], _T]) -> _T:
     return result
 
 
+def is_of_transport(error: Exception) -> bool:
+    """Another rank went away, or is not heard any more."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lens_megatron import checkpoints, endings
+from lens_megatron import checkpoints
 from lens_megatron.checkpoints import CheckpointConfig
 from lens_megatron.errors import RunError
-from lens_megatron.mcore.agreement import one_line
+from lens_megatron.mcore.agreement import is_of_transport, one_line
 from lens_megatron.mcore.hf_files import write_hf_folder
 from lens_megatron.mcore.step import ShardedModel
 from lens_megatron.pruning import Pruner, prune_hf
@@ -45,7 +45,7 @@ class HfCopies:
                 checkpoints.clean_leftovers(self._root)
                 write_hf_folder(target, tensors, self._companions_from, replace=True, template=self._template)
             except Exception as failure:
-                if endings.is_of_transport(failure):
+                if is_of_transport(failure):
                     raise
                 raise RunError(
                     f"{target}: the HF copy was not written ({one_line(failure)}); free space or set checkpoint.hf_every=0, "
