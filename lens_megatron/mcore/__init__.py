@@ -12,7 +12,7 @@ pipeline.py, logprobs.py, noise.py, routing.py   passes over Megatron's schedule
 embedding_gradients.py                           what each prompt token's embedding weighs
 checksums.py                                     of weights and optimizer, whatever the layout
 optimizer.py, host_moments.py, step.py            training steps; Adam's moments on the host
-offload.py                                       off the device and back, for an engine that takes turns
+offload.py, pinning.py                           off the device and back, for an engine that takes turns; pinned host memory
 checkpoint.py, checkpoint_optimizer.py, checkpoint_writer.py, checkpoint_reader.py, checkpoint_run.py   saved and loaded
                                                  in any layout
 checkpoint_index.py, safe_pickle.py, stored_dtypes.py   what is in a checkpoint, read without running anything of it

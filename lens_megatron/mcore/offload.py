@@ -7,14 +7,13 @@ communication buckets all stay valid. A frozen model, the reference, lives on th
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lens_megatron.machine import free_memory_bytes
+from lens_megatron.mcore.pinning import may_pin
 from lens_megatron.mcore.runtime import device
 from lens_megatron.mcore.step import ShardedModel, Trainable
 
@@ -42,8 +41,7 @@ class Residence:
         leaving = self._storages()
         if self._pinned is None:
             sizes = [size for storage, kept in leaving if kept for size in _piece_sizes(storage.nbytes())]
-            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            self._pinned = torch.cuda.is_available() and room_to_pin(sizes, ranks, free_memory_bytes())
+            self._pinned = may_pin(sizes)
         for storage, kept in leaving:
             self._away.append((storage, storage.nbytes(), _host_copy(storage, self._pinned) if kept else None))
         for storage, _, _ in self._away:
@@ -103,8 +101,7 @@ class FrozenOnHost:
     def __init__(self, model: ShardedModel) -> None:
         self._parameters = [parameter for chunk in model.chunks for parameter in chunk.parameters()]
         sizes = [parameter.data.untyped_storage().nbytes() for parameter in self._parameters]
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        pinned = torch.cuda.is_available() and room_to_pin(sizes, ranks, free_memory_bytes())
+        pinned = may_pin(sizes)
         self._on_host = [_kept(parameter.data, pinned) for parameter in self._parameters]
         self.leave()
 
@@ -115,13 +112,6 @@ class FrozenOnHost:
     def leave(self) -> None:
         for parameter, kept in zip(self._parameters, self._on_host, strict=True):
             parameter.data = kept
-
-
-def room_to_pin(sizes: Sequence[int], ranks: int, free: int | None) -> bool:
-    """Pinned memory cannot be swapped out or given to others: no more than half of what is free, over this machine's ranks.
-    torch rounds each tensor up to a power of two."""
-    needed = sum(1 << (size - 1).bit_length() for size in sizes if size > 0)
-    return free is not None and needed * ranks <= free // 2
 
 
 def _kept(tensor: Tensor, pinned: bool) -> Tensor:

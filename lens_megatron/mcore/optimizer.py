@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +20,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import local_multi_tensor_l2_norm
 
 from lens_megatron.errors import UsageError
-from lens_megatron.machine import free_memory_bytes
 from lens_megatron.mcore.host_moments import MomentsOnHost, host_sizes
+from lens_megatron.mcore.pinning import may_pin
 from lens_megatron.mcore.runtime import cuda_literals
 from lens_megatron.mcore.settings import MemoryConfig, OptimizerConfig
 
@@ -154,14 +153,10 @@ def _norm_on_the_device(
 
 def _moments_to_host(inner: Any, share: float) -> None:
     """Megatron-Core's own way, its hybrid optimizer, wants a path of its own and loses weights that are loaded into it."""
-    from lens_megatron.mcore.offload import room_to_pin
-
     for part in getattr(inner, "chained_optimizers", [inner]):
         if getattr(part, "optimizer", None) is None:  # a rank without experts
             continue
-        sizes = host_sizes(part.optimizer, share)
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        pinned = torch.cuda.is_available() and room_to_pin(sizes, ranks, free_memory_bytes())
+        pinned = may_pin(host_sizes(part.optimizer, share))
         part.optimizer = MomentsOnHost(part.optimizer, share, pinned)
 
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from lens_megatron import prompt_signals
-from lens_megatron.mcore.offload import FrozenOnHost, room_to_pin
+from lens_megatron.mcore.offload import FrozenOnHost
 
-GIB = 2**30
 ON_GPU = torch.cuda.is_available()
 
 
@@ -43,15 +42,6 @@ def test_it_visits_the_device_for_each_use(model: Any, offloaded: bool) -> None:
             raise ZeroDivisionError  # it goes back whatever happens
         assert [tensor.data_ptr() for tensor in parameters(model)] == at_home
     assert all(torch.equal(tensor.cpu(), kept) for tensor, kept in zip(parameters(model), before, strict=True))
-
-
-def test_what_may_be_pinned() -> None:
-    sizes = [3 * GIB // 4, GIB, 0]  # as torch rounds them: 1 GiB each
-    assert room_to_pin(sizes, ranks=1, free=4 * GIB)
-    assert not room_to_pin(sizes, ranks=1, free=4 * GIB - 2)
-    assert room_to_pin(sizes, ranks=8, free=32 * GIB)
-    assert not room_to_pin(sizes, ranks=8, free=16 * GIB)
-    assert not room_to_pin(sizes, ranks=1, free=None)  # who does not know does not take
 
 
 @pytest.mark.gpu
