@@ -12,12 +12,12 @@ ends in one of three errors, all of them RunError:
     Refused       the server answered with another status than 200 (`.status`, `.message`)
     BadAnswer     200, and not what SGLang says in such a case (sglang_schema.py)
 
-Reading: `server_info()` (version, sizes), `weight_version()`, `load()`, `is_healthy()`, `ready_within(seconds)`.
+Reading: `server_info()` (version, sizes), `weight_version()`, `load()`, `is_healthy()`.
 Generating: `generate(...)`, `prompt_logprobs(tokens)` (at temperature 1, for probes), `abort_request(id)`, `abort_all()`.
 Weights, in the order of an update: `pause_generation(mode)`, `flush_cache()` (not in mode in_place),
 `begin_weight_update()` where `(await server_info()).has_sessions`, then buckets by `update_weights_from_tensor` or
 `update_weights_from_distributed`, or all by `update_weights_from_disk`, `end_weight_update()`, `continue_generation()`.
-Groups: `init_weights_update_group`, `destroy_weights_update_group`. Memory: `release_memory_occupation(tags)`,
+Groups: `init_weights_update_group`. Memory: `release_memory_occupation(tags)`,
 `resume_memory_occupation(tags)`; resuming a tag that was not released kills the server. `weight_checksums()` fails on CPU.
 """
 
@@ -108,13 +108,6 @@ class SGLangClient:
             self.unwell = error
             return False
         return True
-
-    async def ready_within(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not await self.is_healthy(min(30.0, seconds)):
-            if time.monotonic() > deadline:
-                raise Unreachable(f"{self.url} was not ready within {seconds:g} s")
-            await asyncio.sleep(0.25)
 
     # generating
 
@@ -289,9 +282,6 @@ class SGLangClient:
             "backend": backend,
         }
         await self._succeed("/init_weights_update_group", body, timeout_s)
-
-    async def destroy_weights_update_group(self, group_name: str, timeout_s: float | None = None) -> None:
-        await self._succeed("/destroy_weights_update_group", {"group_name": group_name}, timeout_s)
 
     async def weight_checksums(self, timeout_s: float | None = None) -> Mapping[str, Any]:
         """What weights_checker answers, as it is."""
