@@ -49,9 +49,9 @@ def megatron_to_hf(
         small["config.json"] = config_bytes(checkpoint.hf_config(), main)
         write_small(partial.folder, small)
         partial.close()
-        checkpoints.sync_folder(partial.folder)
+        checkpoints.sync(partial.folder)
         partial.folder.rename(target)
-        checkpoints.sync_folder(target.parent)
+        checkpoints.sync(target.parent)
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:

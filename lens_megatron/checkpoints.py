@@ -137,13 +137,13 @@ def publish(folder: Path) -> None:
     """Give the partial folder of `folder` its name. All its files are on disk already."""
     partial = folder.with_name(folder.name + _PARTIAL)
     for directory in {path.parent for path in partial.rglob("*")} | {partial}:
-        sync_folder(directory)
+        sync(directory)
     old = folder.with_name(folder.name + _REPLACED)
     if folder.exists():  # a run that went back to an earlier checkpoint arrives here again
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     partial.rename(folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -156,12 +156,8 @@ def write_file(path: Path, content: bytes) -> int:
     return len(content)
 
 
-def sync_folder(folder: Path) -> None:
-    """Names in a folder survive a power cut only after this."""
-    sync(folder)
-
-
 def sync(path: Path) -> None:
+    """A file's content, and the names in a folder, survive a power cut only after this."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

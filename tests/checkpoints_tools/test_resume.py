@@ -49,7 +49,7 @@ def _plant_kill(when: str) -> None:
     places: dict[str, list[tuple[Any, str, Any]]] = {
         "writing": [(Unfinished, "finished", count)],
         "completing": [(megatron_target, "write_small", kill), (megatron_to_hf, "write_small", kill)],
-        "renaming": [(checkpoints, "complete", kill), (checkpoints, "sync_folder", kill)],
+        "renaming": [(checkpoints, "complete", kill), (checkpoints, "sync", kill)],
     }
     for place, name, replacement in places[when]:
         setattr(place, name, replacement)
