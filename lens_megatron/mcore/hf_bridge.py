@@ -188,16 +188,17 @@ def take_export(
             with agreement.limited(limit_s):
                 result = take(exported)
         except Exception:
-            _exhaust(exported)  # the others are sending
+            exhaust(exported)
             raise
-        _exhaust(exported)
+        exhaust(exported)
         return result
 
     if dist.get_rank() != 0:
-        _exhaust(exported)
+        exhaust(exported)
     return from_rank_zero(taken, what, silence_s)
 
 
-def _exhaust(tensors: Iterator[tuple[str, Tensor]]) -> None:
+def exhaust(tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """What is left of a gathering: other ranks are sending it."""
     for _ in tensors:
         pass

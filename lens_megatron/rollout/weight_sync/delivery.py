@@ -21,7 +21,7 @@ from lens_megatron.model_spec import ModelSpec
 from lens_megatron.rollout.weight_sync.buckets import Bucket, Described, view
 from lens_megatron.rollout.weight_sync.checksums import ExpectedChecksums
 from lens_megatron.rollout.weight_sync.config import SyncConfig
-from lens_megatron.rollout.weight_sync.fleet import Fleet
+from lens_megatron.rollout.weight_sync.fleet import Fleet, unfinished
 from lens_megatron.rollout.weight_sync.ledger import Entry, Ledger
 from lens_megatron.rollout.weight_sync.probe import Probe
 
@@ -51,8 +51,8 @@ class Delivery:
 
     @property
     def unfinished(self) -> str:
-        """The version's name until it is whole."""
-        return f"unfinished-{self.version}"
+        """The version's name for now."""
+        return unfinished(self.version)
 
     def described(self, stage: int | None = None) -> list[Described]:
         """What will be sent, by one stage or by all, in order."""
@@ -115,8 +115,3 @@ def bucket_numbers(buckets: Sequence[Bucket]) -> dict[str, int]:
 def fingerprints(bucket: Bucket, buffer_B: Tensor) -> dict[str, str]:
     """Of the tensors as they lie in the bucket's bytes."""
     return {slot.name: fingerprint(view(buffer_B, slot)) for slot in bucket.slots}
-
-
-def exhaust(tensors: Iterator[tuple[str, Tensor]]) -> None:
-    for _ in tensors:
-        pass

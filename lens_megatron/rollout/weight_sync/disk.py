@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lens_megatron.fingerprints import fingerprint
+from lens_megatron.mcore.hf_bridge import exhaust
 from lens_megatron.mcore.hf_files import write_hf_folder
-from lens_megatron.rollout.weight_sync.delivery import Delivery, Noted, exhaust
+from lens_megatron.rollout.weight_sync.delivery import Delivery, Noted
 from lens_megatron.rollout.weight_sync.fleet import SyncFailed
 from lens_megatron.rollout.weight_sync.probe import Probe
 from lens_megatron.rollout.weight_sync.snapshot import version_folder, write_proof

@@ -20,11 +20,12 @@ from functools import partial
 import torch.distributed as dist
 from torch import Tensor
 
+from lens_megatron.mcore.hf_bridge import exhaust
 from lens_megatron.mcore.rendezvous import from_rank_zero
 from lens_megatron.mcore.runtime import device
 from lens_megatron.rollout.sglang_client import SGLangClient
 from lens_megatron.rollout.weight_sync.buckets import Bucket, Buffers, plan_buckets
-from lens_megatron.rollout.weight_sync.delivery import Delivery, Member, Noted, bucket_numbers, exhaust, fingerprints
+from lens_megatron.rollout.weight_sync.delivery import Delivery, Member, Noted, bucket_numbers, fingerprints
 from lens_megatron.rollout.weight_sync.fleet import Fleet, SyncFailed
 from lens_megatron.rollout.weight_sync.ledger import Entry
 from lens_megatron.rollout.weight_sync.probe import Probe

@@ -23,6 +23,11 @@ Verb = Callable[[SGLangClient], Coroutine[Any, Any, T]]
 LOOK_SECONDS = 10.0
 
 
+def unfinished(version: int | str) -> str:
+    """What servers call weights until all of them are there and proved, so that no response can pass for one of whole ones."""
+    return f"unfinished-{version}"
+
+
 class SyncFailed(RunError):
     """No server, or not the whole of it, has the new weights by this transport."""
 
@@ -91,8 +96,8 @@ class Fleet:
     # the hand-over
 
     def hold(self, label: str, by_disk: bool, scrambled: Callable[[ServerInfo], bool]) -> None:
-        """Generation paused, no cached key or value left, and weights expected. `label`: the version's name until it is
-        whole, so that no response can pass for one of whole weights."""
+        """Generation paused, no cached key or value left, and weights expected.
+        `label`: the version's `unfinished` name."""
         mode = "abort" if self.config.in_flight == "wait" else self.config.in_flight
         self.each(lambda server: server.pause_generation(mode))
         self.each(lambda server: server.set_weight_version(label))

@@ -19,6 +19,7 @@ from lens_megatron.errors import RunError
 from lens_megatron.output import replace_text
 from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import SGLangClient
+from lens_megatron.rollout.weight_sync.fleet import unfinished
 from lens_megatron.rollout.weight_sync.probe import Bound, Probe
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Snapshots:
 async def _load(client: SGLangClient, folder: Path, proof: dict[str, Any]) -> None:
     try:
         label = proof["label"]
-        await client.update_weights_from_disk(str(folder.resolve()), f"unfinished-{label}")
+        await client.update_weights_from_disk(str(folder.resolve()), unfinished(label))
         probe = _read_proof(proof["probe"])
         answer, _ = await client.prompt_logprobs(f"resync/{label}/", probe.tokens)
         if complaint := probe.complaint(answer):

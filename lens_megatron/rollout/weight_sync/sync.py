@@ -30,7 +30,7 @@ from lens_megatron.rollout.sglang_schema import Generation, ServerInfo
 from lens_megatron.rollout.weight_sync.checksums import ExpectedChecksums, can_be_compared, reported_by_rank
 from lens_megatron.rollout.weight_sync.config import SyncConfig
 from lens_megatron.rollout.weight_sync.delivery import Delivery, Member, Transport
-from lens_megatron.rollout.weight_sync.fleet import Fleet, SyncFailed
+from lens_megatron.rollout.weight_sync.fleet import Fleet, SyncFailed, unfinished
 from lens_megatron.rollout.weight_sync.ledger import Ledger, some
 from lens_megatron.rollout.weight_sync.probe import Probe, bound_for
 from lens_megatron.routed_experts import Routers, Routing
@@ -228,7 +228,7 @@ class WeightSync:
         attempt.ledger, attempt.transport = self._empty_ledger(version, transport.name), transport
         attempt.label = f"{version}.{secrets.token_hex(4)}"
         try:
-            fleet.hold(f"unfinished-{version}", by_disk=transport.name == "disk", scrambled=self._may_be_scrambled)
+            fleet.hold(unfinished(version), by_disk=transport.name == "disk", scrambled=self._may_be_scrambled)
         except SyncFailed as error:
             return str(error)
         attempt.began = time.monotonic()

@@ -22,9 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
+from lens_megatron.mcore.hf_bridge import exhaust
 from lens_megatron.rollout.sglang_client import SGLangClient
 from lens_megatron.rollout.weight_sync.buckets import Bucket, Buffers, plan_buckets
-from lens_megatron.rollout.weight_sync.delivery import Delivery, Noted, bucket_numbers, exhaust, fingerprints
+from lens_megatron.rollout.weight_sync.delivery import Delivery, Noted, bucket_numbers, fingerprints
 from lens_megatron.rollout.weight_sync.probe import Probe
 
 CPU = torch.device("cpu")
