@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import traceback
+import weakref
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -110,13 +111,13 @@ def start(rank: int = 0, world: int = 1) -> tuple[Any, Counter[str]]:
     fake_tensor.CONSTANT_NUMEL_LIMIT = -1  # no numbers behind small tensors: to move one would move it to a real device
     torch._C._set_only_lift_cpu_tensors(True)
     waits: Counter[str] = Counter()
-    last: list[int] = []
+    last: list[Any] = []  # a weak reference: another storage may come to lie where this one was
 
     def read(mode: Any, function: Any, tensor: Any) -> Any:
-        storage = tensor.untyped_storage()._cdata
-        if tensor.is_cuda and last != [storage]:  # tolist() reads one after another
+        storage = tensor.untyped_storage()
+        if tensor.is_cuda and not (last and last[0]() is storage):  # tolist() reads one after another
             waits[place()] += 1
-        last[:] = [storage]
+        last[:] = [weakref.ref(storage)]
         return False if tensor.dtype == torch.bool else 0.0 if tensor.is_floating_point() else 0
 
     fake_impls.op_implementations_dict[torch.ops.aten._local_scalar_dense.default] = read
