@@ -11,7 +11,7 @@ packing.py, batch.py, context.py                 ragged sequences into equal mic
 pipeline.py, logprobs.py, noise.py, routing.py   passes over Megatron's schedules; experts recorded and replayed
 embedding_gradients.py                           what each prompt token's embedding weighs
 checksums.py                                     of weights and optimizer, whatever the layout
-optimizer.py, host_moments.py, step.py            training steps; Adam's moments on the host
+optimizer.py, moments.py, host_moments.py, step.py   training steps; Adam's moments, on the host too
 offload.py, pinning.py                           off the device and back, for an engine that takes turns; pinned host memory
 checkpoint.py, checkpoint_optimizer.py, checkpoint_writer.py, checkpoint_reader.py, checkpoint_run.py   saved and loaded
                                                  in any layout

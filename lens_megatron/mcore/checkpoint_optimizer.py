@@ -7,7 +7,7 @@ are not stored: RUN.yaml says them, and the schedule's position decides the rest
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,17 +22,18 @@ from torch import Tensor
 
 from lens_megatron.errors import RunError
 from lens_megatron.mcore.host_moments import MomentsOnHost
-from lens_megatron.mcore.optimizer import Optimizer, is_torch_adam
+from lens_megatron.mcore.moments import MOMENTS, begin_moments, is_torch_adam
+from lens_megatron.mcore.optimizer import Optimizer, optimizer_parts
 from lens_megatron.mcore.runtime import device
 
-_STATES = ("param", "exp_avg", "exp_avg_sq")
+_STATES = ("param", *MOMENTS)
 
 
 def optimizer_state(optimizer: Optimizer, model_state: dict[str, Any], metadata: dict[str, Any]) -> dict[int, Any]:
     """To be saved. Collective: each data-parallel group gathers its parts on the host of its first rank."""
     options = {**metadata, "distrib_optim_fully_reshardable_mem_efficient": True}
     state = {}
-    for number, part in enumerate(optimizer_parts(optimizer)):
+    for number, part in enumerate(optimizer_parts(optimizer.inner)):
         _ensure_moments(part)
         with _places_without_padding(part):
             state[number] = part.sharded_param_state_fully_reshardable(model_state, metadata=options) or {}
@@ -68,7 +69,7 @@ def load_optimizer(optimizer: Optimizer, model_state: dict[str, Any], folder: Pa
         for place in nested_values(model_state)
         if isinstance(place, (ShardedTensor, ShardedTensorFactory))
     }
-    owned = [(part, *own) for part in optimizer_parts(optimizer) for own in owned_ranges(part)]
+    owned = [(part, *own) for part in optimizer_parts(optimizer.inner) for own in owned_ranges(part)]
     values: list[dict[str, Tensor]] = [{} for _ in owned]
     for kind in _STATES:
         wanted = {number: _stored(kind, places[id(own[1])]) for number, own in enumerate(owned)}
@@ -77,7 +78,7 @@ def load_optimizer(optimizer: Optimizer, model_state: dict[str, Any], folder: Pa
             values[number][kind] = found["state"][number].flatten()[start:stop].clone()
     stepped: list[dict[str, Any]] = []
     step_devices: dict[int, torch.device] = {}
-    for part in optimizer_parts(optimizer):
+    for part in optimizer_parts(optimizer.inner):
         _ensure_moments(part)
         # Megatron-Core's setter wants every entry of a state, and the step is no tensor of the file
         for state in part.optimizer.state.values():
@@ -90,7 +91,7 @@ def load_optimizer(optimizer: Optimizer, model_state: dict[str, Any], folder: Pa
     for state in stepped:
         # a tensor each: torch's AdamW adds 1 in place, once for every parameter
         state["step"] = torch.tensor(float(adam_step), dtype=torch.float32, device=step_devices[id(state)])
-    for part in optimizer_parts(optimizer):
+    for part in optimizer_parts(optimizer.inner):
         if not is_torch_adam(part.optimizer):
             for group in part.optimizer.param_groups:
                 group["step"] = adam_step
@@ -98,7 +99,7 @@ def load_optimizer(optimizer: Optimizer, model_state: dict[str, Any], folder: Pa
 
 def adam_step(optimizer: Optimizer) -> int:
     """How many updates Adam's bias correction has seen: one number for all parameters and ranks. Collective."""
-    seen = {step for part in optimizer_parts(optimizer) for step in _adam_steps(part.optimizer)}
+    seen = {step for part in optimizer_parts(optimizer.inner) for step in _adam_steps(part.optimizer)}
     # a rank may own no part of any parameter; it takes the others' number
     bounds = torch.tensor([max(seen, default=-1), -min(seen, default=2**31)], dtype=torch.int64, device=device())
     dist.all_reduce(bounds, dist.ReduceOp.MAX)
@@ -142,11 +143,6 @@ def set_random_states(states: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def optimizer_parts(optimizer: Optimizer) -> Sequence[Any]:
-    parts = getattr(optimizer.inner, "chained_optimizers", [optimizer.inner])
-    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
-
-
 def owned_ranges(part: Any) -> Iterator[tuple[Tensor, int, int]]:
     """Parameters of which this rank updates a part, and which part: elements [start, stop) of the flattened tensor."""
     for buffer in part.gbuf_ranges:
@@ -166,21 +162,14 @@ def _stored(kind: str, place: Any) -> Any:
 
 
 def _ensure_moments(part: Any) -> None:
-    """Before the first update there are none; with zeros the first update is the same."""
+    """Before the first update there are none."""
     inner = part.optimizer
     for group in inner.param_groups:
         for parameter in group["params"]:
             if isinstance(inner, MomentsOnHost):
                 inner.first_state(parameter, group)
-                continue
-            state = inner.state[parameter]
-            if "exp_avg" not in state:
-                state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
-                if is_torch_adam(inner):
-                    # one fused kernel counts on the GPU, the others on the host
-                    where = parameter.device if group["fused"] else None
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=where)
+            else:
+                begin_moments(inner, parameter, group, parameter.device)
 
 
 def _adam_steps(inner: Any) -> set[int]:

@@ -18,8 +18,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from lens_megatron.fingerprints import odd_words, placed_sum
-from lens_megatron.mcore.checkpoint_optimizer import optimizer_parts, owned_ranges
+from lens_megatron.mcore.checkpoint_optimizer import owned_ranges
 from lens_megatron.mcore.hf_bridge import LocalTensor, local_tensors
+from lens_megatron.mcore.optimizer import optimizer_parts
 from lens_megatron.mcore.runtime import device
 from lens_megatron.mcore.step import ShardedModel, Trainable
 
@@ -82,7 +83,7 @@ def state_checksums(policy: Trainable) -> dict[str, int]:
             counted[id(local.parameter)] = _Place.of(local)
     kinds = ("param", "exp_avg", "exp_avg_sq")
     sums = {kind: torch.zeros((), dtype=torch.int64, device=device()) for kind in kinds}
-    for part in optimizer_parts(policy.optimizer):
+    for part in optimizer_parts(policy.optimizer.inner):
         for parameter, start, _ in owned_ranges(part):
             if (place := counted.get(id(parameter))) is not None:
                 states = part._get_main_param_and_optimizer_states(parameter)

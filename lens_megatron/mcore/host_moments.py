@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+from lens_megatron.mcore.moments import MOMENTS, begin_moments
 
 
 class MomentsOnHost(torch.optim.AdamW):
@@ -32,16 +32,9 @@ class MomentsOnHost(torch.optim.AdamW):
 
     def first_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Zeros where they belong."""
-        state = self.state[parameter]
-        if "exp_avg" not in state:
-            at_home = id(parameter) in self._at_home
-            where = torch.device("cpu") if at_home else parameter.device
-            pin = at_home and self._pinned
-            for name in _MOMENTS:
-                state[name] = torch.zeros(parameter.shape, dtype=torch.float32, device=where, pin_memory=pin)
-            # one fused kernel counts on the GPU, the others on the host
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if group["fused"] else "cpu")
-        return state
+        at_home = id(parameter) in self._at_home
+        where = torch.device("cpu") if at_home else parameter.device
+        return begin_moments(self, parameter, group, where, at_home and self._pinned)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -78,10 +71,10 @@ class MomentsOnHost(torch.optim.AdamW):
         """Their way begins; the answer waits for its end."""
         state = self.first_state(parameter, group)
         if state["exp_avg"].device == parameter.device:
-            return lambda: [state[name] for name in _MOMENTS]
+            return lambda: [state[name] for name in MOMENTS]
         to_gpu, _ = self._streams()
         with torch.cuda.stream(to_gpu):
-            moments = [state[name].to(parameter.device, non_blocking=True) for name in _MOMENTS]
+            moments = [state[name].to(parameter.device, non_blocking=True) for name in MOMENTS]
             there = to_gpu.record_event()
 
         def arrived() -> list[Tensor]:
@@ -99,7 +92,7 @@ class MomentsOnHost(torch.optim.AdamW):
         _, to_host = self._streams()
         to_host.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(to_host):
-            for name, moment in zip(_MOMENTS, moments, strict=True):
+            for name, moment in zip(MOMENTS, moments, strict=True):
                 state[name].copy_(moment, non_blocking=True)
                 moment.record_stream(to_host)
 
@@ -111,7 +104,7 @@ class MomentsOnHost(torch.optim.AdamW):
 
 def host_sizes(adam: torch.optim.Optimizer, share: float) -> list[int]:
     """Bytes of each tensor that would live on the host."""
-    return [4 * parameter.numel() for parameter in _first(adam, share) for _ in _MOMENTS]
+    return [4 * parameter.numel() for parameter in _first(adam, share) for _ in MOMENTS]
 
 
 def _first(adam: torch.optim.Optimizer, share: float) -> list[Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lens_megatron.mcore.optimizer import optimizer_parts
 from lens_megatron.mcore.pinning import may_pin
 from lens_megatron.mcore.runtime import device
 from lens_megatron.mcore.step import ShardedModel, Trainable
@@ -81,8 +82,7 @@ class Residence:
                     yield buffer.param_data, True
             for parameter in chunk.parameters():
                 yield parameter.data, True
-        inner = self._policy.optimizer.inner
-        for part in getattr(inner, "chained_optimizers", [inner]):
+        for part in optimizer_parts(self._policy.optimizer.inner):
             for group in part.optimizer.param_groups:
                 for parameter in group["params"]:
                     yield parameter.data, True

@@ -21,6 +21,7 @@ from megatron.core.utils import local_multi_tensor_l2_norm
 
 from lens_megatron.errors import UsageError
 from lens_megatron.mcore.host_moments import MomentsOnHost, host_sizes
+from lens_megatron.mcore.moments import is_torch_adam
 from lens_megatron.mcore.pinning import may_pin
 from lens_megatron.mcore.runtime import cuda_literals
 from lens_megatron.mcore.settings import MemoryConfig, OptimizerConfig
@@ -47,7 +48,7 @@ class Optimizer:
                 return norm, self.learning_rate(), False
             # The schedule moves first: with warm-up over w steps, the first step takes lr/w, not 0.
             self.scheduler.step(increment=int(advance_schedule))
-            for part in getattr(self.inner, "chained_optimizers", [self.inner]):
+            for part in optimizer_parts(self.inner):
                 gradients = [p.grad for p in part.get_parameters() if p.grad is not None]
                 share = part.config.clip_grad / (norm + 1e-6)
                 if 0 < share < 1 and gradients:
@@ -63,6 +64,13 @@ class Optimizer:
 
     def learning_rate(self) -> float:
         return max((float(group["lr"]) for group in self.inner.param_groups), default=0.0)
+
+
+def optimizer_parts(inner: Any) -> list[Any]:
+    """Those that Megatron-Core chained, of dense parameters and of experts. Not the stubs of a rank that has nothing of the
+    kind to train: they hold no optimizer, no state and no gradients, and are there for collectives alone."""
+    parts = getattr(inner, "chained_optimizers", [inner])
+    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
 
 
 def with_gradient_buffers(
@@ -153,24 +161,17 @@ def _norm_on_the_device(
 
 def _moments_to_host(inner: Any, share: float) -> None:
     """Megatron-Core's own way, its hybrid optimizer, wants a path of its own and loses weights that are loaded into it."""
-    for part in getattr(inner, "chained_optimizers", [inner]):
-        if getattr(part, "optimizer", None) is None:  # a rank without experts
-            continue
+    for part in optimizer_parts(inner):
         pinned = may_pin(host_sizes(part.optimizer, share))
         part.optimizer = MomentsOnHost(part.optimizer, share, pinned)
 
 
 def _set_fused(inner: Any, fused: bool | None) -> None:
     """Megatron-Core constructs torch's AdamW without a word about it; the groups can still be told."""
-    for part in getattr(inner, "chained_optimizers", [inner]):
-        adam: Any = getattr(part, "optimizer", None)
-        if is_torch_adam(adam):
+    for part in optimizer_parts(inner):
+        if is_torch_adam(part.optimizer):
             wanted = torch.cuda.is_available() if fused is None else fused
-            for group in adam.param_groups:
+            for group in part.optimizer.param_groups:
                 group.update(fused=wanted, foreach=False if wanted else group.get("foreach"))
-        elif fused is False and adam is not None:
+        elif fused is False:
             raise UsageError("optimizer.fused: Transformer Engine's Adam knows no other way: leave it out")
-
-
-def is_torch_adam(inner: Any) -> bool:
-    return isinstance(inner, torch.optim.AdamW | torch.optim.Adam)

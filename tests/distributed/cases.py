@@ -184,6 +184,7 @@ def bf16_update(
     folder: Path, layout: ParallelConfig, sequences: Sequence[Tensor], data: reference.LossData, budget: int
 ) -> tuple[float, float, dict[str, Tensor]]:
     """Share of bf16 weights that one small update changed, share of fp32 main weights, and the exported weights."""
+    from lens_megatron.mcore.optimizer import optimizer_parts
     from lens_megatron.mcore.settings import OptimizerConfig
     from lens_megatron.mcore.step import build_trainable, train_step
 
@@ -193,7 +194,7 @@ def bf16_update(
     before = {name: tensor.clone() for name, tensor in policy.export_hf()}
     main = [
         parameter
-        for part in getattr(policy.optimizer.inner, "chained_optimizers", [policy.optimizer.inner])
+        for part in optimizer_parts(policy.optimizer.inner)
         for group in part.shard_fp32_from_float16_groups
         for parameter in group
     ]

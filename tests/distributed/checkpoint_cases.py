@@ -138,7 +138,7 @@ def resumed_with_states_of_the_engine(folder: Path, layout: ParallelConfig, sour
 
 @torch.no_grad()
 def _spoil(optimizer: Any, what: str) -> None:
-    for part in checkpoint_optimizer_parts(optimizer):
+    for part in _parts(optimizer):
         states = list(part.optimizer.state.values())
         if what == "shared step":
             for state in states:
@@ -150,10 +150,10 @@ def _spoil(optimizer: Any, what: str) -> None:
             largest[what].zero_()
 
 
-def checkpoint_optimizer_parts(optimizer: Any) -> Any:
-    from lens_megatron.mcore import checkpoint_optimizer
+def _parts(optimizer: Any) -> Any:
+    from lens_megatron.mcore.optimizer import optimizer_parts
 
-    return checkpoint_optimizer.optimizer_parts(optimizer)
+    return optimizer_parts(optimizer.inner)
 
 
 def moments(folder: Path, layout: ParallelConfig, source: Path) -> tuple[list[int], float]:
@@ -162,9 +162,7 @@ def moments(folder: Path, layout: ParallelConfig, source: Path) -> tuple[list[in
 
     trainable = policy(folder, layout)
     checkpoint.load(trainable, source)
-    steps = [
-        s["step"] for part in checkpoint_optimizer_parts(trainable.optimizer) for s in part.optimizer.state.values()
-    ]
+    steps = [s["step"] for part in _parts(trainable.optimizer) for s in part.optimizer.state.values()]
     return [len(steps), len({id(step) for step in steps})], max((float(step) for step in steps), default=2.0)
 
 
@@ -434,7 +432,7 @@ def weights_only(folder: Path, layout: ParallelConfig, source: Path) -> list[dic
         load(again, source)
         assert again.optimizer.scheduler.num_steps == (2 if load is checkpoint.load else 0)
         # a master weight that kept the HF folder's value would come back with the next update
-        for part in checkpoint_optimizer_parts(again.optimizer):
+        for part in _parts(again.optimizer):
             part._copy_main_params_to_model_params()
         for chunk in again.chunks:
             chunk.start_param_sync(force_sync=True)

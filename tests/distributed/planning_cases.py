@@ -97,7 +97,7 @@ def allocated(
         accumulate_gradients(policy, sequences, cases._loss(sequences, data), budget)
     assert living.now == 0, "something was kept after the backward pass"
     policy.optimizer.step()
-    parts = getattr(policy.optimizer.inner, "chained_optimizers", [policy.optimizer.inner])
+    parts = ours.optimizer_parts(policy.optimizer.inner)
     main = [p for part in parts for group in part.shard_fp32_from_float16_groups for p in group]
     states = [state for part in parts for state in part.optimizer.state.values()]
     packs = plan_for_this_layout([len(sequence) for sequence in sequences], budget, policy.config)

@@ -173,7 +173,7 @@ def with_and_without_reuse(
 
 def updated_weights(folder: Path, fused: bool | None) -> tuple[list[bool | None], dict[str, Tensor]]:
     """Two updates by torch's AdamW as one kernel or as many: what its groups say, and the weights."""
-    from lens_megatron.mcore.optimizer import OptimizerConfig
+    from lens_megatron.mcore.optimizer import OptimizerConfig, optimizer_parts
     from lens_megatron.mcore.step import build_trainable
     from lens_megatron.update import UpdateConfig, evaluate_samples, update_policy
 
@@ -183,5 +183,5 @@ def updated_weights(folder: Path, fused: bool | None) -> tuple[list[bool | None]
     update = UpdateConfig(tokens_per_microbatch=64, minibatches=2)
     evaluated = evaluate_samples(groups_for(algorithm), policy, None, algorithm.loss, update, 1.0)
     update_policy(policy, evaluated, algorithm.loss, update, 1.0)
-    groups = [group for part in policy.optimizer.inner.chained_optimizers for group in part.optimizer.param_groups]
+    groups = [group for part in optimizer_parts(policy.optimizer.inner) for group in part.optimizer.param_groups]
     return [group["fused"] for group in groups], {n: t.clone() for n, t in policy.export_hf()}

@@ -97,6 +97,7 @@ def moments_on_the_host(share: float) -> dict[str, Any]:
     from benchmarks.fake_cuda import fused
     from benchmarks.fake_cuda.trace import Trace
     from lens_megatron.mcore.layout import ParallelConfig
+    from lens_megatron.mcore.optimizer import optimizer_parts
     from lens_megatron.model_spec import load_model_spec
 
     trace = Trace(waits)
@@ -110,8 +111,7 @@ def moments_on_the_host(share: float) -> dict[str, Any]:
             for chunk in policy.chunks:
                 chunk.zero_grad_buffer()
             policy.optimizer.step()
-        parts = getattr(policy.optimizer.inner, "chained_optimizers", [policy.optimizer.inner])
-        states = [state for part in parts for state in part.optimizer.state.values()]
+        states = [state for part in optimizer_parts(policy.optimizer.inner) for state in part.optimizer.state.values()]
         held = dict.fromkeys(("cpu", "cuda"), 0)
         for state in states:
             for name in ("exp_avg", "exp_avg_sq"):
