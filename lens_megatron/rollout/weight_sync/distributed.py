@@ -119,16 +119,24 @@ class DistributedTransport:
             self._send(buckets, noted.passing(tensors, bucket_numbers(buckets)), sent, board, delivery)
         except Stopped:
             problem = "stopped"
+            self._abandon()
         except Exception as error:  # whatever torch raises of a broken group: told to rank 0, never left to hang
             problem = f"rank {dist.get_rank()}: {type(error).__name__}: {str(error).splitlines()[0]}{advice(error)}"
             board.stop(problem)
+            self._abandon()
         return noted.entries, sent, noted.checksums.expected() if noted.checksums else {}, problem
+
+    def _abandon(self) -> None:
+        """At once, before the rest of the model is gathered: its connections are what the servers still wait for."""
+        if self._group is not None:
+            self._group.abandon()
+        self._group = None
+        self._kept = []  # somebody may still be sent what is in them
 
     def _meet(self, delivery: Delivery, stage: int, board: Board) -> None:
         if delivery.members == self._members:
             return
-        if self._group is not None:
-            self._group.abandon()
+        self._abandon()
         size = 1 + sum(member.ranks for member in delivery.members)
         address = self._address or address_towards(delivery.members[0].url)
         # apart from the groups of other runs, and of this rank's earlier ones, at the same servers
@@ -205,10 +213,8 @@ class DistributedTransport:
         dist.all_gather_object(reports, report)
         reason = board.read("stop") if board.stopped() else ""
         self._members = () if reason else delivery.members
-        if reason and self._group is not None:
-            self._group.abandon()
-            self._group = None
-            self._kept = []  # somebody may still be sent what is in them
+        if reason:
+            self._abandon()
         if delivery.ledger is None:
             return
         for entries, sent, checksums, _ in reports:
@@ -223,9 +229,7 @@ class DistributedTransport:
         pass
 
     def close(self) -> None:
-        if self._group is not None:
-            self._group.abandon()
-            self._group = None
+        self._abandon()
 
 
 async def _receive(server: SGLangClient, bucket: Bucket, group: str, unfinished: str) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -20,9 +21,10 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 T = TypeVar("T")
-# The sync gives up before the backend does: NCCL then ends the process. gloo keeps whoever breaks the group up waiting until
-# a broadcast that nobody answers is over.
+# The sync gives up before the backend does. gloo keeps whoever breaks the group up waiting until a broadcast that nobody
+# answers is over; NCCL waits so long for its own abort.
 _MARGIN_S = {"nccl": 30.0, "gloo": 1.0}
+_NO_WATCHDOG = "TORCH_NCCL_BLOCKING_WAIT"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -49,15 +51,16 @@ class GroupWithServers:
 
     def join(self, stopped: Callable[[], bool]) -> None:
         def meet() -> None:
-            self._group, _ = c10d._new_process_group_helper(
-                self.size,
-                0,
-                [],
-                c10d.Backend(self._backend),
-                c10d.PrefixStore(self.name, self._store),
-                group_name=self.name,  # type: ignore[arg-type]
-                timeout=datetime.timedelta(seconds=self._limit_s + _MARGIN_S[self._backend]),
-            )
+            with _without_watchdog():
+                self._group, _ = c10d._new_process_group_helper(
+                    self.size,
+                    0,
+                    [],
+                    c10d.Backend(self._backend),
+                    c10d.PrefixStore(self.name, self._store),
+                    group_name=self.name,  # type: ignore[arg-type]
+                    timeout=datetime.timedelta(seconds=self._limit_s + _MARGIN_S[self._backend]),
+                )
             c10d._world.pg_group_ranks[self._group] = {rank: rank for rank in range(self.size)}
 
         self._within_limit(meet, "to join the group", stopped)
@@ -119,6 +122,24 @@ class GroupWithServers:
         if group is not None:
             # some backends wait for the pending broadcast in here: until its time is up, in a thread of its own
             threading.Thread(target=_break_up, args=(group,), daemon=True).start()
+
+
+@contextlib.contextmanager
+def _without_watchdog() -> Iterator[None]:
+    """Around the making of a group: its constructor alone reads this.
+
+    torch watches every NCCL group in a thread that ends the process a minute after a broadcast has failed, though the sync
+    has long gone on without the server that died. Without it `is_completed` still asks NCCL, and `wait` raises what it said.
+    """
+    before = os.environ.get(_NO_WATCHDOG)
+    os.environ[_NO_WATCHDOG] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_WATCHDOG]
+        else:
+            os.environ[_NO_WATCHDOG] = before
 
 
 def _break_up(group: Any) -> None:

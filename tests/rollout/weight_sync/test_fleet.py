@@ -86,3 +86,52 @@ def test_a_server_restarted_at_its_address_gets_a_new_group(monkeypatch: pytest.
     assert len(made) == 1
     meet(2)
     assert made[1] == "abandoned" and len(made) == 3
+
+
+@pytest.mark.parametrize("fails_with", [RuntimeError("NCCL: remote process exited"), distributed.Stopped()])
+def test_a_broken_group_is_left_before_the_rest_is_gathered(
+    monkeypatch: pytest.MonkeyPatch, fails_with: Exception
+) -> None:
+    """Gathering takes as long as the rest of the model does, and so long the servers would wait in it."""
+    order: list[str] = []
+
+    class Group:
+        port = 1
+
+        def __init__(self, *_: Any) -> None: ...
+
+        def join(self, stopped: Any) -> None:
+            raise fails_with
+
+        def abandon(self) -> None:
+            order.append("abandoned")
+
+    monkeypatch.setattr(distributed, "GroupWithServers", Group)
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed, "Board", lambda _: SimpleNamespace(put=lambda *_: None, **_stopped()))
+    monkeypatch.setattr(distributed, "exhaust", lambda _: order.append("gathered"))
+    monkeypatch.setattr(distributed, "plan_buckets", lambda *_: [])
+    monkeypatch.setattr(distributed, "from_rank_zero", lambda *_: None)
+    transport: Any = distributed.DistributedTransport("gloo", "127.0.0.1")
+    monkeypatch.setattr(transport, "_tell_servers", lambda *_: None)
+    monkeypatch.setattr(transport, "_conclude", lambda *_: order.append("concluded"))
+    transport.transfer(_delivery(Member("http://s", 1, 1)))
+    assert order == ["abandoned", "gathered", "concluded"]
+
+
+def _stopped() -> dict[str, Any]:
+    return {"stop": lambda _: None, "stopped": lambda: False, "read": lambda _: ""}
+
+
+def _delivery(*members: Member) -> Any:
+    """Of one rank's model."""
+    holdings = SimpleNamespace(stages=[0], leader_of=lambda _: 0)
+    return SimpleNamespace(
+        holdings=holdings,
+        config=SyncConfig(),
+        members=members,
+        checksums=None,
+        most_bytes=1,
+        described=lambda _: [],
+        tensors=lambda *_: iter([]),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -84,3 +85,23 @@ def test_a_first_broadcast_that_does_not_return(
     finally:
         over.set()
     assert time.monotonic() - began < (0.1 if others_stop else LIMIT_S) + 3
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_nccl_has_no_watchdog_that_would_end_the_trainer(monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+    """torch reads the variable when it makes a group. Those of the trainer itself keep what the user chose."""
+    if before is None:
+        monkeypatch.delenv("TORCH_NCCL_BLOCKING_WAIT", raising=False)
+    else:
+        monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", before)
+    seen: list[str | None] = []
+
+    def make(*_: Any, **__: Any) -> tuple[str, None]:
+        seen.append(os.environ.get("TORCH_NCCL_BLOCKING_WAIT"))
+        return "group", None
+
+    monkeypatch.setattr(c10d, "_new_process_group_helper", make)
+    monkeypatch.setitem(c10d._world.pg_group_ranks, "group", {})  # and taken out again
+    GroupWithServers("watched", 2, "127.0.0.1", "nccl", LIMIT_S).join(never)
+    assert seen == ["1"]
+    assert os.environ.get("TORCH_NCCL_BLOCKING_WAIT") == before
