@@ -31,6 +31,7 @@ FAULTS = (
     "error_400",
     "first_dropped",
     "no_success",
+    "stuck_by_group",
 )
 
 
@@ -62,6 +63,7 @@ class Stub:
         self.weight_version, self.in_session, self.finished_tokens = "default", False, 0
         self.update_seconds = 0.0  # that it takes over new weights
         self.stages = 1
+        self.stuck = False  # a broadcast that failed is for ever under way on its GPU
         self.released: set[str] = set()  # kinds of memory
         self.running: dict[str, Request] = {}
         self.in_cache = True  # what runs; not while it is retracted
@@ -84,6 +86,7 @@ class Stub:
                 web.post("/flush_cache", self.flush),
                 web.post("/begin_weight_update", self.begin),
                 web.post("/end_weight_update", self.end),
+                web.post("/init_weights_update_group", self.join_group),
                 web.post("/update_weights_from_disk", self.update),
                 web.post("/update_weights_from_tensor", self.update_in_session),
                 web.post("/update_weights_from_distributed", self.update_in_session),
@@ -99,6 +102,8 @@ class Stub:
         open_to_all = request.path.startswith("/health") or not self.api_key
         if not open_to_all and request.headers.get("Authorization") != f"Bearer {self.api_key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
+        if self.stuck and (request.path == "/flush_cache" or request.path.startswith("/update_weights_from")):
+            await asyncio.Event().wait()
         return await handler(request)
 
     async def health(self, request: web.Request) -> web.Response:
@@ -272,6 +277,10 @@ class Stub:
         if fits:
             self.in_session = then
         return _success(fits, "ok" if fits else "the session is in another state")
+
+    async def join_group(self, request: web.Request) -> web.Response:
+        self.stuck = self.fault == "stuck_by_group"
+        return _success(False, "a stub joins no group")
 
     async def update(self, request: web.Request) -> web.Response:
         body = await request.json()

@@ -191,6 +191,9 @@ class _Driver:
 
     def end_update(self, synced: Any, label: str) -> None: ...
 
+    def restart_servers(self, silent: Any, reason: str) -> bool:
+        return False
+
 
 def transports(
     model: Path, folder: Path, server: Any, rounds: int, names: Sequence[str] = TRANSPORTS

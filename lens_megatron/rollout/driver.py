@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from lens_megatron.types import Prompt, PurifiedPrompt
 
 # done at once, also while sampling; the engine's own by engines that are servers
-ASIDE = ("servers", "begin_update", "end_update", "reward_health")
+ASIDE = ("servers", "restart_servers", "begin_update", "end_update", "reward_health")
 SILENCE_SECONDS = 60.0  # without a beat: the process is stopped or the machine swaps
 START_SECONDS = 600.0
 COMMAND_SECONDS = 600.0
@@ -103,6 +103,10 @@ class RolloutDriver:
     def end_update(self, synced: Sequence[ServerAddress], label: str | None = None) -> None:
         """`synced`: the servers that hold the version of begin_update whole. `label`: what they call it."""
         self._call("end_update", synced, label)
+
+    def restart_servers(self, silent: Sequence[ServerAddress], reason: str) -> bool:
+        """Those of them that the run started itself. Whether any is on its way back: `begin_update`, once more, waits."""
+        return self._call("restart_servers", silent, reason)
 
     def load_weights(self, buckets: Iterable[Mapping[str, torch.Tensor]], version: int) -> None:
         """All weights by Hugging Face name, bucket by bucket; one bucket is held at a time."""

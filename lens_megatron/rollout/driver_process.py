@@ -122,8 +122,8 @@ def execute(sampler: Sampler, buffer: SharedBuffer | None, command: str, args: t
     if command == "update":
         assert buffer is not None
         return engine.update(buffer.read(*args))
-    if command == "servers":
-        return getattr(engine, command)()  # only some engines work with servers
+    if command in ("servers", "restart_servers"):
+        return getattr(engine, command)(*args)  # only some engines work with servers
     if command == "weight_checksums":
         checksums = getattr(engine, "checksums", None)
         return checksums() if checksums is not None else None

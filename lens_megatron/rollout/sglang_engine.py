@@ -152,6 +152,11 @@ class SGLangEngine:
         self._raise_failure()
         self._loop.run(self._end_update(synced, label))
 
+    def restart_servers(self, silent: Sequence[ServerAddress], reason: str) -> bool:
+        """Of an update that reached none: begin it anew to wait for them. Whether any is on its way back."""
+        self._raise_failure()
+        return self._loop.run(self._pool.restart(silent, reason))
+
     def servers(self) -> list[ServerAddress]:
         """Those that answer."""
         self._raise_failure()

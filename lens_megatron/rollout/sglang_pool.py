@@ -147,6 +147,15 @@ class ServerPool:
         for seat in self.seats:
             seat.quarantine(f"weights of version {version} are on their way")
 
+    async def restart(self, silent: Sequence[ServerAddress], reason: str) -> bool:
+        """In an update that reached none: those of them that are this run's own. Whether any is on its way back."""
+        starts = {(address.url, address.start) for address in silent}
+        own = [seat for seat in self.seats if seat.process is not None]
+        for seat in own:
+            if (seat.client.url, seat.starts) in starts:
+                self.lost(seat, reason)
+        return any(seat.state == "starting" for seat in own)
+
     async def end_update(
         self, synced: Sequence[ServerAddress], label: str | None = None
     ) -> list[tuple[Seat, Job, Generation]]:

@@ -13,7 +13,7 @@ from benchmarks.sglang_stub import Stub, serve
 async def run() -> None:
     settings = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
     seconds, vocab = float(os.environ["TOKEN_SECONDS"]), int(os.environ.get("VOCAB", "50000"))
-    stub = Stub("0.5.21", seconds, 64, settings["api-key"], "none", vocab)
+    stub = Stub("0.5.21", seconds, 64, settings["api-key"], os.environ.get("FAULT", "none"), vocab)
     stub.weight_version = settings["weight-version"]
     await serve(stub, settings["port"])
 

@@ -410,6 +410,9 @@ class Servers(EmbeddedEngine):
     def end_update(self, synced: Any = (), label: str | None = None) -> None:
         self.log.append(synced)
 
+    def restart_servers(self, silent: Any, reason: str) -> bool:
+        return (silent, reason) == (["two"], "made up")
+
 
 def make_servers(reward: Any = slow) -> Sampler:
     engine = Servers(tiny.model(0), slots=8)
@@ -423,6 +426,7 @@ def test_servers_are_updated_while_sampling(fresh: Any) -> None:
     driver.start_sampling(PROMPTS, [None] * len(PROMPTS), 1)
     assert driver.servers() == ["one", "two"]
     assert driver.begin_update(3) is None
+    assert driver.restart_servers(["two"], "made up") is True
     assert driver.end_update(["one"]) is None
     with pytest.raises(RunError, match=r"told of \[3, \['one'\]\]"):  # an error aside is not the sampling's
         driver.servers()

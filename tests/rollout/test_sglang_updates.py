@@ -63,6 +63,14 @@ def test_a_server_that_came_back_during_a_sync_only_waits_for_the_next() -> None
         assert (seat.starts, len(engine._pool.ready())) == (2, 2)
 
 
+def test_servers_that_somebody_else_runs_are_not_started_again() -> None:
+    with stubs([]) as one, engine_of(one) as engine:
+        engine.begin_update(4)
+        assert not engine.restart_servers(engine.servers(), "made up")
+        assert [seat.state for seat in engine._pool.seats] == ["quarantined"]
+        end_update(engine, 4)
+
+
 def test_what_a_server_answered_before_it_was_lost_does_not_condemn_it_when_it_is_back() -> None:
     with stubs(["--token-seconds", "0.01"]) as one, engine_of(one) as engine:
         (seat,) = engine._pool.seats

@@ -37,12 +37,16 @@ class FakeDriver:
         self.labels.append(label)
         self.synced.append([address.url for address in synced])
 
+    def restart_servers(self, silent: Sequence[Any], reason: str) -> bool:
+        return False  # they are somebody else's
+
 
 @dataclass
 class Held:
     policy: Any
     sync: Any
     driver: FakeDriver | None
+    engine: Any = None  # in the driver's place: starts servers, and starts them again
 
 
 _held: Held | None = None
@@ -78,7 +82,26 @@ def close_trainer() -> None:
     global _held
     if _held is not None:
         _held.sync.close()
+        if _held.engine is not None:
+            _held.engine.close()
     _held = None
+
+
+def start_servers(config: Any, count: int, logs: Path) -> None:
+    """Of an engine, which the sync of this rank 0 then speaks to in place of the driver."""
+    from lens_megatron.rollout.sglang_engine import SGLangEngine
+    from lens_megatron.rollout.sglang_seat import seats
+
+    if dist.get_rank() == 0:
+        assert _held is not None
+        _held.engine = _held.sync._servers = SGLangEngine(seats(config, count, "m", logs, 0, {}, 0), config)
+
+
+def servers() -> list[tuple[str, int]]:
+    """With weights: their names, and how often they were started."""
+    if _held is None or _held.engine is None:
+        return []
+    return [(seat.name, seat.starts) for seat in _held.engine._pool.ready()]
 
 
 def train_once(seed: int) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lens_megatron.errors import RunError
 from lens_megatron.rollout.event_loop import EventLoop
-from lens_megatron.rollout.sglang_client import Refused, SGLangClient
+from lens_megatron.rollout.sglang_client import Refused, SGLangClient, Unreachable
 from lens_megatron.rollout.sglang_schema import Generation, ServerInfo
 from lens_megatron.rollout.weight_sync.config import SyncConfig
 from lens_megatron.routed_experts import Routers
@@ -39,6 +39,7 @@ class Fleet:
     config: SyncConfig
     infos: dict[str, ServerInfo] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)  # url -> why
+    silent: set[str] = field(default_factory=set)  # those of them that gave no answer: dead, or hanging
     sharing: frozenset[str] = frozenset()  # those that can map this process's shared memory
 
     @classmethod
@@ -56,7 +57,7 @@ class Fleet:
 
     def look_again(self) -> None:
         """Those that were lost get another chance, if they answer."""
-        self.lost = {}
+        self.lost, self.silent = {}, set()
         self.infos = self.each(lambda server: server.server_info(min(LOOK_SECONDS, self.config.timeout_s)))
 
     def ranks(self, url: str) -> int:
@@ -82,6 +83,8 @@ class Fleet:
                     answers[url] = future.result()
                 except RunError as error:  # also a bad answer: one server's failure, never the run's
                     self.lost[url] = str(error)
+                    if isinstance(error, Unreachable):
+                        self.silent.add(url)
                     if all_or_none:
                         raise SyncFailed(str(error)) from None
         return answers

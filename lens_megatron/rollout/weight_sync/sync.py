@@ -52,6 +52,8 @@ class Servers(Protocol):
 
     def end_update(self, synced: Sequence[ServerAddress], label: str) -> None: ...
 
+    def restart_servers(self, silent: Sequence[ServerAddress], reason: str) -> bool: ...
+
 
 @dataclass(frozen=True)
 class Synced:
@@ -143,6 +145,13 @@ class WeightSync:
             if reached:
                 break
             failures.append(f"by {transport.name}: {problem}{self._given_up(transport)}")
+        if not reached and len(failures) > 1:
+            problem = self._on_rank_zero(lambda: self._start_again(version), "start the rollout servers again")
+            if problem is None:
+                problem = self._deliver(transport, version, holdings, before_probe)
+            reached = problem is None
+            if problem:
+                failures.append(f"by {transport.name}, to servers started again: {problem}")
         return self._on_rank_zero(lambda: self._end(version, reached, failures, began), "end the weight sync")
 
     def _given_up(self, transport: Transport) -> str:
@@ -214,6 +223,22 @@ class WeightSync:
             self._attempt.fleet.close()
         fleet = Fleet.meet(self._addresses.values(), self._loop, self.config)
         self._attempt = _Attempt(fleet, self._empty_ledger(version, ""), self.transports[0])
+
+    def _start_again(self, version: int) -> str | None:
+        """Where no server took the fallback either: why it is not to be tried once more.
+
+        A broadcast that failed leaves SGLang's GPUs waiting in it for ever: not the request, which is answered, but whatever
+        comes to use the GPU next. Only a new start of the server ends that.
+        """
+        attempt = self._attempt
+        assert attempt is not None and self._servers is not None
+        silent = [self._addresses[url] for url in attempt.fleet.lost if url in attempt.fleet.silent]
+        if not silent:
+            return ""
+        if not self._servers.restart_servers(silent, f"weights of version {version} did not reach it"):
+            return "none can be (given by URL, or rollout.server.restarts is used up): restart them"
+        self._begin(version)  # waits for one
+        return None
 
     def _hold(self, transport: Transport, version: int) -> str | tuple[tuple[Member, ...], bool]:
         """Every live server paused and waiting for weights: who they are, and whether their checksums can be compared."""

@@ -15,6 +15,7 @@ from lens_megatron.rollout.weight_sync.config import SyncConfig
 from tests import tiny_models
 from tests.distributed.pool import WorkerPool
 from tests.rollout.test_sglang_client import stub_server
+from tests.rollout.test_sglang_server import launched
 from tests.sglang import sync_cases
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -85,3 +86,30 @@ def test_a_transport_that_keeps_failing_is_not_tried_for_ever(pool: WorkerPool, 
         assert complaint.startswith(f"by distributed: {url} has pipeline stages")
     assert "(3 times in a row: distributed is not tried again in this run)" in found[2].complaints[0]
     assert "in a row" not in found[1].complaints[0] and found[3].complaints == ()
+
+
+STUCK = {"TOKEN_SECONDS": "0.001", "FAULT": "stuck_by_group"}
+
+
+def test_servers_that_a_failed_broadcast_left_hanging_are_started_again(
+    pool: WorkerPool, model: Path, tmp_path: Path
+) -> None:
+    """NCCL's broadcast is never over on the servers' GPUs: none of them takes the folder either."""
+    open_trainer(pool, model, "http://nobody", tmp_path, transport="distributed", timeout_s=2.0)
+    pool.run(sync_cases.start_servers, launched(restarts=2, env=STUCK), 2, tmp_path / "logs")
+    synced = pool.run(sync_cases.sync, 1)[0]
+    assert not isinstance(synced, str), synced
+    assert (synced.version, synced.transport, synced.fell_back) == (1, "disk", True)
+    assert [words.split(":")[0] for words in synced.complaints] == ["by distributed", "by disk"]
+    reached = pool.run(sync_cases.servers)[0]
+    assert len(reached) == synced.servers >= 1 and all(starts == 2 for _, starts in reached)
+    pool.run(sync_cases.close_trainer)
+
+
+def test_servers_left_hanging_that_cannot_be_started_again(pool: WorkerPool, model: Path, tmp_path: Path) -> None:
+    open_trainer(pool, model, "http://nobody", tmp_path, transport="distributed", timeout_s=2.0)
+    pool.run(sync_cases.start_servers, launched(restarts=0, env=STUCK), 1, tmp_path / "logs")
+    said = pool.run(sync_cases.sync, 1)[0]
+    assert "a stub joins no group" in said and "flush_cache: no answer within 2 s" in said
+    assert said.endswith("(given by URL, or rollout.server.restarts is used up): restart them") and "\n" not in said
+    pool.run(sync_cases.close_trainer)
