@@ -31,7 +31,8 @@ class SyncConfig:
     in_flight: Literal["wait", "abort", "retract", "in_place"] = "wait"
     bucket_mib: float = 256.0
     folder: str | None = None  # of disk: seen by all, gets a part for this run; default: RUN_DIR/weights
-    address: str | None = None  # of the trainer's nodes as the servers see it, for distributed; default: found
+    # of the trainer's node as the servers see it, or a network interface of each of its nodes; for distributed; default: found
+    address: str | None = None
     timeout_s: float = 300.0
     scramble: bool = True
     checksums: bool = True

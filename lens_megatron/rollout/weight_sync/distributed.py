@@ -4,13 +4,14 @@ All servers take all buckets in one order, told by rank 0 in requests: two serve
 different orders would wait for each other. A stage's leader gathers its next bucket while the one before is on its way,
 by itself or by another stage. Rank 0 and the leaders talk through the trainer's store:
 
-    port/STAGE   leader -> rank 0    where the stage's group meets
+    port/STAGE   leader -> rank 0    where the stage's group meets: its name, its port, an address for each server
     go/BUCKET    rank 0 -> leader    the servers are told of this bucket
     stop         anyone -> all       something failed, and why
 """
 
 from __future__ import annotations
 
+import json
 import secrets
 import threading
 import time
@@ -28,8 +29,9 @@ from lens_megatron.rollout.weight_sync.buckets import Bucket, Buffers, plan_buck
 from lens_megatron.rollout.weight_sync.delivery import Delivery, Member, Noted, bucket_numbers, fingerprints
 from lens_megatron.rollout.weight_sync.fleet import Fleet, SyncFailed
 from lens_megatron.rollout.weight_sync.ledger import Entry
+from lens_megatron.rollout.weight_sync.meeting import Place, agree_on_places, own_address, refuse_what_cannot_meet
 from lens_megatron.rollout.weight_sync.probe import Probe
-from lens_megatron.rollout.weight_sync.process_group import GroupWithServers, Stopped, address_towards, advice
+from lens_megatron.rollout.weight_sync.process_group import GroupWithServers, Stopped, advice
 
 LOOK_SECONDS = 1e-3
 _transfers = 0
@@ -78,8 +80,10 @@ class DistributedTransport:
     name = "distributed"
 
     def __init__(self, backend: str, address: str | None) -> None:
-        """`address`: of this machine as the servers see it; None finds it."""
+        """`address`: of the leaders' machine as the servers see it, or an interface of each of their machines; None finds
+        the way to each server."""
         self._backend, self._address = backend, address
+        self._places: list[Place] = []  # of all ranks
         self._members: tuple[Member, ...] = ()
         self._group: GroupWithServers | None = None  # of this rank's stage, where it leads
         self._names: list[str] = []  # of the groups that the servers are in; rank 0's
@@ -91,6 +95,9 @@ class DistributedTransport:
         stage = holdings.stages[rank]
         leader = holdings.leader_of(stage)
         stages = max(holdings.stages) + 1
+        self._places = self._places or agree_on_places(self._address)
+        leaders = [self._places[holdings.leader_of(s)] for s in range(stages)]
+        refuse_what_cannot_meet(leaders, self._address, [member.url for member in delivery.members])
         buckets = plan_buckets([delivery.described(s) for s in range(stages)], delivery.most_bytes)
         tensors = delivery.tensors(stage, leader, device())
         telling: threading.Thread | None = None
@@ -138,11 +145,12 @@ class DistributedTransport:
             return
         self._abandon()
         size = 1 + sum(member.ranks for member in delivery.members)
-        address = self._address or address_towards(delivery.members[0].url)
         # apart from the groups of other runs, and of this rank's earlier ones, at the same servers
         name = f"lens-{secrets.token_hex(4)}-{stage}"
-        self._group = GroupWithServers(name, size, address, self._backend, delivery.config.timeout_s)
-        board.put(f"port/{stage}", f"{name} {address} {self._group.port}")
+        self._group = GroupWithServers(name, size, self._backend, delivery.config.timeout_s)
+        place = self._places[dist.get_rank()]
+        towards = {member.url: own_address(place, self._address, member.url) for member in delivery.members}
+        board.put(f"port/{stage}", json.dumps([name, self._group.port, towards]))
         self._group.join(board.stopped)
 
     def _send(
@@ -190,14 +198,14 @@ class DistributedTransport:
             board.stop(str(error).splitlines()[0] or type(error).__name__)
 
     def _invite(self, delivery: Delivery, fleet: Fleet, meeting: str) -> str:
-        name, address, port = meeting.split()
+        name, port, towards = json.loads(meeting)
         offsets, offset = {}, 1
         for member in delivery.members:
             offsets[member.url], offset = offset, offset + member.ranks
         asked = fleet.start(
             lambda server: server.init_weights_update_group(
-                address,
-                int(port),
+                towards[server.url],
+                port,
                 offsets[server.url],
                 offset,
                 name,
@@ -205,7 +213,7 @@ class DistributedTransport:
             )
         )
         fleet.collect(asked, all_or_none=True)
-        return name
+        return str(name)
 
     def _conclude(self, delivery: Delivery, report: _Report, board: Board) -> None:
         """The leaders' books to rank 0; groups that something failed in are not used again."""

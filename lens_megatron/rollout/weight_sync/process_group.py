@@ -8,12 +8,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -25,7 +23,6 @@ T = TypeVar("T")
 # answers is over; NCCL waits so long for its own abort.
 _MARGIN_S = {"nccl": 30.0, "gloo": 1.0}
 _NO_WATCHDOG = "TORCH_NCCL_BLOCKING_WAIT"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Stopped(Exception):
@@ -33,10 +30,10 @@ class Stopped(Exception):
 
 
 class GroupWithServers:
-    """Opens a store at once; `join` waits for the servers, which must be told `address`, `port` and `name`."""
+    """Opens a store at once; `join` waits for the servers, which must be told `port` and `name`."""
 
-    def __init__(self, name: str, size: int, address: str, backend: str, timeout_s: float) -> None:
-        self.name, self.size, self.address, self._backend = name, size, address, backend
+    def __init__(self, name: str, size: int, backend: str, timeout_s: float) -> None:
+        self.name, self.size, self._backend = name, size, backend
         self._limit_s = timeout_s
         # without waiting for workers, and on a port that is free: the servers are told of it afterwards
         self._store = dist.TCPStore(  # type: ignore[attr-defined]
@@ -158,14 +155,3 @@ def advice(error: Exception) -> str:
         f"; NCCL refuses a peer of another version: the trainer's is {version}. Install the torch of the servers' environment "
         "here, or set rollout.sync.transport: disk"
     )
-
-
-def address_towards(url: str) -> str:
-    """This machine's address as the server at `url` can reach it."""
-    parts = urlsplit(url)
-    host = parts.hostname or "127.0.0.1"
-    if host in LOOPBACK:
-        return "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, parts.port or 80))  # sends nothing: only picks the route
-        return str(probe.getsockname()[0])

@@ -14,6 +14,7 @@ from lens_megatron.rollout.weight_sync import distributed
 from lens_megatron.rollout.weight_sync.config import SyncConfig
 from lens_megatron.rollout.weight_sync.delivery import Member
 from lens_megatron.rollout.weight_sync.fleet import Fleet
+from lens_megatron.rollout.weight_sync.meeting import Place
 from tests.rollout.test_sglang_client import stub_server
 
 
@@ -73,6 +74,8 @@ def test_a_server_restarted_at_its_address_gets_a_new_group(monkeypatch: pytest.
 
     monkeypatch.setattr(distributed, "GroupWithServers", Group)
     transport = distributed.DistributedTransport("gloo", "127.0.0.1")
+    transport._places = [Place("here", None)]
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
     board: Any = SimpleNamespace(put=lambda *_: None, stopped=lambda: False)
 
     def meet(start: int) -> None:
@@ -112,6 +115,7 @@ def test_a_broken_group_is_left_before_the_rest_is_gathered(
     monkeypatch.setattr(distributed, "exhaust", lambda _: order.append("gathered"))
     monkeypatch.setattr(distributed, "plan_buckets", lambda *_: [])
     monkeypatch.setattr(distributed, "from_rank_zero", lambda *_: None)
+    monkeypatch.setattr(distributed, "agree_on_places", lambda _: [Place("here", None)])
     transport: Any = distributed.DistributedTransport("gloo", "127.0.0.1")
     monkeypatch.setattr(transport, "_tell_servers", lambda *_: None)
     monkeypatch.setattr(transport, "_conclude", lambda *_: order.append("concluded"))

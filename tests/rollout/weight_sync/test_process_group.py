@@ -34,7 +34,7 @@ def join_as_server(group: GroupWithServers, limit_s: float = 5.0) -> Any:
 
 @pytest.fixture
 def joined() -> Iterator[tuple[GroupWithServers, Any]]:
-    group = GroupWithServers(f"test-{time.monotonic_ns()}", 2, "127.0.0.1", "gloo", LIMIT_S)
+    group = GroupWithServers(f"test-{time.monotonic_ns()}", 2, "gloo", LIMIT_S)
     with ThreadPoolExecutor(1) as pool:
         server = pool.submit(join_as_server, group)
         group.join(never)
@@ -54,7 +54,7 @@ def test_buckets_arrive(joined: tuple[GroupWithServers, Any]) -> None:
 
 
 def test_nobody_comes_to_the_meeting() -> None:
-    group = GroupWithServers("alone", 2, "127.0.0.1", "gloo", LIMIT_S)
+    group = GroupWithServers("alone", 2, "gloo", LIMIT_S)
     began = time.monotonic()
     with pytest.raises(TimeoutError, match="waited 2 s for the servers to join the group"):
         group.join(never)
@@ -102,6 +102,6 @@ def test_nccl_has_no_watchdog_that_would_end_the_trainer(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(c10d, "_new_process_group_helper", make)
     monkeypatch.setitem(c10d._world.pg_group_ranks, "group", {})  # and taken out again
-    GroupWithServers("watched", 2, "127.0.0.1", "nccl", LIMIT_S).join(never)
+    GroupWithServers("watched", 2, "nccl", LIMIT_S).join(never)
     assert seen == ["1"]
     assert os.environ.get("TORCH_NCCL_BLOCKING_WAIT") == before
