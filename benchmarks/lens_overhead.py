@@ -7,9 +7,9 @@ embedded    the real trainer, host, driver, sampler and the embedded engine. One
             step by step, each with the same prompts in a round, each with its own sampling history. What is reported are
             ratios within a round, their medians over the rounds; of wall time, and of CPU time, which other work on the
             machine stretches less.
-simulated   generation in virtual time on 8 engines (lens_megatron/rollout/simulated.py), swept over what is assumed. No
-            model runs. Samples are rebuilt and counted by the real code; the rest of a step is taken to cost what its
-            tokens cost, and generation to have a stated share of GRPO's step.
+simulated   generation in virtual time on 8 engines (_simulated_engine.py), swept over what is assumed. No model runs.
+            Samples are rebuilt and counted by the real code; the rest of a step is taken to cost what its tokens cost,
+            and generation to have a stated share of GRPO's step.
 
 The paper reports 1.27-1.56x for LENS and 1.48-1.79x for GRPO with twice the rollouts.
 """
@@ -30,11 +30,11 @@ from typing import Any, get_args
 import psutil
 
 from benchmarks._machine import machine
+from benchmarks._simulated_engine import SimulatedEngine, Simulation, SimulationConfig
 from lens_megatron.algorithms.rescue import RescueConfig, rebuild_group
 from lens_megatron.rollout.factory import rescue_rules
 from lens_megatron.rollout.sampler import Sampler
 from lens_megatron.rollout.sampling import NO_RESCUE, SampleResult, SamplingConfig, Schedule
-from lens_megatron.rollout.simulated import SimulatedEngine, Simulation, SimulationConfig
 from lens_megatron.types import PurifiedPrompt
 
 TARGET = 1.15

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lens_megatron.model_spec import ModelSpec
 
 Schedule = Literal["after_group", "early", "speculative"]
-LENGTH_SPREAD = 0.7  # sigma of log-normal response lengths, as in rollout/simulated.py
+LENGTH_SPREAD = 0.7  # sigma of log-normal response lengths, as in benchmarks/_simulated_engine.py
 
 
 @dataclass(frozen=True)

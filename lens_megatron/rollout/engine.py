@@ -1,4 +1,4 @@
-"""What the rollout side asks of an engine; the embedded model, the simulation and SGLang all answer to it.
+"""What the rollout side asks of an engine; the embedded model, SGLang and the simulation of benchmarks/ all answer to it.
 
 An engine is driven by one thread. Requests go in with `submit`, finished responses come out of `poll`, in any order.
 Admission is the caller's: it submits no more than `free_slots()` when it wants nothing to wait inside the engine.

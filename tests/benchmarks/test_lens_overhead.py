@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks._simulated_engine import SimulationConfig
 from benchmarks.lens_overhead import (
     VARIANTS,
     Embedded,
@@ -19,7 +20,6 @@ from benchmarks.lens_overhead import (
     step_ratio,
     summary,
 )
-from lens_megatron.rollout.simulated import SimulationConfig
 from tests.loop.runs import write_task
 
 

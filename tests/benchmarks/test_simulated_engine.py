@@ -6,10 +6,10 @@ import random
 
 import pytest
 
+from benchmarks._simulated_engine import SimulatedEngine, Simulation, SimulationConfig
 from lens_megatron.rollout.engine import Request
 from lens_megatron.rollout.sampler import Sampler
 from lens_megatron.rollout.sampling import NO_RESCUE, RescueRules, SampleResult, SamplingConfig
-from lens_megatron.rollout.simulated import SimulatedEngine, Simulation, SimulationConfig
 from lens_megatron.types import PurifiedPrompt
 
 RULES = RescueRules(
