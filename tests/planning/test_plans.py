@@ -14,8 +14,7 @@ from lens_megatron.cli import main
 from lens_megatron.config import load_run
 from lens_megatron.errors import UsageError
 from lens_megatron.mcore.layout import ParallelConfig
-from lens_megatron.model_spec import load_model_config, shipped_models
-from lens_megatron.planning import document
+from lens_megatron.model_spec import load_model_config
 from lens_megatron.planning.describe import keys_of
 from lens_megatron.planning.gpus import CALIBRATED, GPUS, assumed_rates, find_gpu, rates_of
 from lens_megatron.planning.memory import ROOM, state_bytes
@@ -237,22 +236,6 @@ def test_bad_input_is_one_line(
     assert main(["plan", *(str(run) if word == "RUN" else word for word in arguments)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error
-
-
-def test_the_tables_of_the_documentation_are_those_of_the_code() -> None:
-    """All rows are there; those that compute quickly are compared."""
-    text = (Path(__file__).parents[2] / "docs" / "plans.md").read_text()
-    assert document.documented_models() and all(not name.startswith("tiny") for name in document.documented_models())
-    assert len(document.documented_models()) == len([name for name in shipped_models() if "tiny" not in name])
-    for model in document.documented_models():
-        for gpus in document.COUNTS:
-            assert text.count(f"| {model} | {gpus} | ") == 1
-    quick = [("qwen3-0.6b", 1), ("qwen3-8b-base", 8), ("qwen3-8b-base", 256), ("llama-3.1-70b", 64)]
-    for model, gpus in [*quick, ("qwen3-30b-a3b", 8), ("qwen3-235b-a22b", 8)]:
-        assert document.plan_row(model, gpus) in text
-    for row in document.sync_rows():
-        assert row in text
-    assert "| qwen3-8b-base | lens | 726 s | " in text
 
 
 @pytest.mark.parametrize("placement", ["colocated", "disaggregated"])

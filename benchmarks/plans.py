@@ -1,12 +1,17 @@
-"""docs/plans.md: `python -m lens_megatron.planning.document [FILE]`. The tables of plans and of published figures."""
+"""What the planner says of the shipped models, and beside what others have published: the tables of docs/plans.md.
+
+    python -m benchmarks.plans docs/plans.md
+
+Computed, as step_forecast.py is: nothing here was measured.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+from benchmarks import _published as published
 from lens_megatron.model_spec import load_model_config, shipped_models
-from lens_megatron.planning import published
 from lens_megatron.planning.gpus import assumed_rates, find_gpu
 from lens_megatron.planning.parameters import count_parameters
 from lens_megatron.planning.plans import PHASES, Plan
@@ -86,7 +91,7 @@ def sync_rows() -> list[str]:
 _PAGE = """\
 # Plans of the shipped models
 
-Written by `python -m lens_megatron.planning.document docs/plans.md`; a test compares it with the code. **Everything here
+Written by `python -m benchmarks.plans docs/plans.md`; a test compares it with the code. **Everything here
 is computed, nothing measured**: formulas and assumptions are in [planning.md](planning.md). Rates are assumed shares of data
 sheets.
 
