@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from lens_megatron.studies import contrasts
-from lens_megatron.studies.contrasts import Contrast, Curve
+from examples.study import contrasts
+from examples.study.contrasts import Contrast, Curve
 
 PRIMARY = "eval/noisy"  # held-out prompts with two words of noise
 PHASES = ("early", "middle", "late")

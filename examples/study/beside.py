@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from examples.study import analysis
@@ -96,7 +97,7 @@ def lost_signal(runs: Runs, arms: Sequence[str]) -> str:
     }
     rows = []
     for arm in arms:
-        found = [analysis.over_seeds(runs[arm], lambda run, m=m: analysis.plain(run, m)) for m in columns.values()]
+        found = [analysis.over_seeds(runs[arm], partial(analysis.plain, metric=m)) for m in columns.values()]
         rows.append((arm, str(len(runs[arm])), *(with_interval(one, 2) for one in found)))
     return markdown(("arm", "seeds", *columns), rows)
 

@@ -6,6 +6,7 @@ import csv
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -52,12 +53,12 @@ def ends(runs: Runs, arms: Mapping[str, str], head: str, base: bool = False) -> 
     """Success in percent at the end on each held-out set, and their mean; the best bold, the second best underlined."""
     rows: list[tuple[str, str, list[float], str]] = []
     if base and "grpo" in runs:
-        at_start = [_percent(runs["grpo"], lambda run, s=s: run.values(f"eval/{s}")[0]) for s in SETS]
+        at_start = [_percent(runs["grpo"], partial(_at_start, metric=f"eval/{s}")) for s in SETS]
         rows.append(("Base model", DASH, [*at_start, mean(at_start)], DASH))
     for arm, label in arms.items():
         if arm not in runs:
             continue
-        numbers = [_percent(runs[arm], lambda run, s=s: analysis.end(run, f"eval/{s}")) for s in SETS]
+        numbers = [_percent(runs[arm], partial(analysis.end, metric=f"eval/{s}")) for s in SETS]
         gain = None if arm == "grpo" else analysis.paired(runs, arm, "grpo", lambda run: 100 * _average(run))
         rows.append((label, str(len(runs[arm])), [*numbers, mean(numbers)], with_interval(gain, 2, signed=True)))
     if len(rows) < 2:
@@ -99,6 +100,10 @@ def _relative(runs: Runs, arm: str, cost: analysis.Cost) -> float | None:
 
 def _average(run: Run) -> float:
     return mean(analysis.end(run, f"eval/{name}") for name in SETS)
+
+
+def _at_start(run: Run, metric: str) -> float:
+    return run.values(metric)[0]
 
 
 def _percent(runs: Mapping[int, Run], number: Callable[[Run], float]) -> float:

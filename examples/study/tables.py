@@ -6,13 +6,13 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
-from examples.study import analysis
+from examples.study import analysis, contrasts
 from examples.study.analysis import BUCKETS, PHASES, PRIMARY, Run, Runs
-from lens_megatron.studies import contrasts
-from lens_megatron.studies.contrasts import Contrast
+from examples.study.contrasts import Contrast
 
 MAIN = ("grpo", "grpo_weighted", "resample", "random", "lens", "lens_plus")
 AGAINST = ("grpo", "grpo_weighted", "resample", "random")  # lens against these: the contrasts named in advance
@@ -150,7 +150,7 @@ def seeds(data: Path) -> str:
 def ends(runs: Runs, arms: Sequence[str]) -> str:
     rows = []
     for arm in arms:
-        numbers: list[Numbers] = [analysis.area, *(lambda run, s=s: analysis.end(run, f"eval/{s}") for s in SETS)]
+        numbers: list[Numbers] = [analysis.area, *(partial(analysis.end, metric=f"eval/{s}") for s in SETS)]
         shown = [with_interval(analysis.over_seeds(runs[arm], number)) for number in numbers]
         rows.append((arm, str(len(runs[arm])), *shown))
     return markdown(("arm", "seeds", "area, noisy", *(f"end, {name}" for name in SETS)), rows)
@@ -182,7 +182,7 @@ def others(runs: Runs, arms: Sequence[str]) -> str:
     for arm in arms:
         number: Numbers = analysis.area
         area = analysis.paired(runs, arm, "grpo", number)
-        ends = [analysis.paired(runs, arm, "grpo", lambda run, s=s: analysis.end(run, f"eval/{s}")) for s in SETS]
+        ends = [analysis.paired(runs, arm, "grpo", partial(analysis.end, metric=f"eval/{s}")) for s in SETS]
         if area is not None:
             shown = [with_interval(one, 3, signed=True) for one in (area, *ends)]
             rows.append((arm, str(area.pairs), *shown))
@@ -253,7 +253,7 @@ def deletion(runs: Runs, arms: Sequence[str]) -> str:
     for arm in arms:
         planted = [
             with_interval(
-                analysis.over_seeds(runs[arm], lambda run, n=n: analysis.plain(run, f"purification/planted_{n}")), 2
+                analysis.over_seeds(runs[arm], partial(analysis.plain, metric=f"purification/planted_{n}")), 2
             )
             for n in ("precision", "recall", "chance")
         ]
