@@ -8,7 +8,7 @@ head.py, head_chunked.py, head_triton.py, head_kernels.py   from its hidden stat
 hf_names.py, hf_slices.py, hf_bridge.py          HF weights in and out, slice by slice; one table for both directions
 hf_index.py, hf_files.py, hf_companions.py, hf_copies.py   HF folders: looked at, read and written; copies while training
 packing.py, batch.py, context.py                 ragged sequences into equal micro-batches for every rank
-pipeline.py, logprobs.py, noise.py, routing.py   passes over Megatron's schedules; experts recorded and replayed
+pipeline.py, logprobs.py, noise.py, routing.py   passes over Megatron's schedules; experts replayed
 embedding_gradients.py                           what each prompt token's embedding weighs
 checksums.py                                     of weights and optimizer, whatever the layout
 optimizer.py, moments.py, host_moments.py, step.py   training steps; Adam's moments, on the host too

@@ -1,18 +1,17 @@
-"""Which experts every token went to: recorded from a pass, or given by the rollout engine and replayed in ours.
+"""Which experts every token goes to: given by the rollout engine, and replayed in our passes.
 
 Engine and trainer round differently, and near a tie a router then picks another expert: the trainer's log-probs are those
 of another function than the one that was sampled from. Replay takes the engine's choice of experts; their weights are
 still computed from this model's router, which learns through them.
 
-    with replay_routing(policy.chunks, sequences, routing):        with record_routing(policy.chunks, sequences) as seen:
-        train_step(policy, sequences, ...)                             policy.score(sequences, ...)
-                                                                   routing = [Routing.of(e.numpy()) for e in seen.result()]
+    with replay_routing(policy.chunks, sequences, routing):
+        train_step(policy, sequences, ...)
 
 Megatron-Core asks an object at each router which experts to take (moe/router_replay.py). Its own RouterReplay keeps all
 routers of the process in one list, policy and reference alike, and must be told before each backward that what follows is
 recomputation, which no schedule offers a place for. The objects here belong to one model, and see for themselves.
 
-Shapes: T tokens of this rank, L layers of this chunk, K experts a token, E experts, F places of the flat vector (batch.py).
+Shapes: T tokens of this rank, L layers of this chunk, K experts a token, E experts.
 """
 
 from __future__ import annotations
@@ -25,12 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
 from lens_megatron.errors import RunError
-from lens_megatron.mcore.batch import flat_offsets
 from lens_megatron.mcore.model import innermost
 from lens_megatron.mcore.packing import Pack, local_positions
 from lens_megatron.mcore.runtime import device
@@ -44,7 +41,6 @@ class _Router:
 
     layer: int  # counted over the whole model
     given_TK: Tensor | None = None
-    seen: Callable[[Tensor], None] | None = None
     keep: bool = False  # until the backward pass recomputes this layer
     kept: deque[Tensor] = field(default_factory=deque)
 
@@ -59,8 +55,6 @@ class _Router:
             if self.given_TK is not None:
                 given_TK = self.given_TK.to(chosen_TK.dtype)  # one layer at a time
                 chosen_TK = torch.where(given_TK == OWN_CHOICE, chosen_TK, given_TK)
-            if self.seen is not None:
-                self.seen(chosen_TK)
             if self.keep:
                 self.kept.append(chosen_TK)
         return scores_TE.gather(1, chosen_TK), chosen_TK
@@ -90,54 +84,6 @@ def replay_routing(
 
     with _at_routers(chunks, before_pack):
         yield
-
-
-class Recording:
-    """The experts that the passes inside `record_routing` used."""
-
-    def __init__(self, sequences: Sequence[Tensor], layers: int, moe: MoESpec) -> None:
-        self._lengths = [len(sequence) for sequence in sequences]
-        self._offsets = flat_offsets(sequences)
-        # expert + 1, so that the sum over ranks (one of which saw the token) is what that one saw
-        small = torch.uint8 if moe.experts < 256 else torch.int32
-        self._seen_LFK = torch.zeros(layers, self._offsets[-1], moe.experts_per_token, dtype=small)
-
-    def result(self) -> list[Tensor]:
-        """[tokens, layers, K] a sequence, on the host of every rank. Every rank must call. OWN_CHOICE: not seen."""
-        everywhere_LFK = torch.empty_like(self._seen_LFK)
-        for seen_FK, everywhere_FK in zip(self._seen_LFK, everywhere_LFK, strict=True):
-            summed_FK = seen_FK.clone().to(device())  # one layer at a time on the device
-            dist.all_reduce(summed_FK)
-            everywhere_FK.copy_(summed_FK)
-        return [part.transpose(0, 1).to(torch.int16) - 1 for part in everywhere_LFK.split(self._lengths, dim=1)]
-
-    def before_pack(self, routers: Sequence[_Router], config: Any, pack: Pack) -> None:
-        places = torch.full((pack.tokens,), -1)
-        start = 0
-        for index, padded in zip(pack.sequences, pack.padded_lengths, strict=False):  # pure padding has no sequence
-            length = self._lengths[index]
-            places[start : start + length] = torch.arange(length) + self._offsets[index]
-            start += padded
-        places_T = _of_this_rank(places, pack, config)
-        for router in routers:
-            router.seen = self._writer(self._seen_LFK[router.layer], places_T)
-
-    @staticmethod
-    def _writer(seen_FK: Tensor, places_T: Tensor) -> Callable[[Tensor], None]:
-        there_T = places_T >= 0
-
-        def write(chosen_TK: Tensor) -> None:
-            seen_FK[places_T[there_T]] = (chosen_TK.cpu()[there_T] + 1).to(seen_FK.dtype)
-
-        return write
-
-
-@contextlib.contextmanager
-def record_routing(chunks: Sequence[torch.nn.Module], sequences: Sequence[Tensor]) -> Iterator[Recording]:
-    """Notes the experts that passes of `sequences` inside use; ask `result()` afterwards, on every rank."""
-    recording = Recording(sequences, innermost(chunks[0]).spec.layers, _experts(chunks[0]))
-    with _at_routers(chunks, recording.before_pack):
-        yield recording
 
 
 @contextlib.contextmanager
@@ -210,7 +156,7 @@ def _of_this_rank(values: Tensor, pack: Pack, config: Any) -> Tensor:
 def _experts(chunk: torch.nn.Module) -> MoESpec:
     moe = innermost(chunk).spec.moe
     if moe is None:
-        raise ValueError("this model has no experts, so no routing to record or replay")
+        raise ValueError("this model has no experts, so no routing to replay")
     return moe
 
 

@@ -20,8 +20,8 @@ def record(
     folder: Path, layout: ParallelConfig, sequences: Sequence[Tensor], budget: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Log-probs, and the experts that gave them."""
-    from lens_megatron.mcore.routing import record_routing
     from lens_megatron.mcore.step import build_frozen
+    from tests.distributed.recorded_routing import record_routing
 
     model = build_frozen(cases.start(folder, layout), layout, folder)
     with record_routing(model.chunks, sequences) as seen:
