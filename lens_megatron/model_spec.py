@@ -117,11 +117,6 @@ class AdvisedLayout:
     def dp(self) -> int:
         return self.gpus // (self.tp * self.pp * self.cp)
 
-    @property
-    def expert_dp(self) -> int:
-        """How many times an expert is repeated."""
-        return self.gpus // (self.ep * self.pp)
-
     def run_values(self) -> dict[str, dict[str, Any]]:
         """The sections of RUN.yaml that choose this layout."""
         parallel = {key: getattr(self, key) for key in ("tp", "pp", "cp", "ep", "dp", "ends_count_as_layers")}

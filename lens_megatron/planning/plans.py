@@ -61,7 +61,6 @@ class Plan:
     setup: Setup
     trainer: TrainerBytes
     engine: EngineBytes
-    engine_needs: int  # bytes on an engine's GPU; with `colocated` while the trainer's are away
     generation: Generation
     seconds: Mapping[str, float]  # by phase; verify counts what generation does not hide
     train_parts: Mapping[str, float]
@@ -138,7 +137,6 @@ def make_plan(setup: Setup) -> Plan:
         setup,
         trainer,
         engine,
-        engine.total + OTHER_BYTES,
         generation,
         seconds,
         parts,

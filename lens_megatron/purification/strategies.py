@@ -46,10 +46,6 @@ class Outcome:
     tied: bool = False  # nothing told the tokens apart; with `ties: position` it was purified all the same
 
     @property
-    def can_be_rescued(self) -> bool:
-        return self.roll_tokens is not None
-
-    @property
     def rescue_prompt(self) -> PurifiedPrompt | None:
         """What the sampler rolls out: x', or when resampling x as a purified prompt without a deletion."""
         if self.roll_tokens is None:

@@ -101,9 +101,6 @@ def _trimmed(text: str) -> str:
     return text
 
 
-_OPENING = {"(": ")", "[": "]", "{": "}"}
-
-
 def closing(text: str, start: int) -> int:
     """Index of the bracket that closes the one at `start`; -1 when none does. Half-open intervals close either way."""
     depth = 0

@@ -37,7 +37,7 @@ def test_interference_deletes_the_highest_eligible_scores() -> None:
 
 def test_all_scores_in_the_noise_means_no_rescue() -> None:
     outcome = run(CONFIG, Signals(scores_T=SCORES, measured_floor=6.0))
-    assert (outcome.kind, outcome.purified_prompt, outcome.can_be_rescued, outcome.tied) == ("tied", None, False, True)
+    assert (outcome.kind, outcome.purified_prompt, outcome.roll_tokens, outcome.tied) == ("tied", None, None, True)
     by_position = run(replace(CONFIG, ties="position"), Signals(scores_T=SCORES, measured_floor=6.0))
     assert by_position.purified_prompt is not None and by_position.purified_prompt.deleted == (2, 3)
     assert by_position.tied  # still counted
@@ -64,7 +64,7 @@ def test_gradient_spares_the_last_token_of_all_from_which_nothing_is_predicted()
     assert outcome.purified_prompt is not None and 5 not in outcome.purified_prompt.deleted
     single = replace(PROMPT, tokens=(BOS, 10), question=(1, 2))
     outcome = run(replace(CONFIG, strategy="gradient"), Signals(gradient_norms_T=torch.zeros(2)), prompt=single)
-    assert (outcome.kind, outcome.can_be_rescued) == ("tied", False)
+    assert (outcome.kind, outcome.roll_tokens) == ("tied", None)
 
 
 def test_random_is_uniform_over_eligible_tokens_and_fixed_by_prompt_and_step() -> None:
@@ -85,7 +85,6 @@ def test_random_is_uniform_over_eligible_tokens_and_fixed_by_prompt_and_step() -
 def test_resample_rolls_out_the_original_again() -> None:
     outcome = run(replace(CONFIG, strategy="resample"), Signals())
     assert (outcome.kind, outcome.purified_prompt, outcome.roll_tokens) == ("resample", None, PROMPT.tokens)
-    assert outcome.can_be_rescued
     assert outcome.rescue_prompt == PurifiedPrompt("p1", PROMPT.tokens, ())
     purified, tied = run(CONFIG), run(CONFIG, Signals(scores_T=SCORES, measured_floor=6.0))
     assert purified.rescue_prompt is purified.purified_prompt and tied.rescue_prompt is None
@@ -96,14 +95,14 @@ def test_planted_deletes_all_noise_of_the_question_and_nothing_else() -> None:
     outcome = run(replace(CONFIG, strategy="planted", gamma=0.01), Signals(), prompt=noisy)
     assert outcome.purified_prompt is not None and outcome.purified_prompt.deleted == (3, 5, 10)
     none = run(replace(CONFIG, strategy="planted"), Signals())
-    assert (none.kind, none.can_be_rescued, none.tied) == ("nothing_planted", False, False)
+    assert (none.kind, none.roll_tokens, none.tied) == ("nothing_planted", None, False)
 
 
 def test_a_question_without_plain_tokens_cannot_be_purified() -> None:
     empty = replace(PROMPT, question=(6, 7))
     for strategy in ("interference", "random", "gradient"):
         outcome = run(replace(CONFIG, strategy=strategy), prompt=empty)
-        assert (outcome.kind, outcome.can_be_rescued) == ("nothing_eligible", False)
+        assert (outcome.kind, outcome.roll_tokens) == ("nothing_eligible", None)
 
 
 @pytest.mark.parametrize(
