@@ -158,10 +158,6 @@ class RolloutDriver:
         self._send("evaluate", list(questions), limits)
         return self._reply(None, "evaluate")
 
-    def stop_sampling(self) -> None:
-        """The sampling in progress ends: `sampled` raises SamplingAborted's message as RunError."""
-        self._send("stop")
-
     def health(self) -> Health:
         return self._call("health")
 
@@ -212,9 +208,9 @@ class RolloutDriver:
         self.started()
         if self._failure is not None:
             raise self._failure
-        if self._sampling and command not in ("stop", *ASIDE):
+        if self._sampling and command not in ASIDE:
             raise ValueError(f"{command!r} while sampling")
-        if self._sampling and command != "stop":
+        if self._sampling:
             command, args = "aside", (command, *args)
         with self._on_its_way(command):
             self._pipe.send((command, args))

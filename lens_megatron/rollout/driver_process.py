@@ -164,7 +164,7 @@ def _listen(
     commands: queue.Queue[tuple[str, tuple[Any, ...]]],
     meanwhile: Callable[..., None],
 ) -> None:
-    """Commands go to the main thread; stopping, what is asked aside, and the end of the caller act at once."""
+    """Commands go to the main thread; what is asked aside and the end of the caller act at once."""
     while True:
         try:
             command, args = pipe.recv()
@@ -175,12 +175,7 @@ def _listen(
             commands.put(("close", ()))
             time.sleep(0.8 * CLOSE_SECONDS)
             os._exit(1)
-        if command == "stop":
-            sampler.stop()
-            continue
         if command == "aside":
             meanwhile(*args)
             continue
-        if command == "sample":
-            sampler.resume()  # here, so that a stop sent right after it is not forgotten
         commands.put((command, args))

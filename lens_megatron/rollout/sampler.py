@@ -69,10 +69,6 @@ class Sampler:
         self.turned_at = time.monotonic()
         return self._stop.is_set()
 
-    def resume(self) -> None:
-        """Forgets a `stop` that found nothing to stop."""
-        self._stop.clear()
-
     def close(self) -> None:
         self.engine.close()
         if callable(close := getattr(self.reward, "close", None)):

@@ -161,15 +161,6 @@ def test_waiting_is_done_in_pieces(fresh: Any) -> None:
     driver.close()
 
 
-def test_stop_right_after_start_is_not_forgotten(driver: RolloutDriver) -> None:
-    driver.start_sampling(PROMPTS * 50, PURIFIED * 50, 1)
-    driver.stop_sampling()
-    with pytest.raises(RunError, match="aborted"):
-        while driver.sampled(1.0) is None:
-            pass
-    assert len(driver.sample(PROMPTS, PURIFIED, 1).groups) == 4
-
-
 def test_a_reward_that_raises_is_named(fresh: Any) -> None:
     driver = fresh(functools.partial(make_sampler, reward=wrong))
     with pytest.raises(RunError, match="'sample': ZeroDivisionError: in the reward"):
