@@ -214,9 +214,6 @@ class RunFolder:
     def rollout_steps(self) -> list[int]:
         return sorted(int(path.stem.removeprefix("step_")) for path in self.path.glob("rollouts/step_*.parquet"))
 
-    def read_rollouts(self, step: int) -> list[RolloutRow]:
-        return [RolloutRow(**row) for row in self.read_rollout_columns(step)]
-
     def read_rollout_columns(
         self, step: int, columns: Sequence[str] = ROLLOUT_COLUMNS, prompt_ids: Sequence[str] | None = None
     ) -> list[dict[str, Any]]:

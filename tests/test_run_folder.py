@@ -205,7 +205,7 @@ def test_rollouts_are_read_as_written(tmp_path_factory: pytest.TempPathFactory, 
     folder = RunFolder.create(tmp_path_factory.mktemp("run"))
     folder.write_rollouts(12, written)
     assert folder.rollout_steps() == [12]
-    assert folder.read_rollouts(12) == written
+    assert folder.read_rollout_columns(12) == [dataclasses.asdict(row) for row in written]
 
 
 def test_columns_of_chosen_prompts(tmp_path: Path) -> None:
@@ -218,8 +218,8 @@ def test_columns_of_chosen_prompts(tmp_path: Path) -> None:
 def test_half_a_surrogate_pair_can_be_stored(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path)
     folder.write_rollouts(1, [row(response_text="a\ud83d", prompt_pieces=["\udc00"])])
-    (back,) = folder.read_rollouts(1)
-    assert (back.response_text, back.prompt_pieces) == ("a\\ud83d", ["\\udc00"])
+    (back,) = folder.read_rollout_columns(1)
+    assert (back["response_text"], back["prompt_pieces"]) == ("a\\ud83d", ["\\udc00"])
 
 
 def test_a_full_disk_spoils_nothing(tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ from typing import Any
 import psutil
 import yaml
 
+from lens_megatron.rollout_table import RolloutRow
+from lens_megatron.run_folder import RunFolder
+
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
 # What speculation cost, and how long things took: the rest is decided by the seed.
@@ -194,6 +197,10 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_bytes().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def rollouts(run_dir: Path, step: int) -> list[RolloutRow]:
+    return [RolloutRow(**row) for row in RunFolder.open(run_dir).read_rollout_columns(step)]
 
 
 def as_of(base: Path, step: int, folder: Path) -> Path:

@@ -25,6 +25,7 @@ from tests.loop.runs import (
     decided,
     finished,
     metrics,
+    rollouts,
     run_tree,
     started,
     train,
@@ -82,9 +83,8 @@ def test_killed_again_and_again(task: Path, base: Path, tmp_path: Path) -> None:
     assert (run_dir / "checkpoints" / last / "manifest.json").exists()
     assert not any("." in path.name for path in (run_dir / "checkpoints").iterdir())
     for step in (2, STEPS):
-        rollouts, expected = folder.read_rollouts(step), RunFolder.open(base).read_rollouts(step)
-        assert [(r.roll_tokens, r.response, r.reward, r.advantage, r.origin) for r in rollouts] == [
-            (r.roll_tokens, r.response, r.reward, r.advantage, r.origin) for r in expected
+        assert [(r.roll_tokens, r.response, r.reward, r.advantage, r.origin) for r in rollouts(run_dir, step)] == [
+            (r.roll_tokens, r.response, r.reward, r.advantage, r.origin) for r in rollouts(base, step)
         ]
 
 
@@ -212,7 +212,7 @@ def test_disk_full_of_metrics(task: Path, base: Path, tmp_path: Path, small_disk
     folder = RunFolder.open(run_dir)
     assert set(range(1, len(metrics(run_dir)) + 1)) <= set(folder.rollout_steps())
     for step in folder.rollout_steps():
-        assert folder.read_rollouts(step)
+        assert rollouts(run_dir, step)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

@@ -10,7 +10,7 @@ import pytest
 
 from lens_megatron import checkpoints
 from lens_megatron.run_folder import RunFolder
-from tests.loop.runs import decided, run_tree, train
+from tests.loop.runs import decided, rollouts, run_tree, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -53,7 +53,7 @@ def variants(task: Path, runs: Path) -> dict[str, Future[list[dict[str, Any]]]]:
 
 def test_rollouts_keep_what_the_trainer_says_of_them(base: Path) -> None:
     """Under the prompt that each was rolled out with, before the update: the engine's own log-probs, but for rounding."""
-    rows = [row for step in (1, 2) for row in RunFolder.open(base).read_rollouts(step)]
+    rows = [row for step in (1, 2) for row in rollouts(base, step)]
     scored = [row for row in rows if row.proximal_logprobs is not None]
     assert all(row.proximal_logprobs is not None for row in rows if row.origin == "purified" and row.trained)
     assert {row.purified for row in scored} >= {True} and not any(

@@ -12,8 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from lens_megatron.run_folder import RunFolder
-from tests.loop.runs import Command, complaint, finished, metrics, run_tree, started, train, write_run
+from tests.loop.runs import Command, complaint, finished, metrics, rollouts, run_tree, started, train, write_run
 from tests.rollout.test_sglang_client import stub_server
 from tests.rollout.test_sglang_server import LAUNCHER
 
@@ -59,7 +58,7 @@ def test_train_with_servers(task: Path, tmp_path: Path, name: str) -> None:
     assert [ledger["version"] for ledger in ledgers] == [0, 1, 2]
     transport = {"disk": "disk"}.get(name, "tensor")
     assert all(ledger["transport"] == transport and not ledger["failed"] for ledger in ledgers)
-    assert len(RunFolder.open(tmp_path / "run").read_rollouts(2)) >= 16
+    assert len(rollouts(tmp_path / "run", 2)) >= 16
     kept = sorted(path.name for path in (tmp_path / "run").glob("weights/version_*"))
     assert kept == (["version_000001", "version_000002"] if name == "disk" else [])
 

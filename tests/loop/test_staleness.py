@@ -10,8 +10,7 @@ import yaml
 
 from lens_megatron.config import load_run
 from lens_megatron.errors import UsageError
-from lens_megatron.run_folder import RunFolder
-from tests.loop.runs import as_of, decided, metrics, run_tree, train
+from tests.loop.runs import as_of, decided, metrics, rollouts, run_tree, train
 
 pytestmark = [pytest.mark.long, pytest.mark.distributed]
 
@@ -37,10 +36,9 @@ def test_all_but_the_first_batch_are_one_version_old(stale: Path) -> None:
     lines = metrics(stale)
     assert [line["staleness"] for line in lines] == [0, 1, 1, 1]
     assert [line["staleness_max"] for line in lines] == [0, 1, 1, 1]
-    folder = RunFolder.open(stale)
     for step in range(1, STEPS + 1):
-        assert {row.weight_version for row in folder.read_rollouts(step)} == {max(0, step - 2)}
-        assert {row.step for row in folder.read_rollouts(step)} == {step}  # as the line of metrics.jsonl is numbered
+        assert {row.weight_version for row in rollouts(stale, step)} == {max(0, step - 2)}
+        assert {row.step for row in rollouts(stale, step)} == {step}  # as the line of metrics.jsonl is numbered
     # what the trainer says of them differs from what the engine said, by one update; the correction sees it
     assert lines[0]["logprob_diff"] < 1e-5
     assert all(line["logprob_diff"] > 1e-4 for line in lines[1:])
@@ -53,9 +51,8 @@ def test_the_batch_in_flight_is_part_of_the_checkpoint(task: Path, stale: Path, 
     expected = metrics(stale)
     assert [line["step"] for line in again] == [1, 2, 3, 4]
     assert [decided(line) for line in again] == [decided(line) for line in expected]
-    before, after = RunFolder.open(stale), RunFolder.open(run_dir)
     for step in (3, 4):
-        assert before.read_rollouts(step) == after.read_rollouts(step)
+        assert rollouts(stale, step) == rollouts(run_dir, step)
 
 
 def test_without_staleness_the_batch_in_flight_is_made_again(task: Path, stale: Path, tmp_path: Path) -> None:
@@ -64,7 +61,7 @@ def test_without_staleness_the_batch_in_flight_is_made_again(task: Path, stale: 
     tree["rollout"]["staleness"] = 0
     lines = train(tmp_path, tree, "--resume")
     assert [line["staleness_max"] for line in lines] == [0, 1, 0]
-    before, after = (RunFolder.open(folder).read_rollouts(3) for folder in (stale, run_dir))
+    before, after = (rollouts(folder, 3) for folder in (stale, run_dir))
     assert {row.weight_version for row in before} == {1} and {row.weight_version for row in after} == {2}
     assert {row.prompt_id for row in before} == {row.prompt_id for row in after}
 

@@ -12,7 +12,7 @@ from lens_megatron.evaluation.models import find_models
 from lens_megatron.folder_note import NOTE, noted_template
 from lens_megatron.model_spec import load_model_config
 from lens_megatron.run_folder import RunFolder
-from tests.loop.runs import complaint, finished, run_tree, write_run
+from tests.loop.runs import complaint, finished, rollouts, run_tree, write_run
 
 TEMPLATE = "{problem} ="
 ONE = {"parallel": {"tp": 1}}
@@ -54,7 +54,7 @@ def test_a_run_on_the_folder_of_an_sft_asks_as_it_did(task: Path, tmp_path: Path
     assert shown == line.replace("data.template", "lens_megatron.json of the model's folder")
     (preset,) = lines(words, "from preset lens: ")
     assert "update.minibatches=1" in preset and "optimizer.lr" not in preset  # which RUN.yaml gives
-    rows = RunFolder.open(run_dir).read_rollouts(1)
+    rows = rollouts(run_dir, 1)
     pieces = "".join(rows[0].prompt_pieces)
     assert pieces.endswith("=") and "Question" not in pieces
     (closing,) = lines(words, "done: ")

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from lens_megatron.rollout.sglang_server import ServerProcess
-from lens_megatron.run_folder import RunFolder
-from tests.loop.runs import run_tree, train, write_task
+from tests.loop.runs import rollouts, run_tree, train, write_task
 from tests.sglang.server import cpu_config, servers
 
 pytestmark = pytest.mark.sglang
@@ -54,9 +53,8 @@ def test_trains_and_agrees(task: Path, server: ServerProcess, tmp_path: Path, tr
         assert line["staleness_max"] == 0
         assert line["grad_norm"] > 0
     assert any(line["purified_ratio"] > 0 for line in lines)
-    folder = RunFolder.open(tmp_path / "run")
     for step in range(1, STEPS + 1):
-        assert {row.weight_version for row in folder.read_rollouts(step)} == {step - 1}
+        assert {row.weight_version for row in rollouts(tmp_path / "run", step)} == {step - 1}
     ledgers = [json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "sync").glob("*.json"))]
     assert [ledger["version"] for ledger in ledgers] == list(range(STEPS + 1))
     assert len({ledger["digest"] for ledger in ledgers}) == STEPS + 1
@@ -77,9 +75,8 @@ def test_one_step_of_asynchrony(task: Path, server: ServerProcess, tmp_path: Pat
     assert all(0 <= line["staleness"] <= line["staleness_max"] <= 1 for line in lines)
     if in_flight == "wait":
         assert [line["staleness"] for line in lines] == [0, 1]
-    folder = RunFolder.open(tmp_path / "run")
     for step in range(1, STEPS + 1):
-        rows = folder.read_rollouts(step)
+        rows = rollouts(tmp_path / "run", step)
         assert len(rows) >= 16
         assert {row.weight_version for row in rows} <= {max(0, step - 2), step - 1}
 

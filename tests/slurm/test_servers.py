@@ -10,8 +10,7 @@ import pytest
 
 from lens_megatron import strict
 from lens_megatron.rollout.sglang_config import ServerConfig
-from lens_megatron.run_folder import RunFolder
-from tests.loop.runs import metrics
+from tests.loop.runs import metrics, rollouts
 from tests.sglang import venv
 from tests.sglang.server import cpu_config
 from tests.slurm.conftest import Launcher
@@ -42,7 +41,7 @@ def test_trainer_and_server_on_a_node_each(launcher: Launcher) -> None:
         assert line["sync/probe_diff_max"] < 1e-4 and line["logprob_diff_max"] < 1e-4
         assert line["sync/servers"] == 1 and line["sync/changed_tensors"] > 0.9
     for step in (1, 2):
-        assert {row.weight_version for row in RunFolder.open(launcher.run_dir).read_rollouts(step)} == {step - 1}
+        assert {row.weight_version for row in rollouts(launcher.run_dir, step)} == {step - 1}
     (request,) = launcher.run_dir.glob("launch/servers.*/sglang_0.request")
     assert request.stat().st_mode & 0o077 == 0, "others can read the server's key"
     key = json.loads(request.read_text())["settings"]["api-key"]
