@@ -23,7 +23,9 @@ quickstart: install
 	$(BIN)/lens-megatron quickstart --dir runs/quickstart
 
 # By two workers, a file each: much of the time one process starts. A plain `pytest` does the same, one after the other.
+# Pages are looked at in a browser: without chromium, and not root on Debian to install it, those tests are skipped.
 test: install
+	$(BIN)/python -m tests.reporting.chromium
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Whole runs, started, killed, stalled, resumed: the minutes that keep `make test` under twenty. By two workers: a run waits

@@ -11,7 +11,7 @@ from lens_megatron.evaluation.page import evaluation_page
 from lens_megatron.evaluation.results import model_result
 from tests.evaluation.test_results import a_set, answered
 from tests.reporting import synthetic
-from tests.reporting.test_page import in_chromium
+from tests.reporting.chromium import in_chromium
 
 HOSTILE = synthetic.HOSTILE.replace("\ud83d", "")  # chromium ends itself when it prints half a character
 

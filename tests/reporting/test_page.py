@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import shutil
-import subprocess
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,21 +17,9 @@ from lens_megatron.reporting.document import embedded_json
 from lens_megatron.rollout_table import RolloutRow
 from lens_megatron.run_folder import RunFolder
 from tests.reporting import synthetic
+from tests.reporting.chromium import in_chromium
 from tests.reporting.synthetic import HOSTILE, make_run
 
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--enable-logging=stderr",
-    "--virtual-time-budget=2000",
-]
 TITLES = (
     "Figure 2a: zero-reward prompts",
     "Figure 2a: zero-reward prompts, overall",
@@ -98,22 +83,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_run(folder / "grpo", "grpo", optimizer={"lr": 1e-6})
     assert main(["report", str(folder / "lens<b>"), str(folder / "grpo")]) == 0
     return folder / "lens<b>" / "report.html"
-
-
-def in_chromium(page: Path, tmp_path: Path, *more: str) -> tuple[str, list[str]]:
-    """The page's DOM after its script has run, and what the console said."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None and os.getuid() == 0 and shutil.which("apt-get"):
-        subprocess.run(
-            ["apt-get", "install", "-y", "--no-install-recommends", "chromium"], check=False, capture_output=True
-        )
-        program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("no chromium here, and it could not be installed")
-    command = [program, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *more, "--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 @pytest.mark.slow

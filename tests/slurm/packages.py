@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.apt import can_install, install
 from tests.slurm.cluster import missing, missing_accounting
 
 _SLURM = ("slurm-wlm", "munge")
@@ -30,21 +28,9 @@ def no_services() -> Iterator[None]:
         policy.unlink()
 
 
-def install(*packages: str) -> None:
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    command = ["apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *packages]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:  # lists of a fresh image are empty
-        subprocess.run(["apt-get", "update", "--quiet"], env=environment, capture_output=True, check=False)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(f"{' '.join(packages)}: not installed: {(done.stderr.strip().splitlines() or ['apt-get failed'])[-1]}")
-
-
 def main() -> None:
-    can = os.geteuid() == 0 and shutil.which("apt-get") is not None
     for absent, packages in ((missing, _SLURM), (missing_accounting, _ACCOUNTING)):
-        if can and absent():
+        if can_install() and absent():
             with no_services():
                 install(*packages)
     for reason in filter(None, (missing(), missing_accounting())):
