@@ -235,7 +235,7 @@ class Stub:
     async def abort(self, request: web.Request) -> web.Response:
         body = await request.json()
         for name, item in self.running.items():
-            if body.get("abort_all") or (body.get("rid") and name.startswith(body["rid"])):
+            if body.get("rid") and name.startswith(body["rid"]):
                 self._abort(item)
         return web.Response()
 

@@ -13,12 +13,12 @@ ends in one of three errors, all of them RunError:
     BadAnswer     200, and not what SGLang says in such a case (sglang_schema.py)
 
 Reading: `server_info()` (version, sizes), `weight_version()`, `load()`, `is_healthy()`.
-Generating: `generate(...)`, `prompt_logprobs(tokens)` (at temperature 1, for probes), `abort_request(id)`, `abort_all()`.
+Generating: `generate(...)`, `prompt_logprobs(tokens)` (at temperature 1, for probes), `abort_request(id)`.
 Weights, in the order of an update: `pause_generation(mode)`, `flush_cache()` (not in mode in_place),
 `begin_weight_update()` where `(await server_info()).has_sessions`, then buckets by `update_weights_from_tensor` or
 `update_weights_from_distributed`, or all by `update_weights_from_disk`, `end_weight_update()`, `continue_generation()`.
-Groups: `init_weights_update_group`. Memory: `release_memory_occupation(tags)`,
-`resume_memory_occupation(tags)`; resuming a tag that was not released kills the server. `weight_checksums()` fails on CPU.
+Groups: `init_weights_update_group`. Memory: `release_memory_occupation(tags)`, `resume_memory_occupation(tags)`; resuming a
+tag that was not released kills the server. `weight_checksums()` fails on CPU.
 """
 
 from __future__ import annotations
@@ -180,9 +180,6 @@ class SGLangClient:
 
     async def abort_request(self, request_id: str, timeout_s: float | None = None) -> None:
         await self._send("POST", "/abort_request", _encoded({"rid": request_id}), timeout_s)
-
-    async def abort_all(self, timeout_s: float | None = None) -> None:
-        await self._send("POST", "/abort_request", _encoded({"abort_all": True}), timeout_s)
 
     # weights
 
