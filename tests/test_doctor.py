@@ -230,7 +230,6 @@ def test_asking_for_a_module_executes_nothing_of_it(tmp_path: Path, monkeypatch:
     assert module_place("apex") == tmp_path / "apex"
 
 
-@pytest.mark.slow
 def test_the_command_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "doctor.json"
     assert main(["doctor", "--json", str(file), "--dir", str(tmp_path)]) == 0

@@ -82,7 +82,6 @@ def test_advised_layouts_are_possible_and_fit(name: str) -> None:
         assert advised_host_bytes(config.spec, layout) <= 128 * GIB * layout.gpus, layout  # 1 TiB a node of 8
 
 
-@pytest.mark.slow
 def test_advised_memory_settings_are_those_of_a_run() -> None:
     from lens_megatron.mcore.settings import MemoryConfig
 

@@ -16,8 +16,6 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("lens_megatron", "model_configs", "launchers", "checkpoints_tools")
 DATA = (".typed", ".yaml", ".json", ".jsonl", ".html", ".jinja", ".sh", ".css", ".js")
 
-pytestmark = pytest.mark.slow
-
 
 def source_files() -> set[str]:
     return {

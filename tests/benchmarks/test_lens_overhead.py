@@ -58,7 +58,6 @@ def test_ratios_are_taken_within_a_round() -> None:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_algorithms_take_turns_on_the_embedded_engine(tmp_path: Path) -> None:
     task = write_task(tmp_path / "task")

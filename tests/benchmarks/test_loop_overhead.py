@@ -31,7 +31,6 @@ def test_a_section_has_its_own_time_only() -> None:
     assert profile.cpu["outer"] == pytest.approx(0.02, abs=0.01)
 
 
-@pytest.mark.slow
 def test_a_small_step(tmp_path: Path) -> None:
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         found = pool.submit(measure, PROMPTS, N, TOKENS, 1, tmp_path).result()

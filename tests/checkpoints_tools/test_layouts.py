@@ -17,7 +17,6 @@ from lens_megatron.mcore.layout import ParallelConfig
 from tests.checkpoints_tools import layout_cases as cases
 from tests.tiny_models import save_hf
 
-pytestmark = pytest.mark.distributed
 Folder = Callable[[str], Path]
 # four processes each; what the layout leaves is data parallel
 LOADS = [

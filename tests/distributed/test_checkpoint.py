@@ -33,8 +33,6 @@ from tests.checkpoints_tools.payloads import (
 from tests.distributed import checkpoint_cases as cases
 from tests.distributed.pool import WorkerPool
 
-pytestmark = pytest.mark.distributed
-
 LAYOUTS = {
     "1": (1, ParallelConfig()),
     "tp2": (2, ParallelConfig(tp=2)),

@@ -11,8 +11,6 @@ import torch
 from lens_megatron.mcore.layout import ParallelConfig
 from tests.distributed import checkpoint_cases
 
-pytestmark = pytest.mark.distributed
-
 
 @pytest.mark.parametrize(("kind", "world", "layout"), [("qwen2", 2, {"tp": 2}), ("qwen3_moe", 2, {"ep": 2})])
 def test_resumed_with_and_without(

@@ -14,8 +14,6 @@ from lens_megatron.mcore.layout import ParallelConfig
 from tests.distributed import cases, reference
 from tests.tiny_models import random_sequences, save_hf
 
-pytestmark = pytest.mark.distributed
-
 LAYOUTS = {
     "1": (1, ParallelConfig()),
     "tp2": (2, ParallelConfig(tp=2, sp=False)),

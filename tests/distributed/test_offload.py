@@ -12,8 +12,6 @@ import torch
 from lens_megatron.mcore.layout import ParallelConfig
 from tests.distributed import offload_cases
 
-pytestmark = pytest.mark.distributed
-
 
 @pytest.mark.parametrize(
     ("kind", "layout", "dtype"),

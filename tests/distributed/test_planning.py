@@ -18,8 +18,6 @@ from tests.distributed import planning_cases, reference
 from tests.distributed.test_layouts import COMBINATIONS, EACH, LAYOUTS
 from tests.tiny_models import random_sequences
 
-pytestmark = pytest.mark.distributed
-
 SEQUENCES = random_sequences(12, seed=4)
 DATA = reference.loss_data(SEQUENCES)
 BUDGET = 96

@@ -16,8 +16,6 @@ from lens_megatron.types import Sample
 from tests.distributed import reference, replay_cases
 from tests.tiny_models import hf_config, hf_model, random_sequences
 
-pytestmark = pytest.mark.distributed
-
 LAYOUTS = {
     "1": (1, ParallelConfig(), "none"),
     "1 full recompute": (1, ParallelConfig(), "full"),

@@ -16,8 +16,6 @@ from tests.distributed import reference, update_cases
 from tests.distributed.pool import WorkerPool
 from tests.tiny_models import random_sequences, save_hf
 
-pytestmark = pytest.mark.distributed
-
 LAYOUTS = {
     "small packs": (1, ParallelConfig(), 40),
     "dp2": (2, ParallelConfig(), 64),

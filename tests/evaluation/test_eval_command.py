@@ -42,7 +42,6 @@ def lines_of(out: Path) -> list[str]:
     return (next((out / "answers").glob("*.jsonl"))).read_text().splitlines()
 
 
-@pytest.mark.slow
 def test_one_command_gives_the_row(whole: Path) -> None:
     answers = [json.loads(line) for line in lines_of(whole)[1:]]
     samples = {benchmark.name: benchmark.samples for benchmark in BENCHMARKS.values()}
@@ -58,7 +57,6 @@ def test_one_command_gives_the_row(whole: Path) -> None:
     assert "Average@16" in (whole / "table.md").read_text() and "Average@16" in (whole / "table.tex").read_text()
 
 
-@pytest.mark.slow
 def test_killed_and_run_again_it_generates_nothing_twice(words: list[str], whole: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lens_megatron.cli", *words, "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -124,7 +124,6 @@ def test_settings_that_cannot_be_meant() -> None:
             strict.build(InterferenceConfig, tree, "analyze")
 
 
-@pytest.mark.slow
 def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Tiny random models; a reward that a response of random bytes can earn. Run again, nothing is generated."""
     for name, noise in (("policy", 0.05), ("reference", 0.0)):

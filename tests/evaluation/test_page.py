@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from lens_megatron.evaluation.page import evaluation_page
 from lens_megatron.evaluation.results import model_result
 from tests.evaluation.test_results import a_set, answered
@@ -16,7 +14,6 @@ from tests.reporting.chromium import in_chromium
 HOSTILE = synthetic.HOSTILE.replace("\ud83d", "")  # chromium ends itself when it prints half a character
 
 
-@pytest.mark.slow
 def test_in_a_browser(tmp_path: Path) -> None:
     one, two = a_set("aime24", 2, 30), a_set("math500", 1, 45, 500)
     prompts = (replace(one.prompts[0], text=HOSTILE, answer=HOSTILE), *one.prompts[1:])

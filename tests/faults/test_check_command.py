@@ -10,7 +10,7 @@ import pytest
 
 from tests.loop.runs import REPOSITORY, complaint, finished, run_tree, write_run
 
-pytestmark = [pytest.mark.long, pytest.mark.distributed]
+pytestmark = pytest.mark.long
 # read by every Python that starts; the fault is planted in the ranks alone
 PLANTING = """
 import os, sys

@@ -24,7 +24,7 @@ from lens_megatron import checkpoints, recorder
 from lens_megatron.run_folder import RunFolder
 from tests.loop.runs import PATIENCE_S, Command, decided, finished, metrics, run_tree, started, train, write_run
 
-pytestmark = [pytest.mark.soak, pytest.mark.distributed]
+pytestmark = pytest.mark.soak
 KILLS = int(os.environ.get("LENS_KILLS", "3"))
 STEPS = 3 * KILLS + 3  # a life makes a step or two
 SAVING = {"every": 1, "keep": 2, "asynchronous": True}

@@ -16,7 +16,6 @@ from tests.distributed.pool import WorkerPool
 from tests.faults import stage
 from tests.loop.runs import run_tree
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 SPLIT = {
     "preset": "lens",
     "rescue": {"ties": "position", "gamma": 0.1},

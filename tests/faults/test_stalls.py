@@ -25,7 +25,7 @@ from tests.faults.fault_rewards import SPIN_FILE
 from tests.loop.runs import Command, complaint, metrics, run_tree, started, write_run
 from tests.rollout.test_sglang_client import stub_server
 
-pytestmark = [pytest.mark.long, pytest.mark.distributed]
+pytestmark = pytest.mark.long
 TIMEOUT_S = 10.0
 Plant = Callable[[Command, Path], None]
 

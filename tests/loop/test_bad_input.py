@@ -123,8 +123,6 @@ def test_refused_with_one_line(
     assert not RunFolder(tmp_path / "run").holds_run()
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
 def test_rank_0_speaks_for_all(task: Path, tmp_path: Path) -> None:
     tree = run_tree(task, tmp_path / "run")
     change, expected = WRONG["no answer"]
@@ -168,7 +166,6 @@ def test_nothing_to_resume(task: Path, tmp_path: Path, capfd: pytest.CaptureFixt
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_a_refused_resume_leaves_the_run_as_it_was(task: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"

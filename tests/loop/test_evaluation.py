@@ -19,8 +19,6 @@ from lens_megatron.rewards.config import RewardConfig, RewardRule
 from lens_megatron.run_folder import RunFolder
 from tests.loop.runs import as_of, complaint, decided, finished, run_tree, train, write_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
-
 HELD_OUT = 12
 
 

@@ -32,7 +32,7 @@ from tests.loop.runs import (
     write_run,
 )
 
-pytestmark = [pytest.mark.long, pytest.mark.distributed]
+pytestmark = pytest.mark.long
 EVERY_STEP = {"every": 1, "keep": STEPS, "asynchronous": True}
 BOUND_S = 60.0  # from the blow to the end of the command, on a busy machine
 

@@ -12,8 +12,6 @@ from lens_megatron import checkpoints
 from lens_megatron.run_folder import RunFolder
 from tests.loop.runs import decided, rollouts, run_tree, train
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
-
 ALWAYS = """step reward success zero_reward_ratio purified_ratio improved_ratio deleted_tokens loss kl entropy grad_norm
 response_tokens logprob_diff ratio_purified ratio_original clip_fraction tokens time/step time/score time/generate
 time/reward time/logprobs time/train time/sync time/save""".split()  # noqa: SIM905

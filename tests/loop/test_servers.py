@@ -16,7 +16,7 @@ from tests.loop.runs import Command, complaint, finished, metrics, rollouts, run
 from tests.rollout.test_sglang_client import stub_server
 from tests.rollout.test_sglang_server import LAUNCHER
 
-pytestmark = [pytest.mark.long, pytest.mark.distributed]
+pytestmark = pytest.mark.long
 
 
 def tree_for(task: Path, folder: Path, url: str, **sync: Any) -> dict[str, Any]:

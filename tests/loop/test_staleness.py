@@ -12,7 +12,7 @@ from lens_megatron.config import load_run
 from lens_megatron.errors import UsageError
 from tests.loop.runs import as_of, decided, metrics, rollouts, run_tree, train
 
-pytestmark = [pytest.mark.long, pytest.mark.distributed]
+pytestmark = pytest.mark.long
 
 STEPS = 4
 

@@ -15,7 +15,7 @@ from lens_megatron import checkpoints, stopping
 from lens_megatron.run_folder import RunFolder
 from tests.loop.runs import STEPS, complaint, decided, finished, metrics, run_tree, started, train, write_run
 
-pytestmark = [pytest.mark.long, pytest.mark.distributed]
+pytestmark = pytest.mark.long
 
 
 def test_signal_then_file_then_whole(task: Path, base: Path, tmp_path: Path) -> None:

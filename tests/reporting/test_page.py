@@ -85,7 +85,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "lens<b>" / "report.html"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", ["1300,900", "400,800"])
 def test_in_a_browser(page: Path, tmp_path: Path, size: str) -> None:
     dom, console = in_chromium(page, tmp_path, f"--window-size={size}")
@@ -107,7 +106,6 @@ def test_in_a_browser(page: Path, tmp_path: Path, size: str) -> None:
     assert "owned" not in dom[: dom.index("</title>")] and "img" not in seen.tags
 
 
-@pytest.mark.slow
 def test_hover_and_choice(page: Path, tmp_path: Path) -> None:
     """As a reader would: over step 4 of Figure 4, then to the other run. (Without the policy: it refuses this script.)"""
     act = """<script>
@@ -128,7 +126,6 @@ def test_hover_and_choice(page: Path, tmp_path: Path) -> None:
     assert "was not rolled out again" in dom[dom.index('class="shown"') :]
 
 
-@pytest.mark.slow
 def test_a_mistake_in_the_script_would_be_seen(page: Path, tmp_path: Path) -> None:
     """The console check above can fail: a changed script is refused by the page's own policy, and said to be."""
     broken = tmp_path / "broken.html"
@@ -186,7 +183,6 @@ def test_a_run_of_one_bare_step(tmp_path: Path) -> None:
     assert all(found for found in seen.figures.values())
 
 
-@pytest.mark.slow
 def test_the_page_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def many(step: int, lens: bool) -> list[RolloutRow]:
         return [

@@ -30,7 +30,6 @@ from lens_megatron.types import Prompt, PurifiedPrompt, Rollout
 
 from . import tiny
 
-pytestmark = pytest.mark.slow  # every driver is a new process that imports torch
 CONFIG = SamplingConfig(n=3, max_response_tokens=10)
 PROMPTS = [Prompt(f"p{i}", (5, 6, i + 7), (0, 3), "1") for i in range(4)]
 _SOCKET_BYTES = 1 << 18  # more than a socket's buffer holds

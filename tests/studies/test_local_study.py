@@ -11,7 +11,7 @@ import yaml
 
 from tests.loop.runs import finished, run_tree, write_task
 
-pytestmark = [pytest.mark.long, pytest.mark.distributed]
+pytestmark = pytest.mark.long
 
 
 def study_tree(task: Path, folder: Path) -> Path:

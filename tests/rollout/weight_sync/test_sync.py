@@ -18,8 +18,6 @@ from tests.rollout.test_sglang_client import stub_server
 from tests.rollout.test_sglang_server import launched
 from tests.sglang import sync_cases
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
-
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[WorkerPool]:
