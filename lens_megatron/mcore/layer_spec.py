@@ -28,6 +28,18 @@ def runs_on_engine(dtype: torch.dtype) -> bool:
     return transformer_engine_available() and dtype != torch.float32
 
 
+def engine_layer(config: Any) -> Any:
+    layer = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+    )
+    # In checkpoints Megatron-Core's plain layers give the norm before the experts the name that a dense layer's fused one
+    # has, Transformer Engine's do not: neither could load the other's, nor our tools both.
+    layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return layer
+
+
 def block_spec(config: Any, vp_stage: int | None, recompute: Recompute = "none") -> TransformerBlockSubmodules:
     """The layers of one pipeline chunk, and its last norm."""
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
@@ -35,11 +47,7 @@ def block_spec(config: Any, vp_stage: int | None, recompute: Recompute = "none")
     if runs_on_engine(config.params_dtype):
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=config.qk_layernorm,
-        )
+        layer = engine_layer(config)
         if lean and not config.num_moe_experts:  # norms are fused into the products that read them
             layer.submodules.mlp = made_again.gated_mlp(layer.submodules.mlp.submodules)
         return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
