@@ -64,6 +64,9 @@ class Stub:
         self.update_seconds = 0.0  # that it takes over new weights
         self.stages = 1
         self.stuck = False  # a broadcast that failed is for ever under way on its GPU
+        self.arguments: dict[str, Any] = {}  # that it tells it was started with
+        self.groups: set[str] = set()  # for weights
+        self.scrambled = 0  # times
         self.released: set[str] = set()  # kinds of memory
         self.running: dict[str, Request] = {}
         self.in_cache = True  # what runs; not while it is retracted
@@ -90,6 +93,9 @@ class Stub:
                 web.post("/update_weights_from_disk", self.update),
                 web.post("/update_weights_from_tensor", self.update_in_session),
                 web.post("/update_weights_from_distributed", self.update_in_session),
+                web.post("/init_weights_update_group", self.init_group),
+                web.post("/destroy_weights_update_group", self.destroy_group),
+                web.post("/weights_checker", self.scramble),
                 web.post("/update_weight_version", self.rename),
                 web.post("/release_memory_occupation", self.release_memory),
                 web.post("/resume_memory_occupation", self.resume_memory),
@@ -123,6 +129,10 @@ class Stub:
                 "max_running_requests": self.slots,
                 "context_length": CONTEXT,
                 "max_total_num_tokens": self.kv_tokens,
+                "stub_groups": sorted(self.groups),
+                "stub_scrambled": self.scrambled,
+                "stub_released": sorted(self.released),
+                **self.arguments,
             }
         )
 
@@ -294,6 +304,21 @@ class Stub:
             return _success(False, "weight update outside a session")
         return await self.update(request)
 
+    async def scramble(self, request: web.Request) -> web.Response:
+        asked = (await request.json())["action"] == "reset_tensors"
+        self.scrambled += asked
+        return _success(asked, "ok" if asked else "there are no weights to look at")
+
+    async def init_group(self, request: web.Request) -> web.Response:
+        self.groups.add((await request.json())["group_name"])
+        return _success(True, "Succeeded to initialize custom process group.")
+
+    async def destroy_group(self, request: web.Request) -> web.Response:
+        name = (await request.json())["group_name"]
+        known = name in self.groups
+        self.groups.discard(name)
+        return _success(known, "ok" if known else "The group to be destroyed does not exist.")
+
     async def release_memory(self, request: web.Request) -> web.Response:
         assert not self.running, "the real server dies of it when it is not idle"
         self.released |= set((await request.json())["tags"])
@@ -338,11 +363,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--fault", choices=FAULTS, default="none")
     parser.add_argument("--kv-tokens", type=int, default=10**8)
     parser.add_argument("--vocab", type=int, default=50000)
+    parser.add_argument("--arguments", type=json.loads, default={})
     args = parser.parse_args(arguments)
 
     async def run() -> None:
         stub = Stub(args.version, args.token_seconds, args.slots, args.api_key, args.fault, args.vocab, args.kv_tokens)
-        stub.update_seconds, stub.stages = args.update_seconds, args.pp
+        stub.update_seconds, stub.stages, stub.arguments = args.update_seconds, args.pp, args.arguments
         await serve(stub, args.port)
 
     asyncio.run(run())

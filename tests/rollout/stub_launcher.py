@@ -15,6 +15,8 @@ async def run() -> None:
     seconds, vocab = float(os.environ["TOKEN_SECONDS"]), int(os.environ.get("VOCAB", "50000"))
     stub = Stub("0.5.21", seconds, 64, settings["api-key"], os.environ.get("FAULT", "none"), vocab)
     stub.weight_version = settings["weight-version"]
+    stub.arguments = {name.replace("-", "_"): settings[name] for name in settings if name.startswith("disable-")}
+    await asyncio.sleep(float(os.environ.get("START_SECONDS", "0")))  # it loads
     await serve(stub, settings["port"])
 
 
