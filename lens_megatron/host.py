@@ -376,6 +376,7 @@ def _of_the_servers(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
         "logs": folder.path / "logs",
         "first_gpu": first_gpu,
         "colocated": colocated,
+        "in_place": rollout.sync.in_flight == "in_place",
         # what the disk transport has written, where it was used, brings a restarted server back
         "resync": Snapshots(snapshots, rollout.sync.timeout_s).resync,
     }

@@ -117,13 +117,16 @@ def sglang_sampler(
     logs: Path,
     first_gpu: int,
     colocated: bool,
+    in_place: bool,
     resync: Resync | None = None,
 ) -> Sampler:
-    """SGLang's servers, started or found, without weights of the run until the first sync. `resync` brings a server back
-    that was started again while it generated (see SGLangEngine)."""
+    """SGLang's servers, started or found, without weights of the run until the first sync. `in_place`: they are to take
+    weights with rollouts under way. `resync` brings a server back that was started again while it generated (see
+    SGLangEngine)."""
     from lens_megatron.data.tokenizer import load_tokenizer, stop_tokens
     from lens_megatron.model_spec import load_model_spec
     from lens_megatron.rollout.sglang_engine import SGLangEngine
+    from lens_megatron.rollout.sglang_schema import IN_PLACE_ARGUMENTS, stale_in_place, untold_experts
     from lens_megatron.rollout.sglang_seat import seats
 
     tokenizer = load_tokenizer(str(folder))
@@ -131,6 +134,7 @@ def sglang_sampler(
     common: dict[str, Any] = {"dtype": dtype, "skip_tokenizer_init": True}
     common |= {"enable_memory_saver": True, "mem_fraction_static": COLOCATED_FRACTION} if colocated else {}
     common |= {"enable_return_routed_experts": True} if sampling.routing_replay else {}
+    common |= IN_PLACE_ARGUMENTS if in_place else {}
     found = seats(server, servers, str(folder), logs, first_gpu, common, seed, take_over=True)
     where = "" if server.urls else f"; logs in {logs}"
     print(f"waiting for {len(found)} SGLang server{'s' * (len(found) > 1)}{where}", file=sys.stderr, flush=True)
@@ -139,12 +143,14 @@ def sglang_sampler(
     routers = Routers.of(spec) if sampling.routing_replay else None
     engine = SGLangEngine(found, server, resync, spec.max_positions, routers)
     print(f"SGLang is ready after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    if routers is not None:
-        try:
-            engine.demand_experts()
-        except UsageError:
-            engine.close()
-            raise
+    try:
+        if routers is not None:
+            engine.demand("rollout.routing_replay", untold_experts)
+        if in_place:
+            engine.demand("rollout.sync.in_flight: in_place", stale_in_place)
+    except UsageError:
+        engine.close()
+        raise
     stop = tuple(sorted({*stop_tokens(tokenizer), *ends_of_the_model(folder)}))
     reward = TextReward(tokenizer, rewards, sampling.stall_seconds)
     return Sampler(engine, reward, rescue_rules(rescue), sampling, stop, seed)

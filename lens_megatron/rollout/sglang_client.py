@@ -14,7 +14,8 @@ ends in one of three errors, all of them RunError:
 
 Reading: `server_info()` (version, sizes), `weight_version()`, `load()`, `is_healthy()`.
 Generating: `generate(...)`, `prompt_logprobs(tokens)` (at temperature 1, for probes), `abort_request(id)`.
-Weights, in the order of an update: `pause_generation(mode)`, `flush_cache()` (not in mode in_place),
+Weights, in the order of an update: `pause_generation(mode)`, `flush_cache()` (in mode in_place
+`flush_cache_if_idle()`),
 `begin_weight_update()` where `(await server_info()).has_sessions`, then buckets by `update_weights_from_tensor` or
 `update_weights_from_distributed`, or all by `update_weights_from_disk`, `end_weight_update()`, `continue_generation()`.
 Groups: `init_weights_update_group`. Memory: `release_memory_occupation(tags)`, `resume_memory_occupation(tags)`; resuming a
@@ -203,6 +204,16 @@ class SGLangClient:
                         f"{self.url}/flush_cache, tried for {limit:g} s,", error.status, error.message
                     ) from None
             await asyncio.sleep(FLUSH_RETRY_SECONDS)
+
+    async def flush_cache_if_idle(self, timeout_s: float | None = None) -> bool:
+        """Whether nothing ran on it, paused requests included, and its cache is empty now."""
+        try:
+            await self._send("POST", "/flush_cache", b"", timeout_s)
+        except Refused as error:
+            if error.status != 400:
+                raise
+            return False
+        return True
 
     async def begin_weight_update(self, timeout_s: float | None = None) -> None:
         await self._succeed("/begin_weight_update", {"selector": "all"}, timeout_s)

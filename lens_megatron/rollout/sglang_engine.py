@@ -18,7 +18,7 @@ import queue
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lens_megatron.errors import RunError, UsageError
@@ -28,7 +28,7 @@ from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import Refused, SGLangClient, Unreachable
 from lens_megatron.rollout.sglang_config import ServerConfig
 from lens_megatron.rollout.sglang_pool import Resync, ServerPool
-from lens_megatron.rollout.sglang_schema import UNUSED_PLACES, Generation, untold_experts
+from lens_megatron.rollout.sglang_schema import UNUSED_PLACES, Generation
 from lens_megatron.rollout.sglang_seat import Job, Seat
 from lens_megatron.rollout.sglang_server import ServerAddress
 from lens_megatron.routed_experts import Routers
@@ -162,11 +162,11 @@ class SGLangEngine:
         self._raise_failure()
         return [seat.address for seat in self._pool.answering()]
 
-    def demand_experts(self) -> None:
-        """UsageError for a server that would not tell which experts it took, or would tell wrong ones."""
+    def demand(self, key: str, unfit: Callable[[Mapping[str, Any]], str | None]) -> None:
+        """UsageError for a server whose arguments do not fit the setting `key`; `unfit` says why."""
         for seat in self._pool.seats:
-            if seat.info is not None and (why := untold_experts(seat.info.raw)) is not None:
-                raise UsageError(f"rollout.routing_replay: {seat.name} ({seat.client.url}) {why}")
+            if seat.info is not None and (why := unfit(seat.info.raw)) is not None:
+                raise UsageError(f"{key}: {seat.name} ({seat.client.url}) {why}")
 
     def health(self) -> Health:
         running = sum(len(seat.jobs) for seat in self._pool.seats)

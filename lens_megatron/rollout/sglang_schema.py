@@ -251,6 +251,25 @@ def untold_experts(server: Mapping[str, Any]) -> str | None:
     return None
 
 
+# what a server must be started with to take weights while it keeps its rollouts' cache (rollout.sync.in_flight: in_place)
+IN_PLACE_ARGUMENTS = {"disable_radix_cache": True, "disable_overlap_schedule": True}
+
+
+def stale_in_place(server: Mapping[str, Any]) -> str | None:
+    """Why a server started with these arguments would go on with old weights, or under a batch that still runs, when weights
+    change in place (read in SGLang 0.5.21)."""
+    kept = {
+        "disable_radix_cache": "it would give new rollouts the cache of old weights, as it does not ask whose it is",
+        "disable_overlap_schedule": "weights would change under the batch that it has begun",
+    }
+    for name in IN_PLACE_ARGUMENTS:
+        if not server.get(name):
+            return f"was started without {name}: {kept[name]}; start it with --{name.replace('_', '-')}"
+    if (server.get("pp_size") or 1) > 1:
+        return "was started with pp_size above 1: its stages do not stop for new weights; set in_flight to wait"
+    return None
+
+
 def parse_load(answer: Any) -> Load:
     """/v1/loads: a row for each data-parallel rank."""
     rows = _mapping(answer, "v1/loads").get("loads")

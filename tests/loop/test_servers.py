@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from tests.loop.runs import Command, complaint, finished, metrics, rollouts, run_tree, started, train, write_run
 from tests.rollout.test_sglang_client import stub_server
@@ -72,6 +73,16 @@ def test_a_probe_that_differs_ends_the_run(task: Path, tmp_path: Path) -> None:
     assert "log-probs of the probe differ from the trainer's by up to" in complaint(words)
 
 
+def test_in_place_is_refused_of_servers_that_would_keep_the_cache_of_old_weights(task: Path, tmp_path: Path) -> None:
+    with stub_server("--vocab", "97") as url:
+        tree = tree_for(task, tmp_path, url, in_flight="in_place")
+        code, words = finished(tmp_path, "train", str(write_run(tmp_path, tree)))
+    assert code == 2
+    assert f"rollout.sync.in_flight: in_place: sglang_0 ({url}) was started without disable_radix_cache" in complaint(
+        words
+    )
+
+
 def _server(command: Command, settings: Path) -> psutil.Process:
     """Not its guard, which has the same words behind its own."""
     found = []
@@ -87,7 +98,7 @@ def test_servers_that_the_run_starts_end_with_it_and_one_that_dies_is_replaced(t
     environment = {"TOKEN_SECONDS": "0.1", "VOCAB": "97"}
     server = {"command": [sys.executable, LAUNCHER], "env": environment, "restarts": 1, "start_timeout_s": 60.0}
     tree = run_tree(task, tmp_path / "run", parallel={"tp": 1})
-    sync = {"transport": "disk", "fallback": "none", "timeout_s": 20.0, "probe_tolerance": 1e9}
+    sync = {"transport": "disk", "fallback": "none", "timeout_s": 20.0, "probe_tolerance": 1e9, "in_flight": "in_place"}
     tree["rollout"] = {**tree["rollout"], "engine": "sglang", "servers": 2, "server": server, "sync": sync}
     tree["guards"] = {"on_logprob_diff": "report"}
     with started(tmp_path, "train", str(write_run(tmp_path, tree))) as command:
@@ -99,4 +110,8 @@ def test_servers_that_the_run_starts_end_with_it_and_one_that_dies_is_replaced(t
         command.nobody_left()
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
     assert log.read_text().count("--- start") == 2
+    arguments = yaml.safe_load(log.with_suffix(".yaml").read_text())
+    assert (
+        arguments["disable-radix-cache"] is arguments["disable-overlap-schedule"] is True
+    )  # it takes weights in place
     assert "SGLang is ready after" in command.words()

@@ -19,7 +19,14 @@ from lens_megatron.errors import RunError
 from lens_megatron.rollout import sglang_client
 from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import Refused, SGLangClient, Unreachable
-from lens_megatron.rollout.sglang_schema import BadAnswer, parse_generation, parse_version, untold_experts
+from lens_megatron.rollout.sglang_schema import (
+    IN_PLACE_ARGUMENTS,
+    BadAnswer,
+    parse_generation,
+    parse_version,
+    stale_in_place,
+    untold_experts,
+)
 from lens_megatron.routed_experts import Routers
 
 
@@ -244,6 +251,20 @@ def test_experts_that_cannot_be_replayed_are_refused(experts: Any, says: str) ->
 )
 def test_servers_that_would_tell_no_experts_or_wrong_ones(server: dict[str, Any], says: str | None) -> None:
     found = untold_experts(server)
+    assert found is None if says is None else found is not None and says in found
+
+
+@pytest.mark.parametrize(
+    "server, says",
+    [
+        ({}, "--disable-radix-cache"),
+        ({"disable_radix_cache": True, "disable_overlap_schedule": False}, "--disable-overlap-schedule"),
+        ({**IN_PLACE_ARGUMENTS, "pp_size": 2}, "pp_size above 1"),
+        ({**IN_PLACE_ARGUMENTS, "pp_size": 1}, None),
+    ],
+)
+def test_servers_that_would_go_on_with_old_weights(server: dict[str, Any], says: str | None) -> None:
+    found = stale_in_place(server)
     assert found is None if says is None else found is not None and says in found
 
 

@@ -13,6 +13,7 @@ from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import SGLangClient
 from lens_megatron.rollout.sglang_config import ServerConfig
 from lens_megatron.rollout.sglang_engine import SGLangEngine
+from lens_megatron.rollout.sglang_schema import IN_PLACE_ARGUMENTS
 from lens_megatron.rollout.sglang_server import UNSYNCED, ServerProcess
 from tests import tiny_models
 from tests.distributed.pool import WorkerPool
@@ -119,6 +120,7 @@ def pool() -> Iterator[WorkerPool]:
 
 @pytest.fixture(scope="session")
 def two(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ServerProcess]]:
-    config = cpu_config(args={"context_length": 512})  # the tiny model has no more positions
+    # the tiny model has no more positions; and they may be given weights in place, which is one more thing to do with them
+    config = cpu_config(args={"context_length": 512, **IN_PLACE_ARGUMENTS})
     with servers(folders["qwen3"], tmp_path_factory.mktemp("logs"), count=2, config=config) as started:
         yield started

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tests.sglang import sync_cases
 from tests.sglang.server import cpu_config, servers
 
 pytestmark = pytest.mark.sglang
+T = TypeVar("T")
 
 SMALL = 0.06  # MiB: the tiny model in several buckets
 ROOM = {"context_length": 512}  # the tiny model has no more positions
@@ -42,24 +44,25 @@ def address(server: ServerProcess, shares_memory: bool = True) -> ServerAddress:
     return ServerAddress(server.name, server.url, server.api_key, server.starts, shares_memory=shares_memory)
 
 
-def engine_logprobs(server: ServerProcess, sequences: list[list[int]]) -> list[tuple[tuple[float, ...], str]]:
+def ask(server: ServerProcess, verb: Callable[[SGLangClient], Coroutine[Any, Any, T]]) -> T:
     loop = EventLoop()
     client = SGLangClient(server.url, server.api_key)
     try:
-        return [loop.run(client.prompt_logprobs(f"look/{i}/", tokens)) for i, tokens in enumerate(sequences)]
+        return loop.run(verb(client))
     finally:
         loop.run(client.close())
         loop.close()
+
+
+def engine_logprobs(server: ServerProcess, sequences: list[list[int]]) -> list[tuple[tuple[float, ...], str]]:
+    return [
+        ask(server, lambda client, i=i, tokens=tokens: client.prompt_logprobs(f"look/{i}/", tokens))
+        for i, tokens in enumerate(sequences)
+    ]
 
 
 def weight_version(server: ServerProcess) -> str:
-    loop = EventLoop()
-    client = SGLangClient(server.url, server.api_key)
-    try:
-        return loop.run(client.weight_version())
-    finally:
-        loop.run(client.close())
-        loop.close()
+    return ask(server, lambda client: client.weight_version())
 
 
 @pytest.mark.parametrize("transport", ["tensor", "disk", "distributed"])
@@ -148,3 +151,36 @@ def test_a_scrambled_engine_shows_a_lost_bucket_to_the_probe(
     assert isinstance(lost, str)
     assert "log-probs of the probe differ" in lost
     assert not isinstance(pool.run(sync_cases.sync, 3)[0], str)
+
+
+def test_after_a_sync_in_place_nothing_is_sampled_from_the_cache_of_old_weights(
+    pool: WorkerPool, server: ServerProcess, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """The prompt was there before, and a rollout that stays in place keeps the cache from being flushed."""
+    config = SyncConfig(transport="tensor", fallback="none", bucket_mib=SMALL, timeout_s=30.0, in_flight="in_place")
+    pool.run(sync_cases.open_trainer, folders["qwen3"], ParallelConfig(tp=2), [address(server)], config, tmp_path)
+    prompt = list(range(3, 103))
+    synced = pool.run(sync_cases.sync, 1)[0]
+    assert not isinstance(synced, str), synced
+    known = _sampled_as_by_the_trainer(pool, server, "before", prompt)
+    before = torch.tensor(pool.run(sync_cases.logprobs, [known])[0][0])
+    for seed in range(3):
+        pool.run(sync_cases.train_once, seed)
+    with ThreadPoolExecutor(1) as thread:
+        under_way = thread.submit(ask, server, lambda client: client.generate("under-way", prompt, 400))
+        while not ask(server, lambda client: client.load()).running:
+            assert not under_way.done()
+        synced = pool.run(sync_cases.sync, 2)[0]
+        assert not isinstance(synced, str), synced
+        rollout = under_way.result()
+    assert [label.partition(".")[0] for label, _, _ in rollout.versions] == ["1", "2"]
+    _sampled_as_by_the_trainer(pool, server, "after", prompt)
+    after = torch.tensor(pool.run(sync_cases.logprobs, [known])[0][0])
+    assert (after - before).abs().max() > 1e-2  # or nothing was shown
+
+
+def _sampled_as_by_the_trainer(pool: WorkerPool, server: ServerProcess, name: str, prompt: list[int]) -> list[int]:
+    answer = ask(server, lambda client: client.generate(name, prompt, 16))
+    tokens = [*prompt, *answer.tokens]
+    assert answer.logprobs == pytest.approx(pool.run(sync_cases.logprobs, [tokens])[0][0][-16:], abs=1e-4)
+    return tokens

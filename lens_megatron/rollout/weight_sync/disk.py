@@ -50,6 +50,7 @@ class DiskTransport:
         except (OSError, SafetensorError) as error:
             raise SyncFailed(f"{target} could not be written: {error}") from None
         ledger.add(noted.entries)
+        # the fleet flushed what can be flushed; with rollouts in place the server would end for not being able to
         in_place = delivery.config.in_flight == "in_place"
         folder = str(target.resolve())
         answers = fleet.each(

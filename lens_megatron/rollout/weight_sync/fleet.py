@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lens_megatron.errors import RunError
 from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import Refused, SGLangClient, Unreachable
-from lens_megatron.rollout.sglang_schema import Generation, ServerInfo
+from lens_megatron.rollout.sglang_schema import Generation, ServerInfo, stale_in_place
 from lens_megatron.rollout.weight_sync.config import SyncConfig
 from lens_megatron.routed_experts import Routers
 
@@ -99,15 +99,19 @@ class Fleet:
     # the hand-over
 
     def hold(self, label: str, by_disk: bool, scrambled: Callable[[ServerInfo], bool]) -> None:
-        """Generation paused, no cached key or value left, and weights expected.
-        `label`: the version's `unfinished` name."""
+        """Generation paused, no cached key or value left but of rollouts that stay in place, and weights expected. `label`:
+        the version's `unfinished` name."""
         mode = "abort" if self.config.in_flight == "wait" else self.config.in_flight
+        if mode == "in_place":  # asked at every sync: a server may have been started again by somebody else
+            for url in self.live:
+                if (why := stale_in_place(self.infos[url].raw)) is not None:
+                    self.refuse(url, f"{url} {why}")
         self.each(lambda server: server.pause_generation(mode))
         self.each(lambda server: server.set_weight_version(label))
-        if mode != "in_place":  # with requests in place there is no idle moment to flush in
-            self.each(lambda server: server.flush_cache())
+        idle = self.each(_flush_if_idle if mode == "in_place" else _flush)
         self.each(self._end_any if by_disk else self._begin)
-        self.each(lambda server: _scramble(server, scrambled(self.infos[server.url])))
+        # rollouts in place shall meet no random weights, should one of them not stand still
+        self.each(lambda server: _scramble(server, idle[server.url] and scrambled(self.infos[server.url])))
         self.need_one()
 
     async def _begin(self, server: SGLangClient) -> None:
@@ -179,6 +183,15 @@ class Fleet:
                 return {}
 
         return {url: answer for url, answer in self.each(ask).items() if answer}
+
+
+async def _flush(server: SGLangClient) -> bool:
+    await server.flush_cache()
+    return True
+
+
+async def _flush_if_idle(server: SGLangClient) -> bool:
+    return await server.flush_cache_if_idle()
 
 
 async def _scramble(server: SGLangClient, wanted: bool) -> None:

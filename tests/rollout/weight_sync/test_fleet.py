@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from lens_megatron.rollout.event_loop import EventLoop
+from lens_megatron.rollout.sglang_schema import IN_PLACE_ARGUMENTS
 from lens_megatron.rollout.sglang_server import ServerAddress
 from lens_megatron.rollout.weight_sync import distributed
 from lens_megatron.rollout.weight_sync.config import SyncConfig
@@ -25,8 +28,11 @@ def loop() -> Iterator[EventLoop]:
     loop.close()
 
 
-def meet(loop: EventLoop, *urls: str) -> Fleet:
-    return Fleet.meet([ServerAddress("s", url, None, 1) for url in urls], loop, SyncConfig(timeout_s=10.0))
+IN_PLACE = json.dumps(IN_PLACE_ARGUMENTS)
+
+
+def meet(loop: EventLoop, *urls: str, **config: Any) -> Fleet:
+    return Fleet.meet([ServerAddress("s", url, None, 1) for url in urls], loop, SyncConfig(timeout_s=10.0, **config))
 
 
 def test_a_probe_that_is_no_number_loses_that_server_alone(loop: EventLoop) -> None:
@@ -44,6 +50,28 @@ def test_an_answer_without_success_loses_that_server_alone(loop: EventLoop) -> N
         assert fleet.live == [good]
         assert "200 without success" in fleet.lost[bad]
         fleet.dismiss("refused-1")
+        fleet.close()
+
+
+def test_in_place_what_is_idle_is_flushed_and_scrambled_and_what_runs_is_neither(loop: EventLoop) -> None:
+    with stub_server("--arguments", IN_PLACE, "--token-seconds", "0.05") as busy, stub_server() as unfit:
+        fleet = meet(loop, busy, unfit, in_flight="in_place")
+        server = fleet.clients[busy]
+
+        def scrambled() -> int:
+            return int(loop.run(server.server_info()).raw["stub_scrambled"])
+
+        rollout = loop.start(server.generate("r", (5, 6), 60))
+        while loop.run(server.load()).used_tokens < 2:
+            time.sleep(0.01)
+        fleet.hold("unfinished-1", by_disk=True, scrambled=lambda _: True)
+        assert fleet.live == [busy] and "disable_radix_cache" in fleet.lost[unfit]
+        assert scrambled() == 0
+        fleet.release("1")
+        answer = rollout.result(20.0)
+        assert answer.finish == "length" and [label for label, _, _ in answer.versions] == ["default", "1"]
+        fleet.hold("unfinished-2", by_disk=True, scrambled=lambda _: True)
+        assert scrambled() == 1
         fleet.close()
 
 
