@@ -12,7 +12,6 @@ from lens_megatron.mcore.agreement import everywhere
 from lens_megatron.mcore.offload import Residence
 from lens_megatron.mcore.rendezvous import from_rank_zero
 from lens_megatron.mcore.step import Trainable
-from lens_megatron.rollout.sglang_server import ServerAddress
 from lens_megatron.rollout.sglang_supervised import supervised_folder
 from lens_megatron.rollout.weight_sync.handover import Handover, ServerMemory
 from lens_megatron.rollout.weight_sync.sync import WeightSync
@@ -34,9 +33,6 @@ class EngineSide:
     def _colocated(self) -> bool:
         return self._config.rollout.engine == "sglang" and self._config.placement == "colocated"
 
-    def _servers(self) -> list[ServerAddress]:
-        return [] if self._host is None else self._host.driver.servers()
-
     def make_room(self) -> None:
         """Of servers on the same GPUs."""
         if not self._colocated:
@@ -44,8 +40,8 @@ class EngineSide:
         memory = self._memory = ServerMemory(self._config.timeout_s) if self._host is not None else None
 
         def take() -> None:
-            assert memory is not None
-            memory.release(self._servers(), "kv_cache", "weights")
+            assert memory is not None and self._host is not None
+            memory.release(self._host.driver.trainers_turn(), "kv_cache", "weights")
 
         from_rank_zero(take, "take the servers' memory", self._config.timeout_s)
 
@@ -57,7 +53,7 @@ class EngineSide:
                 Residence(policy),
                 lambda work, what: from_rank_zero(work, what, config.timeout_s),
                 everywhere,
-                self._servers,
+                None if self._host is None else self._host.driver,
                 self._memory,
                 config.memory.residual_gib,
             )

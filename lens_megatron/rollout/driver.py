@@ -97,6 +97,13 @@ class RolloutDriver:
         """Those that answer. Weights reach them past this process."""
         return self._call("servers")
 
+    def trainers_turn(self) -> list[ServerAddress]:
+        """On shared GPUs: those that hold memory there. None is started until `engines_turn`."""
+        return self._call("trainers_turn")
+
+    def engines_turn(self) -> list[ServerAddress]:
+        return self._call("engines_turn")
+
     def begin_update(self, version: int) -> None:
         self._call("begin_update", version)
 

@@ -122,7 +122,7 @@ def execute(sampler: Sampler, buffer: SharedBuffer | None, command: str, args: t
     if command == "update":
         assert buffer is not None
         return engine.update(buffer.read(*args))
-    if command in ("servers", "restart_servers"):
+    if command in ("servers", "restart_servers", "trainers_turn", "engines_turn"):
         return getattr(engine, command)(*args)  # only some engines work with servers
     if command == "weight_checksums":
         checksums = getattr(engine, "checksums", None)

@@ -157,6 +157,19 @@ class SGLangEngine:
         self._raise_failure()
         return self._loop.run(self._pool.restart(silent, reason))
 
+    def trainers_turn(self) -> list[ServerAddress]:
+        """On shared GPUs, before the trainer comes back to them: all servers that hold memory there. None is started until
+        `engines_turn`."""
+        self._raise_failure()
+        self._loop.run(self._pool.trainers_turn())
+        return self.servers()
+
+    def engines_turn(self) -> list[ServerAddress]:
+        """The trainer has left: the servers that answer; those that died meanwhile are being started."""
+        addresses = self.servers()
+        self._loop.loop.call_soon_threadsafe(self._pool.engines_turn)
+        return addresses
+
     def servers(self) -> list[ServerAddress]:
         """Those that answer."""
         self._raise_failure()

@@ -36,6 +36,7 @@ class ServerPool:
         self.version, self.next_version, self.label = -1, -1, ""
         self._met: dict[Seat, int] = {}  # servers that an update began with: their starts
         self.updating = False
+        self._may_start = True  # else the trainer is on the servers' GPUs
         self.progress = 0  # grows while servers sample, or are being started within their limit
 
     # what there is
@@ -53,7 +54,7 @@ class ServerPool:
 
     def is_hopeless(self) -> bool:
         """No server has weights, and none will have any by itself."""
-        return not self.updating and not any(seat.state in ("ready", "starting") for seat in self.seats)
+        return not self.updating and not any(seat.state in ("ready", "starting", "down") for seat in self.seats)
 
     def accepted(self) -> dict[str, int]:
         return {label: version for seat in self.seats for label, version in seat.accepted.items()}
@@ -96,13 +97,20 @@ class ServerPool:
         seat.reason = reason
         if seat.process is None or self._restarts_left > 0:  # whoever runs another's server may start it again
             self._restarts_left -= seat.process is not None
-            seat.state = "starting"
-            self.chore(self._bring_back(seat))
+            seat.state = "down"
+            self._start_again()
         else:
             seat.state = "gone"
             self.chore(asyncio.to_thread(seat.process.stop))
         # behind a router nobody knows which rollouts were its
         self._on_lost([job for one in (self.seats if self._config.router else [seat]) for job in one.give_up_all()])
+
+    def _start_again(self) -> None:
+        """Those that are to be, unless their GPUs are the trainer's now."""
+        for seat in self.seats if self._may_start else ():
+            if seat.state == "down":
+                seat.state = "starting"
+                self.chore(self._bring_back(seat))
 
     async def _bring_back(self, seat: Seat) -> None:
         reason = seat.reason
@@ -130,6 +138,20 @@ class ServerPool:
                 seat.accept(version, label)
                 return
         seat.state = "quarantined"
+
+    # on shared GPUs
+
+    async def trainers_turn(self) -> None:
+        """Starts no server from now on, and waits for those that are starting: they take memory that nobody has asked them to
+        release yet. Each has its start_timeout_s."""
+        self._may_start = False
+        await asyncio.gather(*(self._look_after(seat) for seat in self.answering()))  # what has ended cannot be asked
+        while any(seat.state == "starting" for seat in self.seats):
+            await asyncio.sleep(0.05)
+
+    def engines_turn(self) -> None:
+        self._may_start = True
+        self._start_again()
 
     async def close(self) -> None:
         for chore in self._chores:

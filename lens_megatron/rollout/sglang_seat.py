@@ -2,7 +2,8 @@
 
 starting -> quarantined -> ready          a sync (or a resync from a snapshot) makes it ready
 ready -> quarantined                      at the next update, or when it carries weights that no sync vouches for
-any -> starting                           it died or hung, and may be started again
+any -> starting                           it died or hung, and is started again
+any -> down                               it is to be started again, when the trainer has left its GPUs
 any -> gone                               it may not
 """
 
@@ -30,7 +31,7 @@ from lens_megatron.rollout.sglang_server import (
 )
 from lens_megatron.rollout.sglang_supervised import SupervisedServer, supervised_folder
 
-State = Literal["starting", "quarantined", "ready", "gone"]
+State = Literal["down", "starting", "quarantined", "ready", "gone"]
 HEALTH_RETRY_SECONDS = 0.25
 _NEVER_WELL = (401, 403, 404, 405)  # of /health, at a URL that was given: whoever answers so is no SGLang
 END_LOOKS, END_LOOK_SECONDS = 10, 0.1

@@ -94,7 +94,7 @@ def test_a_server_that_dies_is_started_again_and_brought_back(tmp_path: Path) ->
         wanted = requests(12, 100)
         engine.submit(wanted)
         time.sleep(0.5)
-        _server_of(engine).kill()
+        server_of(engine).kill()
         check(drain(engine, 12, 40.0), wanted)
         (after,) = engine.servers()
         assert [address.start for address in (before, after)] == [1, 2] and restored == [after]
@@ -105,8 +105,8 @@ def test_a_server_that_dies_is_started_again_and_brought_back(tmp_path: Path) ->
         engine.close()
 
 
-def _server_of(engine: SGLangEngine) -> psutil.Process:
-    guard = engine._pool.seats[0].process._process  # type: ignore[union-attr]
+def server_of(engine: SGLangEngine, number: int = 0) -> psutil.Process:
+    guard = engine._pool.seats[number].process._process  # type: ignore[union-attr]
     (server,) = psutil.Process(guard.pid).children()  # type: ignore[union-attr]
     return server
 
@@ -118,7 +118,7 @@ def test_after_its_restarts_the_run_ends_with_the_servers_last_words(tmp_path: P
         sync(engine, 3)
         engine.submit(requests(3, 2000))
         time.sleep(0.3)
-        _server_of(engine).send_signal(signal.SIGKILL)
+        server_of(engine).send_signal(signal.SIGKILL)
         with pytest.raises(RunError, match=r"sglang_0 is gone: .*137"):
             drain(engine, 3)
     finally:

@@ -2,7 +2,8 @@
 
     engine's turn    trainer's weights, gradients and optimizer leave the GPU, what stays is held against the budget,
                      then, when all ranks have left, the servers take their KV cache
-    trainer's turn   the servers give up the KV cache, then the trainer comes back
+    trainer's turn   servers that are starting are waited for and none is started any more; all give up the KV cache, then
+                     the trainer comes back
     before a sync    the servers take memory for weights; in them nothing is kept, so that they stay until the rollouts
                      of the step are done
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from lens_megatron.errors import RunError
 from lens_megatron.mcore.offload import Residence, residual_bytes
@@ -23,6 +24,17 @@ from lens_megatron.rollout.sglang_client import MemoryTag, SGLangClient
 from lens_megatron.rollout.sglang_server import ServerAddress
 
 GIB = 2**30
+
+
+class Servers(Protocol):
+    """What the rollout driver offers: the servers that answer. None starts between `trainers_turn`, which returns when none
+    is starting, and `engines_turn`."""
+
+    def servers(self) -> Sequence[ServerAddress]: ...
+
+    def trainers_turn(self) -> Sequence[ServerAddress]: ...
+
+    def engines_turn(self) -> Sequence[ServerAddress]: ...
 
 
 class ServerMemory:
@@ -72,7 +84,7 @@ class Handover:
         residence: Residence,
         on_rank_zero: Callable[[Callable[[], Any], str], Any],
         on_every_rank: Callable[[Callable[[], None]], None],
-        servers: Callable[[], Sequence[ServerAddress]],
+        servers: Servers | None,
         memory: ServerMemory | None,
         budget_gib: float,
     ) -> None:
@@ -86,7 +98,7 @@ class Handover:
             return
         # copies to the host take ranks different times: the servers have all GPUs' memory only when the last is gone
         self._on_every_rank(self._leave)
-        self._ask(lambda memory, servers: memory.resume(servers, "kv_cache"), "give the servers their cache")
+        self._ask(lambda memory, there: memory.resume(there.engines_turn(), "kv_cache"), "give the servers their cache")
 
     def _leave(self) -> None:
         self._residence.release()
@@ -100,15 +112,19 @@ class Handover:
     def to_trainer(self, keep_engine_weights: bool) -> None:
         """`keep_engine_weights`: more is to be generated before the next sync."""
         tags: list[MemoryTag] = ["kv_cache"] if keep_engine_weights else ["kv_cache", "weights"]
-        self._ask(lambda memory, servers: memory.release(servers, *tags), "take the servers' memory")
+        self._ask(lambda memory, there: memory.release(there.trainers_turn(), *tags), "take the servers' memory")
         self._residence.restore()
 
     def before_sync(self) -> None:
-        self._ask(lambda memory, servers: memory.resume(servers, "weights"), "give the servers room for weights")
+        if self._ask(lambda _, there: not there.servers(), "look for rollout servers"):
+            # all died in the trainer's turn: they have room to start only while it is away
+            self.to_engine()
+            self.to_trainer(keep_engine_weights=False)
+        self._ask(lambda memory, there: memory.resume(there.servers(), "weights"), "give the servers room for weights")
 
-    def _ask(self, verb: Callable[[ServerMemory, Sequence[ServerAddress]], None], what: str) -> None:
-        def ask() -> None:
-            assert self._memory is not None
-            verb(self._memory, self._servers())
+    def _ask(self, verb: Callable[[ServerMemory, Servers], Any], what: str) -> Any:
+        def ask() -> Any:
+            assert self._memory is not None and self._servers is not None
+            return verb(self._memory, self._servers)
 
-        self._on_rank_zero(ask, what)
+        return self._on_rank_zero(ask, what)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lens_megatron.errors import RunError
+from lens_megatron.rollout.sglang_client import SGLangClient
+from lens_megatron.rollout.sglang_engine import SGLangEngine
+from lens_megatron.rollout.sglang_seat import Seat, seats
 from lens_megatron.rollout.sglang_server import ServerAddress
 from lens_megatron.rollout.weight_sync import handover
 from lens_megatron.rollout.weight_sync.handover import Handover, ServerMemory
+from tests.rollout.test_sglang_engine import drain, requests, sync
+from tests.rollout.test_sglang_server import launched, server_of
+from tests.rollout.test_sglang_updates import until
 
 
 class Asked(ServerMemory):
@@ -40,6 +49,26 @@ class Asked(ServerMemory):
         verb(Client())
 
 
+class Engine:
+    """Its servers; those in `down` are started as soon as they may be."""
+
+    def __init__(self, log: list[str], servers: list[ServerAddress], down: list[ServerAddress]) -> None:
+        self.log, self.there, self.down = log, servers, down
+
+    def servers(self) -> list[ServerAddress]:
+        return self.there
+
+    def trainers_turn(self) -> list[ServerAddress]:
+        return self.there
+
+    def engines_turn(self) -> list[ServerAddress]:
+        for server in self.down:
+            self.log.append(f"{server.name} starts")
+        self.there += self.down
+        self.down = []
+        return self.there
+
+
 class Residence:
     def __init__(self, log: list[str]) -> None:
         self.on_device, self.log = True, log
@@ -54,13 +83,17 @@ class Residence:
         self.on_device = True
 
 
-def made(log: list[str], servers: list[ServerAddress], budget: float = 1.0) -> Handover:
+def made(
+    log: list[str], servers: list[ServerAddress], budget: float = 1.0, down: Sequence[ServerAddress] = ()
+) -> Handover:
     def on_every_rank(leave: Callable[[], None]) -> None:
         leave()
         log.append("the last rank has left")
 
     residence: Any = Residence(log)
-    return Handover(residence, lambda work, what: work(), on_every_rank, lambda: servers, Asked(log), budget)
+    return Handover(
+        residence, lambda work, what: work(), on_every_rank, Engine(log, servers, list(down)), Asked(log), budget
+    )
 
 
 def test_a_step_in_order() -> None:
@@ -103,6 +136,20 @@ def test_a_restarted_server_holds_everything_again() -> None:
     assert log == ["trainer leaves", "the last rank has left"]
 
 
+def test_when_all_died_in_the_trainers_turn_it_leaves_for_them_to_start() -> None:
+    log: list[str] = []
+    turns = made(log, [], down=[ServerAddress("s", "http://s", None, 2)])
+    turns.before_sync()
+    assert log == [
+        "trainer leaves",
+        "the last rank has left",
+        "s starts",
+        "s releases kv_cache weights",
+        "trainer returns",
+        "s resumes weights",
+    ]
+
+
 def test_over_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handover, "residual_bytes", lambda: 3 * 2**30)
     log: list[str] = []
@@ -111,3 +158,58 @@ def test_over_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
         turns.to_engine()
     assert log == ["trainer leaves"]  # the servers get no cache on top of it
     assert turns.residual_gib == 3.0
+
+
+def test_on_shared_gpus_no_server_starts_in_the_trainers_turn(tmp_path: Path) -> None:
+    """One that died while it sampled is waited for, and has released its memory before the trainer takes its own."""
+    config = launched(restarts=4, env={"TOKEN_SECONDS": "0.02", "START_SECONDS": "3"})
+    engine = SGLangEngine(seats(config, 2, "m", tmp_path, 0, {}, 0), config)
+    victim, other = engine._pool.seats
+    returned: list[int] = []
+
+    class Residence:
+        on_device = False
+
+        def release(self) -> None:
+            self.on_device = False
+
+        def restore(self) -> None:
+            assert [asyncio.run(_released(seat)) for seat in (victim, other)] == [["kv_cache", "weights"]] * 2
+            returned.append(victim.starts)
+            self.on_device = True
+
+    residence: Any = Residence()
+    turns = Handover(residence, lambda work, _: work(), lambda leave: leave(), engine, ServerMemory(20.0), 1.0)
+    try:
+        sync(engine, 3)
+        engine.submit(requests(6, 30))
+        until(lambda: len(victim.jobs) == 3)
+        server_of(engine).kill()
+        drain(engine, 6)  # by the other one
+        assert victim.state == "starting"
+        turns.to_trainer(keep_engine_weights=False)
+        assert returned == [2]
+
+        server_of(engine).kill()
+        until(lambda: victim.state == "down", 20.0)
+        time.sleep(0.5)
+        assert victim.process is not None and victim.process.starts == victim.starts == 2
+        turns.to_engine()
+        turns.to_trainer(keep_engine_weights=False)
+        assert returned == [2, 3]
+
+        for number in range(2):
+            server_of(engine, number).kill()
+        until(lambda: victim.state == other.state == "down", 20.0)
+        turns.before_sync()  # there is none to take weights: they are let start first
+        assert returned == [2, 3, 4] and asyncio.run(_released(victim)) == ["kv_cache"]
+    finally:
+        engine.close()
+
+
+async def _released(seat: Seat) -> list[str]:
+    client = SGLangClient(seat.client.url, seat.api_key)
+    try:
+        return list((await client.server_info()).raw["stub_released"])
+    finally:
+        await client.close()
