@@ -104,6 +104,12 @@ def servers() -> list[tuple[str, int]]:
     return [(seat.name, seat.starts) for seat in _held.engine._pool.ready()]
 
 
+def groups() -> list[str]:
+    """Names of those that the servers may be in."""
+    assert _held is not None
+    return [name for transport in _held.sync.transports for name in getattr(transport, "_names", ())]
+
+
 def train_once(seed: int) -> float:
     """One update that raises the likelihood of some random tokens; the gradient norm."""
     from lens_megatron.mcore.step import train_step

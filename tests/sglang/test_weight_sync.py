@@ -13,7 +13,7 @@ import torch
 
 from lens_megatron.mcore.layout import ParallelConfig
 from lens_megatron.rollout.event_loop import EventLoop
-from lens_megatron.rollout.sglang_client import SGLangClient
+from lens_megatron.rollout.sglang_client import Refused, SGLangClient
 from lens_megatron.rollout.sglang_server import ServerAddress, ServerProcess
 from lens_megatron.rollout.weight_sync.config import SyncConfig
 from tests import tiny_models
@@ -95,6 +95,12 @@ def test_the_engine_is_the_trainer_after_every_sync(
         assert pool.run(sync_cases.train_once, version)[0] > 0
     assert abs(torch.tensor(seen[0][0]) - torch.tensor(seen[2][0])).max() > 1e-2  # or nothing was shown
     assert pool.run(sync_cases.synced_servers)[0] == [[server.url]] * 3
+    names = pool.run(sync_cases.groups)[0]
+    assert len(names) == (layout.get("pp", 1) if transport == "distributed" else 0)
+    pool.run(sync_cases.close_trainer)
+    for name in names:
+        with pytest.raises(Refused, match="does not exist"):  # it left when the trainer did
+            ask(server, lambda client, name=name: client.destroy_weights_update_group(name))
 
 
 # one update at lr 1e-6 in bf16 moves log-probs less than the engine's own noise: bytes must be compared

@@ -81,7 +81,8 @@ class Transport(Protocol):
         """On rank 0: every check of the version has passed, the probe last.
         `label`: what the servers call the weights of this attempt."""
 
-    def close(self) -> None: ...
+    def close(self, fleet: Fleet | None) -> None:
+        """`fleet`: the servers of the last sync, on rank 0."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ from lens_megatron.fingerprints import fingerprint
 from lens_megatron.mcore.hf_bridge import exhaust
 from lens_megatron.mcore.hf_files import write_hf_folder
 from lens_megatron.rollout.weight_sync.delivery import Delivery, Noted
-from lens_megatron.rollout.weight_sync.fleet import SyncFailed
+from lens_megatron.rollout.weight_sync.fleet import Fleet, SyncFailed
 from lens_megatron.rollout.weight_sync.probe import Probe
 from lens_megatron.rollout.weight_sync.snapshot import version_folder, write_proof
 
@@ -75,7 +75,7 @@ class DiskTransport:
     def proved(self, version: int, label: str, probe: Probe) -> None:
         write_proof(self.version_folder(version), label, probe)
 
-    def close(self) -> None:
+    def close(self, fleet: Fleet | None) -> None:
         pass
 
 

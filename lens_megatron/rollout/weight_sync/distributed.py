@@ -86,7 +86,7 @@ class DistributedTransport:
         self._places: list[Place] = []  # of all ranks
         self._members: tuple[Member, ...] = ()
         self._group: GroupWithServers | None = None  # of this rank's stage, where it leads
-        self._names: list[str] = []  # of the groups that the servers are in; rank 0's
+        self._names: list[str] = []  # of the groups that servers may be in; rank 0's
         self._kept: list[Tensor] = []
 
     def transfer(self, delivery: Delivery) -> None:
@@ -185,7 +185,9 @@ class DistributedTransport:
         assert fleet is not None and ledger is not None
         try:
             if delivery.members != self._members:
-                self._names = [self._invite(delivery, fleet, board.read(f"port/{stage}")) for stage in range(stages)]
+                self._dismiss(fleet)
+                for stage in range(stages):
+                    self._invite(delivery, fleet, board.read(f"port/{stage}"))
             for bucket in buckets:
                 group = self._names[bucket.stage]
                 asked = fleet.start(partial(_receive, bucket=bucket, group=group, unfinished=delivery.unfinished))
@@ -197,8 +199,14 @@ class DistributedTransport:
         except Exception as error:  # the thread's only way to tell: a leader waits for it
             board.stop(str(error).splitlines()[0] or type(error).__name__)
 
-    def _invite(self, delivery: Delivery, fleet: Fleet, meeting: str) -> str:
+    def _dismiss(self, fleet: Fleet) -> None:
+        """From the groups before, which the leaders leave at the same time."""
+        fleet.leave_groups(self._names)
+        self._names = []
+
+    def _invite(self, delivery: Delivery, fleet: Fleet, meeting: str) -> None:
         name, port, towards = json.loads(meeting)
+        self._names.append(name)
         offsets, offset = {}, 1
         for member in delivery.members:
             offsets[member.url], offset = offset, offset + member.ranks
@@ -213,7 +221,6 @@ class DistributedTransport:
             )
         )
         fleet.collect(asked, all_or_none=True)
-        return str(name)
 
     def _conclude(self, delivery: Delivery, report: _Report, board: Board) -> None:
         """The leaders' books to rank 0; groups that something failed in are not used again."""
@@ -236,8 +243,10 @@ class DistributedTransport:
     def proved(self, version: int, label: str, probe: Probe) -> None:
         pass
 
-    def close(self) -> None:
+    def close(self, fleet: Fleet | None) -> None:
         self._abandon()
+        if fleet is not None:
+            self._dismiss(fleet)
 
 
 async def _receive(server: SGLangClient, bucket: Bucket, group: str, unfinished: str) -> None:

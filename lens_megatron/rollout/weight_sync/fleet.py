@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Verb = Callable[[SGLangClient], Coroutine[Any, Any, T]]
 LOOK_SECONDS = 10.0
+LEAVE_SECONDS = 5.0
 
 
 def unfinished(version: int | str) -> str:
@@ -152,6 +153,19 @@ class Fleet:
 
         asked = [self.loop.start(let_go(self.clients[url])) for url in self.lost if url in self.infos]
         for future in asked:
+            with contextlib.suppress(RunError):
+                future.result()
+
+    def leave_groups(self, names: Sequence[str]) -> None:
+        """The trainer leaves these groups as this is asked: a server whose peer on the same machine stayed would wait for it.
+        Each holds a communicator on the server's GPUs. One that does not do it, or is in none of them, is as good as before."""
+
+        async def leave(server: SGLangClient) -> None:
+            for name in names:
+                with contextlib.suppress(Refused):  # it was started again since, or never got in
+                    await server.destroy_weights_update_group(name, LEAVE_SECONDS)
+
+        for future in self.start(leave).values():
             with contextlib.suppress(RunError):
                 future.result()
 

@@ -167,7 +167,7 @@ class WeightSync:
 
     def close(self) -> None:
         for transport in self.transports:
-            transport.close()
+            transport.close(None if self._attempt is None else self._attempt.fleet)
         if self._attempt is not None:
             self._attempt.fleet.close()
         if self._loop is not None:

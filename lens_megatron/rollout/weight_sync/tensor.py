@@ -26,6 +26,7 @@ from lens_megatron.mcore.hf_bridge import exhaust
 from lens_megatron.rollout.sglang_client import SGLangClient
 from lens_megatron.rollout.weight_sync.buckets import Bucket, Buffers, plan_buckets
 from lens_megatron.rollout.weight_sync.delivery import Delivery, Noted, bucket_numbers, fingerprints
+from lens_megatron.rollout.weight_sync.fleet import Fleet
 from lens_megatron.rollout.weight_sync.probe import Probe
 
 CPU = torch.device("cpu")
@@ -87,7 +88,7 @@ class TensorTransport:
     def proved(self, version: int, label: str, probe: Probe) -> None:
         pass
 
-    def close(self) -> None:
+    def close(self, fleet: Fleet | None) -> None:
         self._kept = []
 
 

@@ -86,6 +86,36 @@ def test_a_session_left_open_is_ended_before_the_disk_is_read(loop: EventLoop) -
         fleet.close()
 
 
+def test_servers_leave_the_groups_that_are_not_used_any_more(loop: EventLoop) -> None:
+    transport = distributed.DistributedTransport("gloo", "127.0.0.1")
+    with stub_server() as first, stub_server() as second:
+        fleet = meet(loop, first, second)
+
+        def told(members: tuple[Member, ...], *names: str) -> None:
+            """A transfer of no buckets, of one stage a name."""
+            board: Any = SimpleNamespace(read=lambda key: f"{names[int(key.removeprefix('port/'))]} 127.0.0.1 1")
+            delivery: Any = SimpleNamespace(members=members, fleet=fleet, ledger=object())
+            transport._tell_servers(delivery, [], len(names), board)
+            transport._members = members  # as _conclude does of a transfer that went well
+
+        def groups() -> list[list[str]]:
+            infos = [loop.run(client.server_info()) for client in fleet.clients.values()]
+            return [info.raw["stub_groups"] for info in infos]
+
+        members = tuple(Member(url, 1, 1) for url in (first, second))
+        told(members, "a0", "a1")
+        told(members, "a0", "a1")
+        assert groups() == [["a0", "a1"]] * 2
+        told((members[0], Member(second, 1, 2)), "b0", "b1")  # it was started again
+        assert groups() == [["b0", "b1"]] * 2
+        transport._members = ()  # as _conclude does of one that failed
+        told(members, "c0", "c1")
+        assert groups() == [["c0", "c1"]] * 2
+        transport.close(fleet)
+        assert groups() == [[], []] and not fleet.lost
+        fleet.close()
+
+
 def test_a_server_restarted_at_its_address_gets_a_new_group(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
 
