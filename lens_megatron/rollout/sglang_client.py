@@ -14,12 +14,11 @@ ends in one of three errors, all of them RunError:
 
 Reading: `server_info()` (version, sizes), `weight_version()`, `load()`, `is_healthy()`.
 Generating: `generate(...)`, `prompt_logprobs(tokens)` (at temperature 1, for probes), `abort_request(id)`.
-Weights, in the order of an update: `pause_generation(mode)`, `flush_cache()` (in mode in_place
-`flush_cache_if_idle()`),
+Weights, in the order of an update: `pause_generation(mode)`, `flush_cache()` (in mode in_place `flush_cache_if_idle()`),
 `begin_weight_update()` where `(await server_info()).has_sessions`, then buckets by `update_weights_from_tensor` or
 `update_weights_from_distributed`, or all by `update_weights_from_disk`, `end_weight_update()`, `continue_generation()`.
-Groups: `init_weights_update_group`. Memory: `release_memory_occupation(tags)`, `resume_memory_occupation(tags)`; resuming a
-tag that was not released kills the server. `weight_checksums()` fails on CPU.
+Groups: `init_weights_update_group`, `destroy_weights_update_group`. Memory: `release_memory_occupation(tags)`,
+`resume_memory_occupation(tags)`; resuming a tag that was not released kills the server. `weight_checksums()` fails on CPU.
 """
 
 from __future__ import annotations
@@ -290,6 +289,9 @@ class SGLangClient:
             "backend": backend,
         }
         await self._succeed("/init_weights_update_group", body, timeout_s)
+
+    async def destroy_weights_update_group(self, group_name: str, timeout_s: float | None = None) -> None:
+        await self._succeed("/destroy_weights_update_group", {"group_name": group_name}, timeout_s)
 
     async def weight_checksums(self, timeout_s: float | None = None) -> Mapping[str, Any]:
         """What weights_checker answers, as it is."""
