@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import json
 import math
@@ -28,6 +27,7 @@ from checkpoints_tools.pieces import Piece
 from checkpoints_tools.sources import Extent, Files, Position, Raw, as_bytes, as_tensor, cut_off
 from lens_megatron import checkpoints
 from lens_megatron.errors import RunError, UsageError
+from lens_megatron.files import take_lock
 from lens_megatron.mcore.stored_dtypes import Dtype
 
 BLOCK_BYTES = 2**18  # stays in the cache between read and write: 8 MiB cost four times the CPU
@@ -84,10 +84,8 @@ def unfinished(target: Path, plan: Plan, made_from: Any, replace: bool = False) 
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{folder}: another process is writing it; wait for it, or stop it") from None
+        if not take_lock(handle):
+            raise UsageError(f"{folder}: another process is writing it; wait for it, or stop it")
         with _disk_errors(target):
             yield Unfinished(target, folder, handle, plan, made_from)
             (target / JOURNAL).unlink()  # last: a run that is killed before has nothing to do again

@@ -28,8 +28,8 @@ from launchers.summary import summary
 from lens_megatron import stopping, strict
 from lens_megatron.config import RunConfig, load_run
 from lens_megatron.errors import RunError, UsageError
+from lens_megatron.files import replace_text
 from lens_megatron.machine import run_command
-from lens_megatron.output import replace_text
 from lens_megatron.run_folder import RunFolder
 
 

@@ -1,16 +1,19 @@
-"""What can be learnt about this machine without changing it. The doctor's eyes; tests bring their own."""
+"""What can be learnt about this machine without changing it, for the doctor and for what a run writes down of itself."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 GIB = 1024**3
 
@@ -124,6 +127,39 @@ def shared_memory_bytes() -> int | None:
 def rdma_devices() -> list[str]:
     folder = Path("/sys/class/infiniband")
     return sorted(device.name for device in folder.iterdir()) if folder.exists() else []
+
+
+def machine_and_versions() -> dict[str, Any]:
+    """Without touching CUDA: this may run before the processes that need it first."""
+    from lens_megatron import __version__
+
+    packages = ("torch", "megatron-core", "transformers", "transformer-engine", "sglang", "numpy", "pyarrow")
+    gpus = run_command(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
+    return {
+        "lens_megatron": __version__,
+        "python": platform.python_version(),
+        **{name: version for name in packages if (version := installed_version(name)) is not None},
+        "git": _git_commit(),
+        "machine": {
+            "host": platform.node(),
+            "platform": platform.platform(),
+            "cpus": usable_cores(),
+            "gpus": gpus.text.splitlines() if gpus is not None and gpus.ok else [],
+        },
+        "command": sys.argv,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _git_commit() -> dict[str, Any] | None:
+    """Of this package's own checkout, not of a repository that an installed package happens to lie in."""
+    here = str(Path(__file__).parent)
+    tracked = run_command(["git", "-C", here, "ls-files", "--error-unmatch", Path(__file__).name])
+    commit = run_command(["git", "-C", here, "rev-parse", "HEAD"])
+    if tracked is None or commit is None or not (tracked.ok and commit.ok):
+        return None
+    changes = run_command(["git", "-C", here, "status", "--porcelain", "--untracked-files=no"])
+    return {"commit": commit.text, "changed": bool(changes and changes.text)}
 
 
 @dataclass(frozen=True)

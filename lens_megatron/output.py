@@ -22,17 +22,6 @@ def write_json(path: Path, tree: Mapping[str, Any]) -> None:
         raise UsageError(f"--json {path}: {error.strerror}") from None
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Whoever reads it meanwhile, or after a kill, finds what was there before or all of this."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def wide_console(columns: int) -> Console:
     """For tables that would lose text if cut: at least `columns` wide, whatever the terminal or pipe says."""
     from rich.console import Console

@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from lens_megatron.checkpoints import step_name
 from lens_megatron.errors import RunError, UsageError
+from lens_megatron.files import append_line, replace_file, replace_text, take_lock
+from lens_megatron.machine import machine_and_versions
 from lens_megatron.rollout_table import ROLLOUT_COLUMNS, RolloutRow, rollout_table
 
 Ending = Literal["done", "stopped", "unfinished", "failed"]
@@ -130,45 +128,38 @@ class RunFolder:
     def write_ending(self, state: Ending, reason: str = "") -> None:
         """How it ended, for `status`: a run on this machine has no scheduler that remembers."""
         text = json.dumps({"state": state, "reason": reason}) + "\n"
-        self._write_whole(self._ending_path, lambda file: file.write(text.encode()))
+        with _writing(self._ending_path):
+            replace_text(self._ending_path, text)
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """One line, on disk. A number that is not finite becomes null: NaN is no JSON."""
         if "step" not in metrics:
             raise ValueError("metrics of a step name it: no 'step'")
         line = json.dumps({name: _finite(value) for name, value in metrics.items()}, allow_nan=False) + "\n"
-        # unbuffered: a buffer's rest would be written once more on closing
-        with self._writing(self.metrics_path), self.metrics_path.open("ab", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            rest = line.encode()
-            try:
-                while rest:
-                    rest = rest[file.write(rest) :]
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(size)  # half a line would spoil the next one
-                raise
+        with _writing(self.metrics_path), self.metrics_path.open("ab", buffering=0) as file:
+            append_line(file, line.encode(), on_disk=True)
 
     def write_rollouts(self, step: int, rows: Sequence[RolloutRow]) -> None:
         import pyarrow.parquet as pq
 
         table = rollout_table(rows)
 
-        def write(file: IO[bytes]) -> None:
-            pq.write_table(table, file, compression="zstd")
-
-        self._write_whole(self.rollouts_path(step), write)
+        path = self.rollouts_path(step)
+        with _writing(path):
+            replace_file(path, lambda file: pq.write_table(table, file, compression="zstd"))
 
     def write_evaluation(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
         path = self.evaluation_path(step)
         path.parent.mkdir(exist_ok=True)
         lines = [json.dumps(answer).encode() + b"\n" for answer in answers]
-        self._write_whole(path, lambda file: file.writelines(lines))
+        with _writing(path):
+            replace_file(path, lambda file: file.writelines(lines))
 
     def rewind(self, step: int) -> None:
         """Forget what came after `step`, the checkpoint's: the steps from there on will be made again."""
         kept = [line for line, tree in self._metric_lines() if tree["step"] <= step]
-        self._write_whole(self.metrics_path, lambda file: file.writelines(kept))
+        with _writing(self.metrics_path):
+            replace_file(self.metrics_path, lambda file: file.writelines(kept))
         for later in self.rollout_steps():
             if later > step:
                 self.rollouts_path(later).unlink()
@@ -257,35 +248,22 @@ class RunFolder:
 
     def _take_lock(self, lock: IO[str], deadline: float) -> None:
         """Two runs in one folder (a requeued job whose first life still breathes) would mix their files."""
-        import fcntl
-
-        while True:
-            try:
-                # a record lock: not inherited by forked children, so an orphan of a killed run does not hold it
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                if time.monotonic() < deadline:
-                    time.sleep(0.2)
-                    continue
+        while not take_lock(lock):
+            if time.monotonic() >= deadline:
                 raise UsageError(
                     f"run_dir {self.path} is in use by another running process: stop it, or choose another run_dir"
-                ) from None
-            except OSError:
-                pass  # a file system without locks
-            return
+                )
+            time.sleep(0.2)
 
     def in_use(self) -> bool:
         """Whether a process of this machine (of all machines, where the file system carries locks) runs in it."""
-        import fcntl
-
         try:
             with (self.path / "run.lock").open("r+") as lock:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+                return not take_lock(lock)
+        except PermissionError:  # another user's, who may well run in it
             return True
-        except OSError:  # no such file, or no locks
+        except OSError:  # no such file
             return False
-        return False
 
     def _write_kept(self, name: str, text: str, note: str = "") -> None:
         """`note`: goes before an earlier text that is kept."""
@@ -294,75 +272,26 @@ class RunFolder:
             stem, _, ending = name.partition(".")
             used = {other.name for other in self.path.glob(f"{stem}.*.{ending}")}
             number = next(n for n in range(1, len(used) + 2) if f"{stem}.{n}.{ending}" not in used)
-            self._write_whole(
-                self.path / f"{stem}.{number}.{ending}", lambda file: file.write((note + earlier).encode())
-            )
-        self._write_whole(path, lambda file: file.write(text.encode()))
+            kept = self.path / f"{stem}.{number}.{ending}"
+            with _writing(kept):
+                replace_text(kept, note + earlier)
+        with _writing(path):
+            replace_text(path, text)
 
-    def _write_whole(self, path: Path, write: Callable[[IO[bytes]], object]) -> None:
-        partial = path.with_name(f".{path.name}.partial")
-        with self._writing(path):
-            try:
-                with partial.open("wb") as file:
-                    write(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.replace(path)
-            except OSError:
-                partial.unlink(missing_ok=True)
-                raise
 
-    @contextmanager
-    def _writing(self, path: Path) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise RunError(
-                f"writing {path}: {reason}; what was written before is whole: make room, then resume"
-            ) from None
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise RunError(f"writing {path}: {reason}; what was written before is whole: make room, then resume") from None
 
 
 def _until_step(path: Path) -> int | None:
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     number = first.removeprefix(_UNTIL_STEP)
     return int(number) if number != first and number.isdecimal() else None
-
-
-def machine_and_versions() -> dict[str, Any]:
-    """Without touching CUDA: this may run before the processes that need it first."""
-    from lens_megatron import __version__
-    from lens_megatron.machine import installed_version, run_command, usable_cores
-
-    packages = ("torch", "megatron-core", "transformers", "transformer-engine", "sglang", "numpy", "pyarrow")
-    gpus = run_command(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
-    return {
-        "lens_megatron": __version__,
-        "python": platform.python_version(),
-        **{name: version for name in packages if (version := installed_version(name)) is not None},
-        "git": _git_commit(),
-        "machine": {
-            "host": platform.node(),
-            "platform": platform.platform(),
-            "cpus": usable_cores(),
-            "gpus": gpus.text.splitlines() if gpus is not None and gpus.ok else [],
-        },
-        "command": sys.argv,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _git_commit() -> dict[str, Any] | None:
-    """Of this package's own checkout, not of a repository that an installed package happens to lie in."""
-    from lens_megatron.machine import run_command
-
-    here = str(Path(__file__).parent)
-    tracked = run_command(["git", "-C", here, "ls-files", "--error-unmatch", Path(__file__).name])
-    commit = run_command(["git", "-C", here, "rev-parse", "HEAD"])
-    if tracked is None or commit is None or not (tracked.ok and commit.ok):
-        return None
-    changes = run_command(["git", "-C", here, "status", "--porcelain", "--untracked-files=no"])
-    return {"commit": commit.text, "changed": bool(changes and changes.text)}
 
 
 def _finite(value: Any) -> Any:

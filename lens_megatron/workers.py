@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lens_megatron import stopping
 from lens_megatron.errors import RunError, UsageError
-from lens_megatron.output import replace_text
+from lens_megatron.files import replace_text
 
 _STARTED_BY = "LENS_MEGATRON_STARTED_BY"  # pid of the process that started this worker
 MEETING = "LENS_MEGATRON_MEETING"  # file of a launched job where rank 0 writes its port

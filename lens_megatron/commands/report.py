@@ -18,7 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from lens_megatron.errors import UsageError
-    from lens_megatron.output import replace_text
+    from lens_megatron.files import replace_text
     from lens_megatron.reporting.page import report_page
     from lens_megatron.reporting.runs import load_runs
 

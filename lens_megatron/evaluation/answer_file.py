@@ -6,9 +6,7 @@ is judged again is written again: the last line of a question counts.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import IO, Any
 
 from lens_megatron.errors import RunError, UsageError
 from lens_megatron.evaluation.answering import Answer
+from lens_megatron.files import append_line, take_lock
 
 Key = tuple[str, str, int, str]
 
@@ -33,7 +32,8 @@ class AnswerFile:
         except OSError as error:
             raise UsageError(f"{path} cannot be written: {error.strerror}; choose another --out") from None
         try:
-            self._take_lock()
+            if not take_lock(self._file):
+                raise UsageError(f"{path} is being written by another evaluation; choose another --out")
             self._read(json.loads(json.dumps(dict(made_by))))
         except BaseException:
             self._file.close()
@@ -52,24 +52,12 @@ class AnswerFile:
         self.answers[answer.key] = answer
 
     def _write(self, tree: Mapping[str, Any]) -> None:
-        size = self._file.seek(0, os.SEEK_END)
-        rest = json.dumps(tree).encode() + b"\n"
         try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
+            append_line(self._file, json.dumps(tree).encode() + b"\n")
         except OSError as error:
-            self._file.truncate(size)  # half a line would spoil the next one
             raise RunError(
                 f"writing {self.path}: {error.strerror}; earlier answers are whole: make room, then run the same again"
             ) from None
-
-    def _take_lock(self) -> None:
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UsageError(f"{self.path} is being written by another evaluation; choose another --out") from None
-        except OSError:
-            pass  # a file system without locks
 
     def _read(self, made_by: Any) -> None:
         self._file.seek(0)

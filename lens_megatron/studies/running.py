@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lens_megatron.errors import RunError, UsageError
+from lens_megatron.files import take_lock
 from lens_megatron.run_folder import RunFolder
 from lens_megatron.studies.config import Cell, Study
 from lens_megatron.studies.planned import plan_of_cell
@@ -40,7 +41,8 @@ def run_study(study: Study, tell: Tell, only: Sequence[str] = ("*",)) -> None:
     except OSError as error:
         raise UsageError(f"study_dir {study.folder} cannot be written: {error.strerror}") from None
     with lock:
-        _take(lock.fileno(), study.folder)
+        if not take_lock(lock):
+            raise UsageError(f"study_dir {study.folder} is in use by another running study")
         cells = [cell for cell in to_do(study) if cell.name in wanted]
         done = len(wanted) - len(cells)
         if done:
@@ -96,17 +98,6 @@ class Children:
             for process in self._processes:
                 with suppress(ProcessLookupError):
                     process.terminate()
-
-
-def _take(lock: int, folder: Path) -> None:
-    import fcntl
-
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UsageError(f"study_dir {folder} is in use by another running study") from None
-    except OSError:
-        pass  # a file system without locks
 
 
 def _run(study: Study, cell: Cell, children: Children) -> CellState:

@@ -11,7 +11,7 @@ from typing import Literal
 from lens_megatron import strict
 from lens_megatron.config import RunConfig
 from lens_megatron.errors import RunError, UsageError
-from lens_megatron.output import replace_text
+from lens_megatron.files import replace_text
 from lens_megatron.resuming import differences, is_part
 from lens_megatron.run_folder import RunFolder
 from lens_megatron.studies.config import Cell, Study

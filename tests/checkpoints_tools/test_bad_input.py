@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -164,9 +165,18 @@ def test_a_disk_that_fills_up_is_said_and_resumed(
 
 def test_two_at_once_are_refused(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "target.partial").mkdir()
-    with (tmp_path / "target.partial" / "journal").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+    hold = (
+        "import sys; from lens_megatron.files import take_lock\n"
+        f"file = open({str(tmp_path / 'target.partial' / 'journal')!r}, 'w')\n"
+        "print(take_lock(file), flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "True\n"
         assert "another process is writing it" in fails(capsys, 2, "hf-to-megatron", source, tmp_path / "target")
+        other.communicate()
+    assert main(["convert", "hf-to-megatron", str(source), str(tmp_path / "target")]) == 0
 
 
 @pytest.mark.parametrize("plant", [planted_in_index, planted_in_common])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lens_megatron.errors import RunError
-from lens_megatron.output import replace_text
+from lens_megatron.files import replace_text
 from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import SGLangClient
 from lens_megatron.rollout.weight_sync.fleet import unfinished
