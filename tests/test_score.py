@@ -245,6 +245,18 @@ def test_bad_arguments(arguments: list[str], words: list[str], refuse: Callable[
         assert word in line
 
 
+@pytest.mark.parametrize("option", ["--json", "--html"])
+def test_a_result_that_could_not_be_written_is_refused_before_scoring(
+    option: str, refuse: Callable[..., str], tmp_path: Path
+) -> None:
+    assert f"{tmp_path}: is a folder" in refuse(option, str(tmp_path))
+    assert "its folder does not exist" in refuse(option, str(tmp_path / "none" / "f"))
+    (tmp_path / "kept").write_text("")
+    (tmp_path / "kept").chmod(0o444)
+    if not os.access(tmp_path / "kept", os.W_OK):  # root writes everywhere
+        assert "kept: cannot be written" in refuse(option, str(tmp_path / "kept"))
+
+
 def test_a_model_that_is_not_there(refuse: Callable[..., str], tmp_path: Path) -> None:
     assert "nowhere" in refuse(model=tmp_path / "nowhere")
     assert "nowhere" in refuse(reference=tmp_path / "nowhere")

@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lens_megatron.errors import UsageError
-
 if TYPE_CHECKING:
     from lens_megatron.evaluation.interference import Interference
 
@@ -40,14 +38,12 @@ def run(args: argparse.Namespace) -> int:
     from lens_megatron.evaluation.interference_page import interference_page
     from lens_megatron.mcore.layout import check_layout
     from lens_megatron.model_spec import find_weights, load_model_spec
-    from lens_megatron.output import write_json
+    from lens_megatron.output import check_writable, write_json, write_page
     from lens_megatron.scoring import check_models
 
     endings.on_signals()
     config = strict.build(InterferenceConfig, strict.apply_overrides({}, args.overrides), "analyze")
-    for output in (args.json, args.html):
-        if output and not Path(output).absolute().parent.is_dir():
-            raise UsageError(f"{output}: its folder does not exist")
+    check_writable(args.json, args.html)
     check_models(args.model, args.reference)
     prompts = load_analysis_prompts(args.model, args.data, config)
     if not workers.is_worker():
@@ -60,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else Path("analyses") / "_".join(find_weights(args.model).resolve().parts[-2:])
     found = measure(args.model, prompts, scored, config, out)
     page = Path(args.html) if args.html else out / "interference.html"
-    page.write_text(interference_page(found, args.model, args.reference, config), encoding="utf-8")
+    write_page(page, interference_page(found, args.model, args.reference, config))
     if args.json:
         write_json(Path(args.json), tree_of(found))
     _show(found, page)

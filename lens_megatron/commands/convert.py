@@ -123,8 +123,9 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from checkpoints_tools.verify import describe, verify
-    from lens_megatron.output import write_json
+    from lens_megatron.output import check_writable, write_json
 
+    check_writable(args.json)
     result = verify(args.a, args.b, args.text, args.tolerance, logits=not args.no_logits)
     for line in describe(result):
         print(line)

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from lens_megatron.evaluation.evaluate import evaluate, settings
     from lens_megatron.evaluation.models import find_models, run_rewards
     from lens_megatron.evaluation.results import results_tree
-    from lens_megatron.output import write_json
+    from lens_megatron.output import check_writable, write_json
 
     endings.on_signals()
     tree = strict.apply_overrides({}, args.overrides)
@@ -54,8 +54,7 @@ def run(args: argparse.Namespace) -> int:
     config = strict.build(EvalConfig, tree, "eval")
     if not config.benchmarks:
         raise UsageError("--benchmarks: give all, or some of them")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise UsageError(f"{args.json}: its folder does not exist")
+    check_writable(args.json)
     models = find_models(args.model)
     name = models[0].name if len(models) == 1 else Path(args.model).resolve().name
     out = Path(args.out) if args.out else Path("evaluations") / name

@@ -24,18 +24,19 @@ def run(args: argparse.Namespace) -> int:
     import sys
 
     from lens_megatron import strict
-    from lens_megatron.output import write_json
+    from lens_megatron.output import check_writable, write_json, write_json_lines
     from lens_megatron.rewards.config import RewardConfig
-    from lens_megatron.rewards.grading import grade_rows, read_pairs, summarise, write_lines
+    from lens_megatron.rewards.grading import grade_rows, read_pairs, summarise
 
     config = strict.build(RewardConfig, strict.apply_overrides({}, args.settings), "grade")
+    check_writable(args.json)
     rows = grade_rows(read_pairs(args.file), config)
     summary = summarise(rows)
     if args.json is None:
         for row in rows:
             print(json.dumps(row))
     elif args.json.suffix == ".jsonl":
-        write_lines(args.json, rows)
+        write_json_lines(args.json, rows)
     else:
         write_json(args.json, {**summary, "rows": rows})
     counts = ", ".join(f"{count} {verdict}" for verdict, count in summary["verdicts"].items())

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from lens_megatron.errors import UsageError
 
 if TYPE_CHECKING:
     from lens_megatron.scoring import ScoredPrompt, ScoreResult
@@ -39,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from lens_megatron import strict, workers
     from lens_megatron.mcore.layout import check_layout
     from lens_megatron.model_spec import load_model_spec
+    from lens_megatron.output import check_writable
     from lens_megatron.scoring import ScoreConfig, check_models, prompts_from, score_prompts
 
     tree = strict.apply_overrides({}, args.overrides)
@@ -46,9 +44,7 @@ def run(args: argparse.Namespace) -> int:
         if value is not None:
             tree.setdefault("purification", {})[key] = value
     config = strict.build(ScoreConfig, tree, "score")
-    for output in (args.json, args.html):
-        if output and not Path(output).absolute().parent.is_dir():
-            raise UsageError(f"{output}: its folder does not exist")
+    check_writable(args.json, args.html)
     check_models(args.model, args.reference)
     if not workers.is_worker():
         check_layout(load_model_spec(args.model), config.parallel, config.parallel.processes)
@@ -71,6 +67,7 @@ def _arguments(args: argparse.Namespace) -> list[str]:
 def _show(result: ScoreResult, args: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from lens_megatron.output import write_json, write_page
     from lens_megatron.reporting.heatmap import heatmap_page, terminal_heatmap
 
     console = Console(highlight=False)
@@ -85,11 +82,11 @@ def _show(result: ScoreResult, args: argparse.Namespace) -> None:
             "prompts": [dataclasses.asdict(prompt) for prompt in result.prompts],
             "noise_floor": result.noise_floor,
         }
-        Path(args.json).write_text(json.dumps(tree, indent=1) + "\n")
+        write_json(Path(args.json), tree)
     if args.html:
         caption = f"|log pi - log ref| under {args.model} and {args.reference}; deleted tokens are struck out"
         pages = [(prompt.tokens, prompt.scores, prompt.deleted) for prompt in result.prompts]
-        Path(args.html).write_text(heatmap_page(pages, caption), encoding="utf-8")
+        write_page(Path(args.html), heatmap_page(pages, caption))
 
 
 def _table(prompt: ScoredPrompt) -> object:

@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from lens_megatron import endings
-    from lens_megatron.output import write_json
+    from lens_megatron.output import check_writable, write_json, write_page
     from lens_megatron.studies.config import load_study
     from lens_megatron.studies.page import study_page
     from lens_megatron.studies.running import clean_environment, run_study, summary
@@ -37,14 +37,14 @@ def run(args: argparse.Namespace) -> int:
         for cell in study.cells:
             print(f"{read_state(study, cell).state:<10} {cell.name}  {' '.join(cell.overrides)}")
         return 0
+    check_writable(args.json)
     if not args.collect:
         terminal = sys.stdout  # nemo-run's words are caught, on one thread, while another has something to say
         run_study(study, lambda line: print(line, file=terminal, flush=True), args.only or ["*"])
-    study.folder.mkdir(parents=True, exist_ok=True)
     results = collect(study)
     write_tables(study, results)
     page = study.folder / "study.html"
-    page.write_text(study_page(study, results), encoding="utf-8")
+    write_page(page, study_page(study, results))
     if args.json:
         write_json(args.json, {"cells": [cell_row(study, result) for result in results]})
     print(page)

@@ -12,7 +12,6 @@ from typing import Any
 
 from lens_megatron.data.prompts import first_prompt
 from lens_megatron.data.tokenizer import check_tokenizer, load_tokenizer
-from lens_megatron.errors import UsageError
 from lens_megatron.evaluation import tables
 from lens_megatron.evaluation.answer_file import AnswerFile
 from lens_megatron.evaluation.config import EvalConfig
@@ -27,7 +26,7 @@ from lens_megatron.evaluation.sets import (
     with_benchmark_rules,
 )
 from lens_megatron.model_spec import named_template, template_origin
-from lens_megatron.output import write_json
+from lens_megatron.output import write_json, write_page
 
 
 def evaluate(models: list[EvalModel], config: EvalConfig, out: Path) -> list[ModelResult]:
@@ -80,7 +79,4 @@ def write_files(
         ("table.tex", tables.latex_table(results)),
         (f"{model.name}.html", page),
     ):
-        try:
-            (out / name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"{out / name}: {error.strerror}") from None
+        write_page(out / name, text)

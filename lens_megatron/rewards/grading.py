@@ -71,10 +71,3 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "reward": math.fsum(row["reward"] for row in rows) / len(rows),
         "verdicts": dict(sorted(Counter(row["verdict"] for row in rows).items())),
     }
-
-
-def write_lines(path: Path, rows: Sequence[Row]) -> None:
-    try:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--json {path}: {error.strerror}") from None

@@ -153,8 +153,12 @@ def step_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 def write_tables(study: Study, results: Sequence[Result]) -> None:
     """cells.csv and .parquet, steps.csv and .parquet, in the study's folder."""
-    _write(study.folder, "cells", [cell_row(study, result) for result in results])
-    _write(study.folder, "steps", step_rows(results))
+    try:
+        study.folder.mkdir(parents=True, exist_ok=True)
+        _write(study.folder, "cells", [cell_row(study, result) for result in results])
+        _write(study.folder, "steps", step_rows(results))
+    except OSError as error:
+        raise UsageError(f"study_dir {study.folder} cannot be written: {error.strerror or error}") from None
 
 
 def _write(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
