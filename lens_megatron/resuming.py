@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lens_megatron import checkpoints, strict
@@ -36,27 +36,14 @@ def differences(folder: RunFolder, tree: Mapping[str, Any]) -> dict[str, str]:
     earlier = folder.read_config()
     if not earlier:
         return {}
-    before = flat(strict.to_tree(RunConfig, strict.build(RunConfig, earlier, str(folder.path / "config.yaml"))))
-    now = flat(tree)
+    read = strict.build(RunConfig, earlier, str(folder.path / "config.yaml"))
+    before, now = strict.flat(strict.to_tree(RunConfig, read)), strict.flat(tree)
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in _UNTOLD]
     return {key: f"{key} was {_shown(before, key)} and is {_shown(now, key)}" for key in keys}
 
 
 def is_part(key: str, sections: Sequence[str]) -> bool:
     return any(key == one or key.startswith(f"{one}.") for one in sections)
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    return dict(_leaves(tree, prefix))
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _shown(leaves: Mapping[str, Any], key: str) -> str:

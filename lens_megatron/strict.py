@@ -8,7 +8,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -95,6 +95,43 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UsageError(f"{path}: expected a JSON object, found {type(tree).__name__}")
     return tree
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects in a file of JSON lines, each with its place in words. Empty lines are left out."""
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield where, parse_json_line(line, where)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+
+
+def parse_json_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        tree = json.loads(line)
+    except UnicodeDecodeError:
+        raise UsageError(f"{where}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested too deep
+        raise UsageError(f"{where}: not JSON ({str(error).splitlines()[0]})") from None
+    if not isinstance(tree, dict):
+        raise UsageError(f"{where}: expected a JSON object, found {type(tree).__name__}")
+    return tree
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

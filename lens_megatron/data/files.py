@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lens_megatron import strict
 from lens_megatron.errors import UsageError
 
 RawRow = tuple[str, dict[str, Any]]  # where (file and line or row), columns
@@ -20,7 +21,7 @@ _SPLITS = ("train", "test", "validation", "valid", "dev")
 def read_files(source: str, split: str = "train") -> Iterator[RawRow]:
     for path in find_files(source, split):
         if path.suffix == ".jsonl":
-            yield from _jsonl(path)
+            yield from strict.read_json_lines(path)
         elif path.suffix == ".parquet":
             yield from _parquet(path)
         else:
@@ -86,23 +87,6 @@ def _download(hub_id: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"{hub_id}: no such file, and the hub did not give it ({reason})") from None
-
-
-def _jsonl(path: Path) -> Iterator[RawRow]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except UnicodeDecodeError:
-                raise UsageError(f"{where}: not UTF-8 text") from None
-            except json.JSONDecodeError as error:
-                raise UsageError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
-            if not isinstance(row, dict):
-                raise UsageError(f"{where}: expected a JSON object, found {type(row).__name__}")
-            yield where, row
 
 
 def _parquet(path: Path) -> Iterator[RawRow]:

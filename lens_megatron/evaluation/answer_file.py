@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from lens_megatron import strict
 from lens_megatron.errors import RunError, UsageError
 from lens_megatron.evaluation.answering import Answer
 from lens_megatron.files import append_line, take_lock
@@ -85,12 +86,9 @@ class AnswerFile:
 
     def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            tree = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"{self.path}:{number}: not JSON ({error}); remove that line") from None
-        if not isinstance(tree, dict):
-            raise UsageError(f"{self.path}:{number}: expected a JSON object")
-        return tree
+            return strict.parse_json_line(line, f"{self.path}:{number}")
+        except UsageError as error:
+            raise UsageError(f"{error}; remove that line") from None
 
 
 def _difference(earlier: Any, now: Any) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lens_megatron import strict
 from lens_megatron.data.files import read_files
 from lens_megatron.errors import UsageError
 from lens_megatron.rewards.config import RewardRule
@@ -133,11 +134,9 @@ def repair(benchmark: str, problem: Problem) -> Problem:
 
 def _from_file(benchmark: Benchmark, folder: Path) -> list[Problem]:
     path = folder / benchmark.file_name
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; --data names the folder with the benchmarks' files") from None
-    problems = [_problem(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not path.is_file():
+        raise UsageError(f"{path}: No such file or directory; --data names the folder with the benchmarks' files")
+    problems = [_checked(where, row) for where, row in strict.read_json_lines(path)]
     fixes = _fixes(folder / f"{benchmark.name}_fixes.json")
     unknown = set(fixes) - {problem.id for problem in problems}
     if unknown:
@@ -156,14 +155,6 @@ def _fixes(path: Path) -> dict[str, Problem]:
     if not isinstance(rows, list):
         raise UsageError(f"{path}: expected a list of corrected rows")
     return {problem.id: problem for problem in (_checked(str(path), row) for row in rows)}
-
-
-def _problem(where: str, line: str) -> Problem:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{where}: not JSON ({error})") from None
-    return _checked(where, row)
 
 
 def _checked(where: str, row: Any) -> Problem:

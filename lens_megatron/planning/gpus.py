@@ -6,12 +6,12 @@ nodes are usually sold with, one port a GPU: give `--network GB_PER_S` where you
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lens_megatron import strict
 from lens_megatron.errors import UsageError
 
 TERA, GIGA, MIB = 10**12, 10**9, 1024**2
@@ -101,13 +101,8 @@ def rates_of(gpu: Gpu, calibration: Path | None = None) -> Rates:
 
 def read_calibration(path: Path) -> Mapping[str, Any]:
     """{kind: {"rates": {name: per second}, "machine", "versions", "date"}}."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
-    except ValueError:
-        raise UsageError(f"{path}: not JSON") from None
-    good = isinstance(tree, dict) and all(
+    tree = strict.read_json(path)
+    good = all(
         isinstance(one, dict)
         and isinstance(one.get("rates"), dict)
         and all(isinstance(rate, (int, float)) and rate > 0 for rate in one["rates"].values())

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from lens_megatron import strict
 from lens_megatron.errors import UsageError
 from lens_megatron.run_folder import RunFolder
 
@@ -85,7 +86,7 @@ def baseline(runs: Sequence[Run]) -> int:
 
 def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Keys whose values are not the same in all runs. Where the run was written is no difference."""
-    flat = [flatten(run.config) for run in runs]
+    flat = [_shown(run.config) for run in runs]
     keys = dict.fromkeys(key for tree in flat for key in tree)
     rows = [(key, [tree.get(key, "not set") for tree in flat]) for key in keys if key != "run_dir"]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
@@ -96,7 +97,7 @@ def config_changes(run: Run) -> list[tuple[str, str, str]]:
     used = in_force(run)
     if len(used) == 1:
         return []
-    flat = [flatten(config) for config in _completed([config for _, config in used])]
+    flat = [_shown(config) for config in _completed([config for _, config in used])]
     until = [f" until step {step}" if step is not None else "" for step, _ in used]
     rows = []
     for key in dict.fromkeys(key for tree in flat for key in tree if key != "run_dir"):
@@ -126,7 +127,6 @@ def in_force(run: Run) -> list[tuple[int | None, Mapping[str, Any]]]:
 def _completed(configs: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """What an older version's configuration does not say is the default, as for a resumed run. As they are where this
     version does not read one of them."""
-    from lens_megatron import strict
     from lens_megatron.config import RunConfig
 
     try:
@@ -135,11 +135,5 @@ def _completed(configs: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, An
         return configs
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = "null" if value is None else str(value)
-    return flat
+def _shown(config: Mapping[str, Any]) -> dict[str, str]:
+    return {key: "null" if value is None else str(value) for key, value in strict.flat(config).items()}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lens_megatron import strict
 from lens_megatron.errors import UsageError
 from lens_megatron.rewards.config import RewardConfig
 from lens_megatron.rewards.pool import RewardPool
@@ -19,25 +19,13 @@ Row = dict[str, Any]
 
 def read_pairs(path: Path) -> list[Row]:
     """Rows with "gold" and "prediction"; whatever else they hold is kept."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
-    rows = [_checked(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [_checked(where, row) for where, row in strict.read_json_lines(path)]
     if not rows:
         raise UsageError(f"{path}: no rows")
     return rows
 
 
-def _checked(where: str, line: bytes) -> Row:
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError:
-        raise UsageError(f"{where}: not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: not JSON ({str(error).splitlines()[0]})") from None
-    if not isinstance(row, dict):
-        raise UsageError(f"{where}: expected a JSON object, found {type(row).__name__}")
+def _checked(where: str, row: Row) -> Row:
     for key, kinds in (("gold", (str, int, float)), ("prediction", (str, int, float, type(None)))):
         if key not in row:
             raise UsageError(f"{where}: no {key!r}; it has {', '.join(sorted(row)) or 'nothing'}")
