@@ -23,8 +23,8 @@ def take_lock(file: int | IO[Any]) -> bool:
 
 
 def append_line(file: IO[bytes], line: bytes, on_disk: bool = False) -> None:
-    """All of it or, with an OSError, nothing: half a line would spoil the next one. `file`: unbuffered, for a buffer's rest
-    would be written once more on closing. `on_disk`: it survives a power cut, too."""
+    """All of it or, with an OSError, nothing: half a line would spoil the next one. `file`: unbuffered, for a buffer's
+    rest would be written once more on closing. `on_disk`: it survives a power cut, too."""
     size = file.seek(0, os.SEEK_END)
     try:
         while line:
@@ -37,7 +37,7 @@ def append_line(file: IO[bytes], line: bytes, on_disk: bool = False) -> None:
 
 
 def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Whoever reads it meanwhile, or after a kill or a power cut, finds what was there before or all that `write` wrote."""
+    """Whoever reads it meanwhile, or after a kill or a power cut, finds what was there before or all of the new."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:

@@ -205,6 +205,7 @@ def refuse(folders: Folders, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("lens_megatron.endings.on_signals", lambda *_: None)  # of this process, which goes on
     monkeypatch.setattr(runtime, "initialize", no_model)
     monkeypatch.setattr(workers, "run_workers", no_model)
 
@@ -255,6 +256,20 @@ def test_a_result_that_could_not_be_written_is_refused_before_scoring(
     (tmp_path / "kept").chmod(0o444)
     if not os.access(tmp_path / "kept", os.W_OK):  # root writes everywhere
         assert "kept: cannot be written" in refuse(option, str(tmp_path / "kept"))
+
+
+def test_a_process_that_went_away_is_one_line(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lost(*_: object) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+
+    monkeypatch.setattr("lens_megatron.scoring.score_prompts", lost)
+    monkeypatch.setattr("lens_megatron.endings.on_signals", lambda *_: None)
+    models = ["--model", str(folders.policy), "--reference", str(folders.reference)]
+    assert cli.main(["score", *models, "--prompt", "Hello"]) == 1
+    words = capsys.readouterr().err
+    assert len(words.splitlines()) == 1 and "another process of the run went away" in words
 
 
 def test_a_model_that_is_not_there(refuse: Callable[..., str], tmp_path: Path) -> None:

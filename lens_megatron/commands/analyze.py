@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lens_megatron.evaluation.interference import Interference
+    from collections.abc import Sequence
+
+    from lens_megatron.evaluation.interference import Interference, InterferenceConfig
+    from lens_megatron.types import Prompt
 
 SUMMARY = "interference tokens of any two models: the paper's Figures 2b and 2c"
 EXAMPLE = (
@@ -27,18 +30,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lens_megatron import endings, strict, workers
-    from lens_megatron.evaluation.interference import (
-        InterferenceConfig,
-        load_analysis_prompts,
-        measure,
-        score_all,
-        tree_of,
-    )
-    from lens_megatron.evaluation.interference_page import interference_page
-    from lens_megatron.mcore.layout import check_layout
-    from lens_megatron.model_spec import find_weights, load_model_spec
-    from lens_megatron.output import check_writable, write_json, write_page
+    from lens_megatron import endings, strict
+    from lens_megatron.commands._workers import in_layout
+    from lens_megatron.evaluation.interference import InterferenceConfig, load_analysis_prompts
+    from lens_megatron.model_spec import load_model_spec
+    from lens_megatron.output import check_writable
     from lens_megatron.scoring import check_models
 
     endings.on_signals()
@@ -46,10 +42,21 @@ def run(args: argparse.Namespace) -> int:
     check_writable(args.json, args.html)
     check_models(args.model, args.reference)
     prompts = load_analysis_prompts(args.model, args.data, config)
-    if not workers.is_worker():
-        check_layout(load_model_spec(args.model), config.parallel, config.parallel.processes)
-        if config.parallel.processes > 1:
-            return workers.run_workers(config.parallel.processes, ["analyze", *_arguments(args)])
+    return in_layout(
+        ["analyze", *_arguments(args)],
+        config.parallel,
+        load_model_spec(args.model),
+        lambda: _analyze(args, config, prompts),
+    )
+
+
+def _analyze(args: argparse.Namespace, config: InterferenceConfig, prompts: Sequence[Prompt]) -> int:
+    from lens_megatron import workers
+    from lens_megatron.evaluation.interference import measure, score_all, tree_of
+    from lens_megatron.evaluation.interference_page import interference_page
+    from lens_megatron.model_spec import find_weights
+    from lens_megatron.output import write_json, write_page
+
     scored = score_all(args.model, args.reference, prompts, config)
     if workers.rank() > 0:
         return 0

@@ -25,26 +25,21 @@ def run(args: argparse.Namespace) -> int:
     from lens_megatron import endings, stopping
 
     stopping.hold_signal()
-    from lens_megatron import kernel_order, workers
+    from lens_megatron.commands._workers import in_layout
     from lens_megatron.config import load_run
-    from lens_megatron.mcore.hf_files import check_folder
-    from lens_megatron.mcore.layout import check_layout
-    from lens_megatron.model_spec import find_weights, load_model_config
-    from lens_megatron.rollout.weight_sync import nccl_peers
+    from lens_megatron.model_spec import load_model_config
 
     endings.on_signals(endings.AFRESH)
     config = tiny(load_run(Path(args.run), args.overrides))
-    kernel_order.prepare(config.parallel)
-    nccl_peers.prepare(config)
     model = load_model_config(config.model)
-    if not workers.is_worker():
-        check_layout(model.spec, config.parallel, config.parallel.processes)
-        check_folder(find_weights(config.model), model.spec)
-        if config.parallel.processes > 1:
-            return workers.run_workers(config.parallel.processes, ["check", args.run, *args.overrides])
-    with endings.lost_peers():
-        _check(config, model)
-    return 0
+    return in_layout(
+        ["check", args.run, *args.overrides],
+        config.parallel,
+        model.spec,
+        lambda: _check(config, model),
+        model=config.model,
+        run=config,
+    )
 
 
 def tiny(config: RunConfig) -> RunConfig:
@@ -72,7 +67,7 @@ def tiny(config: RunConfig) -> RunConfig:
     )
 
 
-def _check(config: RunConfig, model: ModelConfig) -> None:
+def _check(config: RunConfig, model: ModelConfig) -> int:
     import shutil
 
     from lens_megatron import loop, workers
@@ -96,6 +91,7 @@ def _check(config: RunConfig, model: ModelConfig) -> None:
             f"check passed: two steps, a checkpoint and its resume in the layout of {config.name.removeprefix('check of ')}"
         )
         print(f"guards that held: {', '.join(_guards_that_looked(config))}")
+    return 0
 
 
 def _guards_that_looked(config: RunConfig) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lens_megatron.scoring import ScoredPrompt, ScoreResult
+    from lens_megatron.scoring import ScoreConfig, ScoredPrompt, ScoreResult
 
 SUMMARY = "interference scores |log pi_theta - log pi_ref| of prompt tokens, and what purification would delete"
 EXAMPLE = (
@@ -33,12 +33,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lens_megatron import strict, workers
-    from lens_megatron.mcore.layout import check_layout
+    from lens_megatron import endings, strict
+    from lens_megatron.commands._workers import in_layout
     from lens_megatron.model_spec import load_model_spec
     from lens_megatron.output import check_writable
-    from lens_megatron.scoring import ScoreConfig, check_models, prompts_from, score_prompts
+    from lens_megatron.scoring import ScoreConfig, check_models
 
+    endings.on_signals(endings.AFRESH)
     tree = strict.apply_overrides({}, args.overrides)
     for key, value in (("gamma", args.gamma), ("scope", args.scope)):
         if value is not None:
@@ -46,10 +47,15 @@ def run(args: argparse.Namespace) -> int:
     config = strict.build(ScoreConfig, tree, "score")
     check_writable(args.json, args.html)
     check_models(args.model, args.reference)
-    if not workers.is_worker():
-        check_layout(load_model_spec(args.model), config.parallel, config.parallel.processes)
-        if config.parallel.processes > 1:
-            return workers.run_workers(config.parallel.processes, ["score", *_arguments(args)])
+    return in_layout(
+        ["score", *_arguments(args)], config.parallel, load_model_spec(args.model), lambda: _score(args, config)
+    )
+
+
+def _score(args: argparse.Namespace, config: ScoreConfig) -> int:
+    from lens_megatron import workers
+    from lens_megatron.scoring import prompts_from, score_prompts
+
     prompts = prompts_from(args.model, args.prompt, args.prompts, config.template)
     result = score_prompts(args.model, args.reference, prompts, config)
     if workers.rank() == 0:

@@ -34,29 +34,24 @@ def run(args: argparse.Namespace) -> int:
     from lens_megatron import stopping
 
     stopping.hold_signal()
-    from lens_megatron import endings, kernel_order, workers
+    from lens_megatron import endings
+    from lens_megatron.commands._workers import in_layout
     from lens_megatron.config import load_run, preset_line
-    from lens_megatron.mcore.hf_files import check_folder
-    from lens_megatron.mcore.layout import check_layout
-    from lens_megatron.model_spec import find_weights, load_model_config
-    from lens_megatron.rollout.weight_sync import nccl_peers
+    from lens_megatron.model_spec import load_model_config
 
     endings.on_signals(endings.RESUME)
     config = load_run(Path(args.run), args.overrides)
-    kernel_order.prepare(config.parallel)
-    nccl_peers.prepare(config)
     model = load_model_config(config.model)
-    if not workers.is_worker():
-        check_layout(model.spec, config.parallel, config.parallel.processes)
-        check_folder(find_weights(config.model), model.spec)
-        if config.parallel.processes > 1:
-            how = ["--resume"] if args.resume else ["--continue"] if args.go_on else []
-            command = ["train", *how, args.run, *args.overrides]
-            return endings.noted_workers(
-                config.run_dir, lambda: workers.run_workers(config.parallel.processes, command)
-            )
-    with endings.lost_peers():
-        return _train(config, model, args.resume, args.go_on, preset_line(Path(args.run), args.overrides))
+    how = ["--resume"] if args.resume else ["--continue"] if args.go_on else []
+    return in_layout(
+        ["train", *how, args.run, *args.overrides],
+        config.parallel,
+        model.spec,
+        lambda: _train(config, model, args.resume, args.go_on, preset_line(Path(args.run), args.overrides)),
+        model=config.model,
+        run=config,
+        noted_in=config.run_dir,
+    )
 
 
 def _train(config: RunConfig, model: ModelConfig, resume: bool, go_on: bool, from_preset: str = "") -> int:

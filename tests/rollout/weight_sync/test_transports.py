@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from lens_megatron import cuda_environment
 from lens_megatron.config import load_run
 from lens_megatron.engine_side import EngineSide
 from lens_megatron.rollout import sglang_supervised
-from lens_megatron.rollout.weight_sync import nccl_peers, process_group
+from lens_megatron.rollout.weight_sync import process_group
 from lens_megatron.rollout.weight_sync.transports import make_transports
 from tests.loop.runs import run_tree, write_run
 
@@ -66,10 +67,12 @@ def test_what_is_tried(
 def test_memory_is_offered_as_sglang_offers_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], before: str | None, after: str | None
 ) -> None:
-    monkeypatch.setenv(nccl_peers.NAME, "put back afterwards")
-    monkeypatch.delenv(nccl_peers.NAME) if before is None else monkeypatch.setenv(nccl_peers.NAME, before)
-    nccl_peers.prepare(config_of(tmp_path, *overrides))
-    assert os.environ.get(nccl_peers.NAME) == after
+    name = cuda_environment.PEER_MEMORY
+    monkeypatch.setenv(name, "put back afterwards")
+    monkeypatch.delenv(name) if before is None else monkeypatch.setenv(name, before)
+    config = config_of(tmp_path, *overrides)
+    cuda_environment.prepare(config.parallel, config)
+    assert os.environ.get(name) == after
 
 
 def test_what_nccl_does_not_say() -> None:
