@@ -21,10 +21,11 @@ TABLE = """
 # nothing of ours
 __init__:
 errors:
+files:
 fingerprints:
-machine:
 model_configs:
 own_functions:
+precision:
 progress:
 recorder:
 rollout_table:
@@ -33,15 +34,17 @@ update_config:
 
 # files, settings, processes
 checkpoints:       errors
+machine:           __init__
+pruning:           checkpoints errors
 doctor:            machine
 output:            errors
 step_line:         errors
 stopping:          errors
 strict:            errors
 tracking:          errors
-workers:           errors output stopping
+workers:           errors files stopping
 stacks:            errors workers
-run_folder:        __init__ checkpoints errors machine rollout_table strict
+run_folder:        checkpoints errors files machine rollout_table strict
 folder_note:       strict
 hf_config:         errors
 model_spec:        errors folder_note hf_config model_configs strict
@@ -53,52 +56,54 @@ algorithms:        own_functions purification types
 presets:           algorithms errors strict
 samples:           algorithms types
 rewards:           errors machine own_functions strict types
-data:              errors model_spec types
+data:              errors model_spec strict types
 reference_scores:  types
 
 # the sharded model
-mcore:             __init__ checkpoints errors fingerprints folder_note machine model_spec routed_experts stacks workers
+mcore:             __init__ checkpoints errors fingerprints folder_note machine model_spec precision pruning
+                   routed_experts stacks workers
 prompt_signals:    algorithms mcore purification reference_scores types
 update:            algorithms mcore routed_experts samples types update_config
 diagnostics:       algorithms mcore update update_config
-scoring:           data errors mcore model_spec prompt_signals purification types
-kernel_order:      machine mcore
+scoring:           data errors mcore model_spec precision prompt_signals purification types
+cuda_environment:  machine mcore
 endings:           errors mcore run_folder workers
 
 # engines, and what is made of their answers
-rollout:           algorithms data errors evaluation fingerprints machine mcore model_spec output rewards routed_experts
+rollout:           algorithms data errors evaluation files fingerprints machine mcore model_spec rewards routed_experts
                    types workers
 ahead:             errors purification rollout strict types
 serve:             errors rollout
 reporting:         __init__ config errors progress run_folder strict
-checkpoints_tools: __init__ checkpoints errors hf_config mcore model_spec planning strict
+checkpoints_tools: __init__ checkpoints errors files hf_config mcore model_spec planning strict
 guards:            checkpoints_tools errors machine mcore routed_experts samples update
-evaluation:        __init__ checkpoints checkpoints_tools data errors folder_note mcore model_spec output progress
-                   purification reporting rewards rollout scoring strict types
+evaluation:        __init__ checkpoints checkpoints_tools data errors files folder_note mcore model_spec output
+                   precision progress purification reporting rewards rollout scoring strict types
 
 # a run
-config:            algorithms checkpoints data errors evaluation guards mcore presets rewards rollout strict tracking
-                   update_config
+config:            algorithms checkpoints data errors evaluation guards mcore precision presets rewards rollout strict
+                   tracking update_config
 resuming:          checkpoints config errors run_folder strict
-host:              ahead algorithms config data errors evaluation fingerprints guards model_spec purification rewards rollout
-                   rollout_table run_folder samples strict tracking types update
+host:              ahead algorithms config data errors evaluation fingerprints guards model_spec precision purification
+                   rewards rollout rollout_table run_folder samples strict tracking types update
 engine_side:       config host mcore rollout routed_experts
-trainer:           checkpoints config diagnostics engine_side guards host mcore model_spec progress prompt_signals
-                   purification recorder reference_scores run_folder stacks step_line stopping types update
+trainer:           checkpoints config diagnostics engine_side guards host mcore model_spec precision progress
+                   prompt_signals purification recorder reference_scores run_folder stacks step_line stopping types
+                   update
 loop:              config stopping trainer
-sft:               config data errors guards mcore model_spec progress run_folder stacks strict
+sft:               config data errors guards mcore model_spec precision progress run_folder stacks strict
 quickstart:        data errors mcore model_spec run_folder
 
 # many runs
-planning:          config errors mcore model_spec
-launchers:         checkpoints config data errors evaluation machine mcore model_spec output progress rewards run_folder
+planning:          config errors mcore model_spec strict
+launchers:         checkpoints config data errors evaluation files machine mcore model_spec progress rewards run_folder
                    stopping strict
-studies:           __init__ config errors launchers mcore model_spec output planning reporting resuming run_folder strict
+studies:           __init__ config errors files launchers mcore model_spec planning reporting resuming run_folder strict
 
 # what the user calls
-commands:          checkpoints_tools config doctor endings errors evaluation kernel_order launchers loop mcore model_spec
-                   output planning progress quickstart reporting resuming rewards rollout run_folder scoring serve sft
-                   stopping strict studies trainer workers
+commands:          checkpoints_tools config cuda_environment doctor endings errors evaluation files launchers loop mcore
+                   model_spec output planning progress quickstart reporting resuming rewards rollout run_folder scoring
+                   serve sft stopping strict studies trainer workers
 cli:               __init__ commands errors workers
 """
 
