@@ -19,6 +19,13 @@ def dtype_name(precision: Precision = "auto") -> str:
     return {"fp32": "float32", "bf16": "bfloat16"}[precision]
 
 
+def whole_products() -> None:
+    """fp32 is multiplied as fp32: NVIDIA's containers set a variable with which torch takes ten bits of it (TF32)."""
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+
+
 def torch_dtype(precision: Precision = "auto") -> torch.dtype:
     import torch
 

@@ -70,8 +70,8 @@ cuda_environment:  machine mcore
 endings:           errors mcore run_folder workers
 
 # engines, and what is made of their answers
-rollout:           algorithms data errors evaluation files fingerprints machine mcore model_spec rewards routed_experts
-                   types workers
+rollout:           algorithms data errors evaluation files fingerprints machine mcore model_spec precision rewards
+                   routed_experts types workers
 ahead:             errors purification rollout strict types
 serve:             errors rollout
 reporting:         __init__ config errors progress run_folder strict

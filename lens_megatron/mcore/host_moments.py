@@ -6,7 +6,7 @@ moments over the bus once in each direction, the next parameter's arriving while
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from lens_megatron.mcore.moments import MOMENTS, begin_moments
+
+PLACES = 3  # of moments on the GPU
 
 
 class MomentsOnHost(torch.optim.AdamW):
@@ -28,7 +30,6 @@ class MomentsOnHost(torch.optim.AdamW):
         self.param_groups = adam.param_groups
         self._pinned = pinned
         self._at_home = {id(parameter) for parameter in _first(adam, share)}
-        self._ways: tuple[Any, Any] | None = None  # streams: to the GPU, back to the host
 
     def first_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Zeros where they belong."""
@@ -38,13 +39,13 @@ class MomentsOnHost(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        visits = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        arriving = self._arrive(*visits[0]) if visits else None
-        for number, (group, parameter) in enumerate(visits):
-            here = arriving
-            arriving = self._arrive(*visits[number + 1]) if number + 1 < len(visits) else None
-            assert here is not None
-            moments = here()
+        updates = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        states = [self.first_state(parameter, group) for group, parameter in updates]
+        away = [state["exp_avg"].device != p.device for state, (_, p) in zip(states, updates, strict=True)]
+        visiting = [state for state, is_away in zip(states, away, strict=True) if is_away]
+        visits = Visits(visiting, torch.device("cuda", torch.cuda.current_device())) if visiting else None
+        for (group, parameter), state, is_away in zip(updates, states, away, strict=True):
+            moments = visits.arrived() if visits and is_away else [state[name] for name in MOMENTS]
             beta1, beta2 = group["betas"]
             adamw(
                 [parameter],
@@ -52,7 +53,7 @@ class MomentsOnHost(torch.optim.AdamW):
                 [moments[0]],
                 [moments[1]],
                 [],
-                [self.state[parameter]["step"]],
+                [state["step"]],
                 foreach=False,
                 fused=bool(group["fused"]),
                 amsgrad=False,
@@ -63,43 +64,60 @@ class MomentsOnHost(torch.optim.AdamW):
                 eps=group["eps"],
                 maximize=False,
             )
-            self._leave(parameter, moments)
-        if self._ways is not None:
-            self._ways[1].synchronize()  # whoever reads them on the host next finds them whole
+            if visits and is_away:
+                visits.leave()
+        if visits:
+            visits.finish()
 
-    def _arrive(self, group: dict[str, Any], parameter: Tensor) -> Callable[[], list[Tensor]]:
-        """Their way begins; the answer waits for its end."""
-        state = self.first_state(parameter, group)
-        if state["exp_avg"].device == parameter.device:
-            return lambda: [state[name] for name in MOMENTS]
-        to_gpu, _ = self._streams()
-        with torch.cuda.stream(to_gpu):
-            moments = [state[name].to(parameter.device, non_blocking=True) for name in MOMENTS]
-            there = to_gpu.record_event()
 
-        def arrived() -> list[Tensor]:
-            torch.cuda.current_stream().wait_event(there)
-            for moment in moments:
-                moment.record_stream(torch.cuda.current_stream())
-            return moments
+class Visits:
+    """Moments on the GPU, one parameter's after another's: one pair arrives while one is in use and one leaves. They take turns
+    in three places made at the start. The host is far ahead of the bus: memory for each as it comes would add up to all."""
 
-        return arrived
+    def __init__(self, states: Sequence[dict[str, Tensor]], where: torch.device) -> None:
+        self._states = states
+        largest = max(state[name].numel() for state in states for name in MOMENTS)
+        count = min(PLACES, len(states))
+        self._places = [[torch.empty(largest, device=where) for _ in MOMENTS] for _ in range(count)]
+        self._to_gpu, self._to_host = torch.cuda.Stream(), torch.cuda.Stream()
+        self._to_gpu.wait_stream(torch.cuda.current_stream())  # what was in these places before may still be read
+        self._there: list[Any] = []  # events, by parameter
+        self._left: list[Any] = []
+        self._send(0)
 
-    def _leave(self, parameter: Tensor, moments: list[Tensor]) -> None:
-        state = self.state[parameter]
-        if state["exp_avg"].device == parameter.device:
+    def arrived(self) -> list[Tensor]:
+        """The next parameter's; the one after it sets out."""
+        number = len(self._left)
+        self._send(number + 1)
+        torch.cuda.current_stream().wait_event(self._there[number])
+        return self._at(number)
+
+    def leave(self) -> None:
+        """Those that arrived last, once what is in the current stream is done with them."""
+        number = len(self._left)
+        self._to_host.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._to_host):
+            for name, here in zip(MOMENTS, self._at(number), strict=True):
+                self._states[number][name].copy_(here, non_blocking=True)
+            self._left.append(self._to_host.record_event())
+
+    def finish(self) -> None:
+        """Whoever reads them on the host next finds them whole."""
+        self._to_host.synchronize()
+
+    def _send(self, number: int) -> None:
+        if number == len(self._states):
             return
-        _, to_host = self._streams()
-        to_host.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(to_host):
-            for name, moment in zip(MOMENTS, moments, strict=True):
-                state[name].copy_(moment, non_blocking=True)
-                moment.record_stream(to_host)
+        if number >= len(self._places):
+            self._to_gpu.wait_event(self._left[number - len(self._places)])
+        with torch.cuda.stream(self._to_gpu):
+            for name, here in zip(MOMENTS, self._at(number), strict=True):
+                here.copy_(self._states[number][name], non_blocking=True)
+            self._there.append(self._to_gpu.record_event())
 
-    def _streams(self) -> tuple[Any, Any]:
-        if self._ways is None:
-            self._ways = torch.cuda.Stream(), torch.cuda.Stream()
-        return self._ways
+    def _at(self, number: int) -> list[Tensor]:
+        pair = zip(MOMENTS, self._places[number % len(self._places)], strict=True)
+        return [place[: (like := self._states[number][name]).numel()].view(like.shape) for name, place in pair]
 
 
 def host_sizes(adam: torch.optim.Optimizer, share: float) -> list[int]:

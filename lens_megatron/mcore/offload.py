@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
 from lens_megatron.mcore.optimizer import optimizer_parts
@@ -47,6 +49,7 @@ class Residence:
             self._away.append((storage, storage.nbytes(), _host_copy(storage, self._pinned) if kept else None))
         for storage, _, _ in self._away:
             storage.resize_(0)
+        _forget_what_is_made_again()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return sum(size for _, size, _ in self._away)
@@ -118,6 +121,13 @@ def _kept(tensor: Tensor, pinned: bool) -> Tensor:
     if not pinned:
         return tensor.cpu()
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+
+
+def _forget_what_is_made_again() -> None:
+    """Of Megatron-Core's: angles by length, and the buffer that sequence parallelism gathers into. Small, but each may lie in
+    a large piece of memory, which the allocator then cannot give back."""
+    RotaryEmbedding.forward.cache_clear()
+    parallel_state.get_global_memory_buffer().buffer.clear()
 
 
 def _flat(chunk: torch.nn.Module) -> list[Any]:

@@ -21,6 +21,7 @@ from lens_megatron.errors import RunError, UsageError
 from lens_megatron.machine import allow_many_sockets
 from lens_megatron.mcore.layout import ParallelConfig, check_layout
 from lens_megatron.model_spec import ModelSpec
+from lens_megatron.precision import whole_products
 
 _CPU = torch.device("cpu")
 _START = datetime.timedelta(seconds=1800)  # for all ranks to have started, whatever timeout_s
@@ -211,6 +212,7 @@ def initialize(spec: ModelSpec, layout: ParallelConfig, seed: int = 0, timeout_s
     check_layout(spec, layout, world_size)
     timeout = datetime.timedelta(seconds=timeout_s)
     allow_many_sockets()
+    whole_products()
     check_gpus()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

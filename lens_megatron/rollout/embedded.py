@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from lens_megatron.errors import RunError, UsageError
+from lens_megatron.precision import whole_products
 from lens_megatron.rollout.engine import Finished, Health, Request, VersionSpan
 from lens_megatron.rollout.hf_weights import HFWeights
 from lens_megatron.rollout.slot_cache import Decode, Prefill, SlotCache, attend_by_group
@@ -90,6 +91,7 @@ class EmbeddedEngine:
             raise UsageError(f"rollout.slots: at least 1 is needed (got {slots})")
         if any(kind != "full_attention" for kind in getattr(model.config, "layer_types", None) or []):
             raise UsageError("embedded engine: models with sliding-window layers are not supported; use SGLang")
+        whole_products()
         self._model = model.eval()
         attend_by_group(model)
         self._head = model.get_output_embeddings()

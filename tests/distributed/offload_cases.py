@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,6 +29,9 @@ def _update(policy: Any, seed: int) -> None:
 
 def train(folder: Path, layout: ParallelConfig, dtype: torch.dtype, leaves: bool) -> tuple[dict[str, Tensor], Any]:
     """Weights of this rank after three updates; bytes of its weights, bytes freed, bytes left while it was away."""
+    from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
     from lens_megatron.mcore.offload import Residence
     from lens_megatron.mcore.optimizer import OptimizerConfig
     from lens_megatron.mcore.step import build_trainable
@@ -40,7 +44,10 @@ def train(folder: Path, layout: ParallelConfig, dtype: torch.dtype, leaves: bool
         _update(policy, seed)
         if leaves:
             with patch("lens_megatron.mcore.offload.PIECE_BYTES", 1001):  # one that divides nothing
+                assert RotaryEmbedding.forward.cache_info().currsize > 0  # made by the update
                 freed = residence.release()
+                assert RotaryEmbedding.forward.cache_info().currsize == 0  # nothing keeps a piece of memory for it
+                assert not parallel_state.get_global_memory_buffer().buffer
                 assert residence.release() == 0  # twice is once
                 left = sum(p.untyped_storage().nbytes() for chunk in policy.chunks for p in chunk.parameters())
                 report = (held, freed, left)
@@ -67,3 +74,21 @@ def by_stage(folder: Path, layout: ParallelConfig) -> tuple[dict[str, Tensor], d
     part = dict(delivery.tensors(stage, holdings.leader_of(stage), torch.device("cpu")))
     planned = {tensor.name: (tensor.dtype, tensor.shape) for tensor in delivery.described(stage)}
     return whole, part, planned
+
+
+def delivered_slowly(folder: Path, layout: ParallelConfig, pause_s: float) -> int:
+    """How many tensors rank 0 got, which took its time over the first."""
+    from lens_megatron.mcore.hf_bridge import agree_on_holdings
+    from lens_megatron.mcore.step import build_frozen
+    from lens_megatron.rollout.weight_sync.config import SyncConfig
+    from lens_megatron.rollout.weight_sync.delivery import Delivery
+
+    spec = start(folder, layout)
+    model = build_frozen(spec, layout, folder, dtype=torch.float32)
+    delivery = Delivery(0, agree_on_holdings(model.chunks, spec), spec, SyncConfig(), ())
+    taken = 0
+    for _ in delivery.tensors(None, 0, torch.device("cpu")):
+        if taken == 0:
+            time.sleep(pause_s)
+        taken += 1
+    return taken

@@ -11,6 +11,7 @@ import torch
 
 from lens_megatron.mcore.layout import ParallelConfig
 from tests.distributed import offload_cases
+from tests.distributed.pool import WorkerPool
 
 
 @pytest.mark.parametrize(
@@ -50,3 +51,13 @@ def test_each_stage_gathers_its_own(
     assert all(bool(part) for _, part, _ in results) == ("pp" in layout)
     for _, part, planned in results:  # and the plan that all ranks make says what will come
         assert part == {} or {n: (t.dtype, tuple(t.shape)) for n, t in part.items()} == planned
+
+
+def test_a_delivery_that_takes_longer_than_a_collective_may(hf_folder: Callable[[str], Path]) -> None:
+    """A large model by disk: the second stage waits for its turn until servers or files have taken the first."""
+    pool = WorkerPool(2, collective_s=4.0)
+    try:
+        taken = pool.run(offload_cases.delivered_slowly, hf_folder("qwen3_tied"), ParallelConfig(pp=2), 6.0)
+    finally:
+        pool.close()
+    assert taken[0] > 0 == taken[1]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
 
-from lens_megatron.mcore.host_moments import MomentsOnHost
+from lens_megatron.mcore.host_moments import MomentsOnHost, Visits
 
 SHAPES = [(5, 3), (40,), (8, 8), (1,)]
 OPTIONS: dict[str, Any] = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
@@ -74,3 +75,58 @@ def test_the_groups_stay_those_that_a_schedule_moves() -> None:
     before = [p.detach().clone() for p in given[0]["params"]]
     trained(ours, 1)
     assert all(torch.equal(a, b) for a, b in zip(before, given[0]["params"], strict=True))
+
+
+class _Stream:
+    """Notes what it is told to wait for, and which copies were made in it."""
+
+    current: _Stream
+
+    def __init__(self, name: str, noted: list[tuple[str, str]]) -> None:
+        self.name, self.noted = name, noted
+
+    def wait_event(self, event: str) -> None:
+        self.noted.append((self.name, f"waits for {event}"))
+
+    def wait_stream(self, other: _Stream) -> None:
+        self.noted.append((self.name, f"waits for {other.name}"))
+
+    def record_event(self) -> str:
+        number = sum(name == self.name and what == "copied" for name, what in self.noted)
+        self.noted.append((self.name, "copied"))
+        return f"{self.name} {number}"
+
+    def synchronize(self) -> None:
+        self.noted.append((self.name, "done"))
+
+
+def test_visiting_moments_take_turns_in_three_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far ahead the host is: who arrives waits, on the GPU, for the one whose place it takes to have left."""
+    noted: list[tuple[str, str]] = []
+    compute = _Stream("compute", noted)
+    names = iter(("to gpu", "to host"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: _Stream(next(names), noted))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: compute)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    sizes = [3, 5, 2, 4, 1, 5]
+    states = [{name: torch.full((size,), float(size)) for name in ("exp_avg", "exp_avg_sq")} for size in sizes]
+    visits, storages = Visits(states, torch.device("cpu")), set()
+    for size in sizes:
+        moments = visits.arrived()
+        assert [moment.tolist() for moment in moments] == [[float(size)] * size] * 2
+        storages |= {moment.untyped_storage().data_ptr() for moment in moments}
+        for moment in moments:
+            moment += 1
+        visits.leave()
+    visits.finish()
+    assert len(storages) == 2 * 3
+    assert all((state["exp_avg"] == size + 1).all() for state, size in zip(states, sizes, strict=True))
+    assert noted[-1] == ("to host", "done")
+    arriving = [what for name, what in noted if name == "to gpu"]
+    waits = [f"waits for to host {number}" for number in range(3)]
+    expected = ["waits for compute", *["copied"] * 3]
+    for wait in waits:
+        expected += [wait, "copied"]
+    assert arriving == expected
+    used = [what for name, what in noted if name == "compute"]
+    assert used == [f"waits for to gpu {number}" for number in range(len(sizes))]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import os
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -60,6 +63,21 @@ def test_a_gpu_for_every_rank(
     with pytest.raises(UsageError) as said:
         runtime.check_gpus()
     assert all(word in str(said.value) for word in words), said.value
+
+
+def test_fp32_is_multiplied_as_fp32_in_nvidias_containers_too() -> None:
+    code = """
+import torch
+from lens_megatron.mcore import runtime
+from lens_megatron.mcore.layout import ParallelConfig
+from lens_megatron.model_spec import load_model_spec
+before = torch.get_float32_matmul_precision()
+runtime.initialize(load_model_spec("tiny-qwen3"), ParallelConfig())
+print(before, torch.get_float32_matmul_precision())
+"""
+    theirs = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=theirs, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["high", "highest"]
 
 
 def test_ranks_that_never_start_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

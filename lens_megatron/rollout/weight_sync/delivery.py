@@ -32,6 +32,9 @@ class Member(NamedTuple):
     start: int  # of the server: after a restart at the same address it is in no group any more
 
 
+TRANSFER_S = 3600.0  # for all parts to be taken; the watch knows sooner whom the others wait for in vain
+
+
 @dataclass
 class Delivery:
     """`members`: the servers that take part, known to all ranks. Fleet and ledger are rank 0's."""
@@ -67,8 +70,10 @@ class Delivery:
         return [u for u in self.holdings.order if stage is None or self.holdings.stage_of(u) == stage]
 
     def tensors(self, stage: int | None, root: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """HF tensors on `root`; other ranks that hold parts get nothing and must iterate."""
-        return gather(self.holdings, self.spec, self.units(stage), root, device)
+        """HF tensors on `root`; other ranks that hold parts get nothing and must iterate. On the host a part waits for its turn
+        as long as those before it take to be delivered, which for a large model is longer than a collective may last."""
+        limit_s = TRANSFER_S if device.type == "cpu" else None  # on a GPU no host waits
+        return gather(self.holdings, self.spec, self.units(stage), root, device, limit_s)
 
 
 class Transport(Protocol):
