@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Callable
@@ -10,15 +11,16 @@ from typing import IO, Any
 
 
 def take_lock(file: int | IO[Any]) -> bool:
-    """False: another process has it. Held until the file is closed, or its process ends. A file system without locks
-    refuses nobody."""
+    """False: another process has it. Held until this process closes the file, by any handle, or ends. A file system without
+    locks refuses nobody."""
     try:
         # a record lock: not inherited by forked children, so an orphan of a killed process does not hold it
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
-    except OSError:
-        pass
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
     return True
 
 

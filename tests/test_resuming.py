@@ -57,6 +57,18 @@ def test_what_an_older_configuration_does_not_say_is_the_default(folder: RunFold
     assert "unknown key 'of_another_version'" in line
 
 
+def test_a_configuration_that_this_version_refuses_is_compared_as_it_stands(folder: RunFolder, run: Path) -> None:
+    """A value that did nothing may be refused by now: it is told, and cannot be put back. Another seed is another run."""
+    tree = folder.read_config()
+    tree["algorithm"]["filter"]["size_factor"] = 2.0
+    folder.write_config(tree)
+    note, told = resuming.changes(folder, tree_of(run))
+    assert "filter.size_factor does nothing" in note
+    assert told == "resumed with a change: algorithm.filter.size_factor was 2.0 and is 3.0"
+    with pytest.raises(UsageError, match="seed was 0 and is 7"):
+        resuming.changes(folder, tree_of(run, "seed=7"))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -24,6 +24,11 @@ class AlgorithmConfig:
 
     def __post_init__(self) -> None:
         _refuse_unused_values(self.filter, self.loss)
+        if self.filter.skips_before_rollout and self.advantage.learns_from == "any":
+            raise ValueError(
+                f"filter.mode {self.filter.mode} skips prompts whose rewards are all equal, from which the baseline "
+                f"{self.advantage.baseline} may learn: set filter.mode: none, or a std"
+            )
         if self.rescue.mode == "none":
             _refuse_rescue_values(self.rescue, self.advantage, self.loss)
         else:
@@ -38,7 +43,10 @@ class AlgorithmConfig:
 def _refuse_unused_values(filtering: FilterConfig, loss: LossConfig) -> None:
     """Of a slot that is off: they would silently do nothing."""
     if filtering.mode in ("none", "greso") and filtering.size_factor != FilterConfig.size_factor:
-        raise ValueError(f"filter.size_factor does nothing with filter.mode {filtering.mode}: set mode: dynamic")
+        raise ValueError(
+            f"filter.size_factor does nothing with filter.mode {filtering.mode}: set mode: dynamic, or it to its default "
+            f"{FilterConfig.size_factor:g}"
+        )
     if not filtering.skips_before_rollout and filtering.greso != GresoConfig():
         raise ValueError(f"filter.greso does nothing with filter.mode {filtering.mode}: set mode: greso")
     correction = loss.engine_correction
@@ -51,7 +59,8 @@ def _refuse_rescue_values(rescue: RescueConfig, advantage: AdvantageConfig, loss
     standing = RescueConfig(success_threshold=rescue.success_threshold)  # the threshold is everybody's
     if given := [one.name for one in fields(RescueConfig) if getattr(rescue, one.name) != getattr(standing, one.name)]:
         raise ValueError(
-            f"rescue.{given[0]} does nothing with rescue.mode none: set mode: purification, or leave it out"
+            f"rescue.{given[0]} does nothing with rescue.mode none: set mode: purification, or {given[0]} to its default "
+            f"{getattr(standing, given[0])}"
         )
     if loss.purified.kind != "literal":
         raise ValueError(

@@ -164,7 +164,7 @@ def _trained_successes(group: RebuiltGroup) -> int:
 
 
 def _had_signal(group: RebuiltGroup) -> bool:
-    return not zero_variance([rollout.reward for rollout in group.group.originals])
+    return group.learns_from == "any" or not zero_variance([rollout.reward for rollout in group.group.originals])
 
 
 def _mean(values: Iterable[float | int]) -> float | None:

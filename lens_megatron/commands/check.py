@@ -46,6 +46,8 @@ def tiny(config: RunConfig) -> RunConfig:
     """Two steps of it, with a checkpoint after each and every guard at each; the layout and the engine stay."""
     from dataclasses import replace
 
+    from lens_megatron.algorithms.filters import FilterConfig
+
     return replace(
         config,
         run_dir=config.run_dir.rstrip("/") + ".check",
@@ -56,7 +58,7 @@ def tiny(config: RunConfig) -> RunConfig:
         # answers cut short are all wrong: a filter that asks for groups of both kinds would ask for ever
         algorithm=replace(
             config.algorithm,
-            filter=replace(config.algorithm.filter, mode="none"),
+            filter=FilterConfig(),
             advantage=replace(config.algorithm.advantage, overlong=None),
         ),
         checkpoint=replace(config.checkpoint, every=1, keep=1, keep_best=None, hf_every=0),

@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
         for cell in study.cells:
             print(f"{read_state(study, cell).state:<10} {cell.name}  {' '.join(cell.overrides)}")
         return 0
-    check_writable(args.json)
+    if args.json is not None and args.json.resolve().parent != study.folder.resolve():  # which may have to be made yet
+        check_writable(args.json)
     if not args.collect:
         terminal = sys.stdout  # nemo-run's words are caught, on one thread, while another has something to say
         run_study(study, lambda line: print(line, file=terminal, flush=True), args.only or ["*"])

@@ -322,11 +322,10 @@ def _live_storages(policy: Trainable) -> set[int]:
 def _companions(model: ShardedModel, source: Path | None, template: str | None) -> dict[str, Callable[[], bytes]]:
     """What an HF folder has besides weights, so that one can be written from the checkpoint alone: the source's, as beside
     any other copy of these weights; without one, what the model's shape says."""
-    if source is not None:
-        files = companion_readers(source, BY_NAME[dtype_of(model)], template)
-    else:
+    files = companion_readers(source, BY_NAME[dtype_of(model)], template) if source is not None else {}
+    if "config.json" not in files:  # no source, or one that is no longer there
         config = json.dumps(to_hf_config(model.spec, dtype_of(model)), indent=2) + "\n"
-        files = {"config.json": config.encode}
+        files["config.json"] = config.encode
     return {f"{_HF}/{name}": read for name, read in files.items()}
 
 

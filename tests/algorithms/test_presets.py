@@ -180,6 +180,10 @@ REFUSED = [
     ({"preset": "grpo", "loss": {"kl": "k1"}}, "mean 0"),
     ({"preset": "grpo", "rescue": {"strategy": "resample", "tau": 0.25}}, "rescue.strategy does nothing"),
     ({"preset": "grpo", "rescue": {"gamma": 0.05}}, "rescue.gamma does nothing"),
+    (
+        {"preset": "greso", "advantage": {"baseline": "tests.algorithms.test_advantages:half", "std": "none"}},
+        "from which the baseline",
+    ),
     ({"preset": "grpo", "filter": {"size_factor": 2.0}}, "filter.size_factor does nothing"),
     ({"preset": "dapo", "filter": {"greso": {"hard_at": 0.0}}}, "filter.greso does nothing"),
     ({"preset": "grpo", "loss": {"engine_correction": {"cap": 3.0}}}, "cap and floor do nothing"),

@@ -52,7 +52,8 @@ def test_a_check_is_small_and_keeps_the_layout(tmp_path: Path) -> None:
     from lens_megatron.commands.check import tiny
 
     path = tmp_path / "RUN.yaml"
-    tree = {"model": "qwen3-8b-base", "run_dir": "runs/x", "data": {"train": "p.jsonl"}, "algorithm": "dapo"}
+    tree = {"model": "qwen3-8b-base", "run_dir": "runs/x", "data": {"train": "p.jsonl"}}
+    tree["algorithm"] = {"preset": "dapo", "filter": {"size_factor": 2.0}}  # which without a filter would be refused
     path.write_text(yaml.safe_dump({**tree, "parallel": {"tp": 4, "pp": 2}}))
     config = load_run(path, [])
     small = tiny(config)
