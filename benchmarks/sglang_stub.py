@@ -89,7 +89,6 @@ class Stub:
                 web.post("/flush_cache", self.flush),
                 web.post("/begin_weight_update", self.begin),
                 web.post("/end_weight_update", self.end),
-                web.post("/init_weights_update_group", self.join_group),
                 web.post("/update_weights_from_disk", self.update),
                 web.post("/update_weights_from_tensor", self.update_in_session),
                 web.post("/update_weights_from_distributed", self.update_in_session),
@@ -288,10 +287,6 @@ class Stub:
             self.in_session = then
         return _success(fits, "ok" if fits else "the session is in another state")
 
-    async def join_group(self, request: web.Request) -> web.Response:
-        self.stuck = self.fault == "stuck_by_group"
-        return _success(False, "a stub joins no group")
-
     async def update(self, request: web.Request) -> web.Response:
         body = await request.json()
         await asyncio.sleep(self.update_seconds)
@@ -310,6 +305,9 @@ class Stub:
         return _success(asked, "ok" if asked else "there are no weights to look at")
 
     async def init_group(self, request: web.Request) -> web.Response:
+        self.stuck = self.fault == "stuck_by_group"
+        if self.stuck:
+            return _success(False, "a stub joins no group")
         self.groups.add((await request.json())["group_name"])
         return _success(True, "Succeeded to initialize custom process group.")
 

@@ -112,7 +112,7 @@ class RolloutDriver:
         self._call("end_update", synced, label)
 
     def restart_servers(self, silent: Sequence[ServerAddress], reason: str) -> bool:
-        """Those of them that the run started itself. Whether any is on its way back: `begin_update`, once more, waits."""
+        """Those of them that the run started itself. Waits for the first; whether one is back, and the update begun anew."""
         return self._call("restart_servers", silent, reason)
 
     def load_weights(self, buckets: Iterable[Mapping[str, torch.Tensor]], version: int) -> None:

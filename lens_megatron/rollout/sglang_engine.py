@@ -153,7 +153,7 @@ class SGLangEngine:
         self._loop.run(self._end_update(synced, label))
 
     def restart_servers(self, silent: Sequence[ServerAddress], reason: str) -> bool:
-        """Of an update that reached none: begin it anew to wait for them. Whether any is on its way back."""
+        """Of an update that reached none: waits for the first, and whether one is back. Then begin it anew."""
         self._raise_failure()
         return self._loop.run(self._pool.restart(silent, reason))
 

@@ -116,7 +116,7 @@ class ServerPool:
         reason = seat.reason
         try:
             await seat.bring_up()
-        except (RunError, UsageError) as error:
+        except (RunError, UsageError, OSError) as error:
             seat.state, seat.reason = "gone", f"{reason}; not to be started again: {error}"
         else:
             seat.reason = f"{reason}; back, without weights until the next sync"
@@ -170,13 +170,16 @@ class ServerPool:
             seat.quarantine(f"weights of version {version} are on their way")
 
     async def restart(self, silent: Sequence[ServerAddress], reason: str) -> bool:
-        """In an update that reached none: those of them that are this run's own. Whether any is on its way back."""
+        """In an update that reached none: those of them that are this run's own. Waits for the first; whether one is back."""
         starts = {(address.url, address.start) for address in silent}
         own = [seat for seat in self.seats if seat.process is not None]
         for seat in own:
             if (seat.client.url, seat.starts) in starts:
                 self.lost(seat, reason)
-        return any(seat.state == "starting" for seat in own)
+        starting = [seat for seat in own if seat.state == "starting"]
+        while starting and all(seat.state == "starting" for seat in starting):
+            await asyncio.sleep(0.05)
+        return any(seat.state in ("quarantined", "ready") for seat in starting)
 
     async def end_update(
         self, synced: Sequence[ServerAddress], label: str | None = None

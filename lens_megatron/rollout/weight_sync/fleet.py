@@ -165,7 +165,8 @@ class Fleet:
                 with contextlib.suppress(Refused):  # it was started again since, or never got in
                     await server.destroy_weights_update_group(name, LEAVE_SECONDS)
 
-        for future in self.start(leave).values():
+        # lost ones too, if they answer: they may be somebody else's, and outlive this run
+        for future in [self.loop.start(leave(self.clients[url])) for url in self.clients if url in self.infos]:
             with contextlib.suppress(RunError):
                 future.result()
 

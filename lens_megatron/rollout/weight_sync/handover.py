@@ -13,6 +13,7 @@ written down here. On a GPU none of this has run yet.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 from lens_megatron.errors import RunError
 from lens_megatron.mcore.offload import Residence, residual_bytes
 from lens_megatron.rollout.event_loop import EventLoop
-from lens_megatron.rollout.sglang_client import MemoryTag, SGLangClient
+from lens_megatron.rollout.sglang_client import MemoryTag, SGLangClient, Unreachable
 from lens_megatron.rollout.sglang_server import ServerAddress
 
 GIB = 2**30
@@ -56,8 +57,9 @@ class ServerMemory:
         for server in servers:
             gone = self._released.setdefault((server.url, server.start), set())
             if wanted := [tag for tag in tags if tag in gone]:
-                self._ask(server, partial(_resume, tags=wanted))
-                gone.difference_update(wanted)
+                with contextlib.suppress(Unreachable):  # it died or hangs: whoever looks after the servers finds that
+                    self._ask(server, partial(_resume, tags=wanted))
+                gone.difference_update(wanted)  # or so it may be
 
     def _ask(self, server: ServerAddress, verb: Callable[[SGLangClient], Any]) -> None:
         client = SGLangClient(server.url, server.api_key, self._timeout_s)

@@ -27,11 +27,13 @@ class Place:
 
     host: str
     interface: str | None  # its address on the interface that rollout.sync.address names, if it does
+    knows: bool = True  # else that is neither an interface here nor a name or address
 
 
 def agree_on_places(configured: str | None) -> list[Place]:
     """Of all ranks, on every rank."""
-    mine = Place(socket.gethostname(), interface_address(configured) if configured else None)
+    address = interface_address(configured) if configured else None
+    mine = Place(socket.gethostname(), address, configured is None or address is not None or _resolves(configured))
     places = [mine] * dist.get_world_size()
     dist.all_gather_object(places, mine)
     return places
@@ -39,6 +41,10 @@ def agree_on_places(configured: str | None) -> list[Place]:
 
 def refuse_what_cannot_meet(leaders: Sequence[Place], configured: str | None, urls: Sequence[str]) -> None:
     """UsageError for leaders on several machines that the servers would look for in the wrong place. Rank 0 leads first."""
+    if not leaders[0].knows:
+        raise UsageError(
+            f"rollout.sync.address {configured}: neither a network interface of {leaders[0].host} nor an address or name"
+        )
     elsewhere = [leader.host for leader in leaders if leader.host != leaders[0].host]
     if not elsewhere:
         return
@@ -85,6 +91,13 @@ def interface_address(name: str) -> str | None:
         except OSError:
             return None
     return socket.inet_ntoa(answer[20:24])
+
+
+def _resolves(name: str) -> bool:
+    try:
+        return bool(socket.getaddrinfo(name, None))
+    except OSError:
+        return False
 
 
 def _is_loopback(url: str) -> bool:

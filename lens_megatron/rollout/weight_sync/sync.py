@@ -124,6 +124,7 @@ class WeightSync:
         self._loop = EventLoop("weight-sync") if servers is not None else None
         self._attempt: _Attempt | None = None
         self._addresses: dict[str, ServerAddress] = {}
+        self._asked: set[str] = set()  # in this sync, those included that were started again in it
         self._last: dict[str, str] = {}  # fingerprints of the version before
         self._failures_in_row = dict.fromkeys((transport.name for transport in transports), 0)
 
@@ -134,6 +135,7 @@ class WeightSync:
         GPUs, the trainer leaves them here (then there is no second transport: the weights are gone).
         """
         began = time.monotonic()
+        self._asked = set()
         self._on_rank_zero(lambda: self._begin(version), "find the rollout servers")
         holdings = agree_on_holdings(self.policy.chunks, self.policy.spec)
         failures: list[str] = []
@@ -145,7 +147,7 @@ class WeightSync:
             if reached:
                 break
             failures.append(f"by {transport.name}: {problem}{self._given_up(transport)}")
-        if not reached and len(failures) > 1:
+        if not reached and len(self.transports) > 1:
             problem = self._on_rank_zero(lambda: self._start_again(version), "start the rollout servers again")
             if problem is None:
                 problem = self._deliver(transport, version, holdings, before_probe)
@@ -219,6 +221,7 @@ class WeightSync:
         assert self._servers is not None and self._loop is not None
         self._servers.begin_update(version)
         self._addresses = {address.url: address for address in self._servers.servers()}
+        self._asked |= self._addresses.keys()
         if self._attempt is not None:
             self._attempt.fleet.close()
         fleet = Fleet.meet(self._addresses.values(), self._loop, self.config)
@@ -351,7 +354,7 @@ class WeightSync:
             time.monotonic() - began,
             attempt.transfer_seconds,
             len(fleet.live),
-            len(self._addresses) - len(fleet.live),
+            len(self._asked) - len(fleet.live),
             ledger.transport != self.transports[0].name,
             *attempt.probe,
             changed,

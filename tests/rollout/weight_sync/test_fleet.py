@@ -93,7 +93,10 @@ def test_servers_leave_the_groups_that_are_not_used_any_more(loop: EventLoop) ->
 
         def told(members: tuple[Member, ...], *names: str) -> None:
             """A transfer of no buckets, of one stage a name."""
-            board: Any = SimpleNamespace(read=lambda key: f"{names[int(key.removeprefix('port/'))]} 127.0.0.1 1")
+            towards = dict.fromkeys((first, second), "127.0.0.1")
+            board: Any = SimpleNamespace(
+                read=lambda key: json.dumps([names[int(key.removeprefix("port/"))], 1, towards])
+            )
             delivery: Any = SimpleNamespace(members=members, fleet=fleet, ledger=object())
             transport._tell_servers(delivery, [], len(names), board)
             transport._members = members  # as _conclude does of a transfer that went well

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lens_megatron.errors import RunError
-from lens_megatron.rollout.sglang_client import SGLangClient
+from lens_megatron.rollout.sglang_client import SGLangClient, Unreachable
 from lens_megatron.rollout.sglang_engine import SGLangEngine
 from lens_megatron.rollout.sglang_seat import Seat, seats
 from lens_megatron.rollout.sglang_server import ServerAddress
@@ -148,6 +148,26 @@ def test_when_all_died_in_the_trainers_turn_it_leaves_for_them_to_start() -> Non
         "trainer returns",
         "s resumes weights",
     ]
+
+
+def test_a_server_that_does_not_answer_keeps_no_other_from_its_memory() -> None:
+    log: list[str] = []
+    one, two = (ServerAddress(name, f"http://{name}", None, 1) for name in ("one", "two"))
+    turns = made(log, [one, two])
+    turns.to_trainer(keep_engine_weights=True)
+    memory: Any = turns._memory
+    asks = memory._ask
+
+    def refuses(server: ServerAddress, verb: Callable[[Any], Any]) -> None:
+        if server is one:
+            raise Unreachable("one died, which nobody has noticed yet")
+        asks(server, verb)
+
+    memory._ask = refuses
+    turns.to_engine()
+    assert log[-1] == "two resumes kv_cache"
+    with pytest.raises(Unreachable):  # what may still hold memory is another matter
+        turns.to_trainer(keep_engine_weights=True)
 
 
 def test_over_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ def places(monkeypatch: pytest.MonkeyPatch, configured: str | None, *hosts: str)
     for host in hosts:
         monkeypatch.setattr(meeting.socket, "gethostname", lambda host=host: host)
         monkeypatch.setattr(meeting, "interface_address", lambda name, host=host: INTERFACES.get(name, {}).get(host))
+        monkeypatch.setattr(meeting, "_resolves", lambda name: name[0].isdigit())
         monkeypatch.setattr(meeting.dist, "get_world_size", lambda: 1)
         monkeypatch.setattr(meeting.dist, "all_gather_object", lambda into, mine: into.__setitem__(0, mine))
         found += meeting.agree_on_places(configured)
@@ -88,6 +89,7 @@ def test_an_address_is_announced_as_it_is(monkeypatch: pytest.MonkeyPatch) -> No
         ("10.0.0.1", ["n1", "n1"], [REMOTE], None),
         ("10.0.0.1", ["n1", "n1", "n2"], [REMOTE], "are led from n1 and n2, and n1 has no network interface 10.0.0.1"),
         ("ib0", ["n1", "n2"], [HERE], None),
+        ("ib7", ["n1"], [REMOTE], "address ib7: neither a network interface of n1 nor"),
         ("eth9", ["n1", "n2"], [REMOTE], "n2 has no network interface eth9"),
     ],
 )
