@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import os
 import re
@@ -27,8 +28,38 @@ def import_nemo_run() -> Any:
     return nemo_run
 
 
-def executor(job: Job) -> Any:
-    """nemo-run's SlurmExecutor for a job: no launcher, one srun task a rank."""
+def experiment_folder(job: Job) -> Path:
+    """nemo-run's for the next submission; it is mounted into containers. In the run folder, since all nodes see that, unless
+    NEMORUN_HOME names another home. Numbered, where nemo-run would take the time, so that a dry run shows the same path."""
+    chosen = os.environ.get("NEMORUN_HOME")
+    home = Path(chosen).expanduser().absolute() if chosen else job.launch / "nemo"
+    title = home / "experiments" / job.name
+    return next(folder for n in itertools.count(1) if not (folder := title / f"{job.name}_{n}").exists())
+
+
+@contextlib.contextmanager
+def _home(path: Path) -> Iterator[None]:
+    """nemo-run reads NEMORUN_HOME when it is imported, and keeps a path made from it."""
+    from nemo_run import config
+    from nemo_run.run.torchx_backend.schedulers import slurm
+
+    home, list_of_jobs = config.get_nemorun_home(), slurm.SLURM_JOB_DIRS
+    config.set_nemorun_home(str(path))
+    slurm.SLURM_JOB_DIRS = str(path / ".slurm_jobs")
+    try:
+        yield
+    finally:
+        config.set_nemorun_home(home)
+        slurm.SLURM_JOB_DIRS = list_of_jobs
+
+
+def _task_name(job: Job) -> str:
+    return job.name if job.links == 1 else f"{job.name}-{job.link}"
+
+
+def executor(job: Job, folder: Path | None = None) -> Any:
+    """nemo-run's SlurmExecutor for a job: no launcher, one srun task a rank. `folder`: the experiment's, else in nemo-run's
+    home."""
     run = import_nemo_run()
     site, shape = job.site, job.shape
     more: dict[str, Any] = {name.lstrip("-").replace("-", "_"): value for name, value in site.sbatch.items()}
@@ -54,7 +85,7 @@ def executor(job: Job) -> Any:
         container_env=script.environment_names(site.env) if site.image else None,
         additional_parameters=more or None,
         srun_args=script.trainer_step(job),
-        setup_lines=script.setup_lines(job),
+        setup_lines=script.setup_lines(job, folder or Path(run.config.get_nemorun_home()).absolute()),
         job_name_prefix="lens.",
         dependency_type="afterany",
         packager=run.Packager(),
@@ -71,11 +102,13 @@ def batch_script(job: Job) -> str:
     import_nemo_run()
     from nemo_run.core.execution.slurm import SlurmBatchRequest
 
-    whole = executor(job)
-    whole.experiment_dir = whole.job_dir = whole.tunnel.job_dir = str(job.launch / "nemo")
+    folder = experiment_folder(job)
+    whole = executor(job, folder)
+    whole.experiment_dir = whole.tunnel.job_dir = str(folder)
+    whole.job_dir = str(folder / _task_name(job))
     request = SlurmBatchRequest(
         launch_cmd=["sbatch", "--requeue", "--parsable"],
-        jobs=[job.name],
+        jobs=[_task_name(job)],
         command_groups=[[script.command(job)]],
         executor=whole,
         max_retries=0,
@@ -90,17 +123,19 @@ def submit(jobs: Sequence[Job]) -> list[str]:
     path = str(jobs[0].run_dir) + str(jobs[0].work_dir)
     if jobs[0].site.image is None and _REWRITTEN in path:
         raise UsageError(f"nemo-run rewrites {_REWRITTEN!r} in paths: choose a run_dir and a working folder without it")
+    folder = experiment_folder(jobs[0])
     said = io.StringIO()
     logging.getLogger("nemo_run").setLevel(logging.ERROR)
-    with without_input(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        experiment = run.Experiment(jobs[0].name, log_level="ERROR", enable_goodbye_message=False)
+    quiet = contextlib.redirect_stdout(said), contextlib.redirect_stderr(said)
+    with _home(folder.parents[2]), without_input(), quiet[0], quiet[1]:
+        experiment = run.Experiment(jobs[0].name, id=folder.name, log_level="ERROR", enable_goodbye_message=False)
         try:
             with experiment:
                 before: list[str] = []
                 for job in jobs:
                     task = run.Script(path=str(job.launch / "rank.sh"))
-                    name = job.name if job.links == 1 else f"{job.name}-{job.link}"
-                    before = [experiment.add(task, executor=executor(job), name=name, dependencies=before)]
+                    whole = executor(job, folder)
+                    before = [experiment.add(task, executor=whole, name=_task_name(job), dependencies=before)]
                 experiment.run(detach=True)
         except Exception as error:  # invoke's, torchx's, AssertionError: nemo-run has no error of its own here
             own = str(error)  # what nemo-run prints of it is wrapped to the width of a terminal

@@ -75,8 +75,8 @@ def command(job: Job) -> str:
     return f"bash {shlex.quote(str(job.launch / 'rank.sh'))}"
 
 
-def setup_lines(job: Job) -> str:
-    """Between nemo-run's own preparations and its srun."""
+def setup_lines(job: Job, mounted: Path) -> str:
+    """Between nemo-run's own preparations and its srun. `mounted`: its folder, which it mounts into containers."""
     parts = [
         "set +evx",
         *_names(job),
@@ -94,7 +94,7 @@ def setup_lines(job: Job) -> str:
         *(_setup(job) if job.site.setup else ()),
         *_exports(job),
         _here_document(job.launch / "rank.sh", _rank_script(job)),
-        _every_node_sees(job),
+        _every_node_sees(job, mounted),
         *(_servers(job) if job.shape.servers is not None else ()),
     ]
     return "\n\n" + "\n".join(parts) + "\n"
@@ -225,12 +225,17 @@ def _program(place: Place, job: Job) -> str:
     return "lens-megatron" if place.image is not None else f"{shlex.quote(str(job.python))} -m lens_megatron.cli"
 
 
-def _every_node_sees(job: Job) -> str:
+def _every_node_sees(job: Job, mounted: Path) -> str:
     """A folder that some node does not have must not look like a hang of the others."""
     looks = [
         f'[ -e "{job.launch}/token" ] || say "does not see {job.run_dir}: run_dir must lie on storage that all nodes share"'
     ]
-    if job.site.image is None:
+    if job.site.image is not None:
+        looks.append(
+            f'[ -d "{mounted}" ] || '
+            f'say "does not see {mounted}: NEMORUN_HOME must lie on storage that all nodes share, or be unset"'
+        )
+    else:
         interpreter = f"{job.site.venv.rstrip('/')}/bin/lens-megatron" if job.site.venv else str(job.python)
         looks.append(
             f'[ -x "{interpreter}" ] || say "has no {interpreter}: venv must lie on storage that all nodes share"'

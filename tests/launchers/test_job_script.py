@@ -36,7 +36,7 @@ def stand_in(folder: Path, name: str, text: str) -> None:
 def run(job: Job, after: str = "") -> subprocess.CompletedProcess[str]:
     """`after`: what the trainer's step does."""
     path = job.work_dir / "slurm_script"
-    path.write_text(script.setup_lines(job) + after)
+    path.write_text(script.setup_lines(job, job.launch) + after)
     environment = {**os.environ, **LIFE, "PATH": f"{job.work_dir / 'bin'}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", str(path)], env=environment, capture_output=True, text=True, timeout=60, check=False)
     (job.run_dir / "logs" / "sbatch.out").write_text(done.stdout + done.stderr)

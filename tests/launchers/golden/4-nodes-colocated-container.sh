@@ -110,7 +110,7 @@ case $code in  # told to end: no failure, and no reason for srun to kill the oth
 esac
 exit $code
 END_OF_SCRIPT
-srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --overlap --chdir=/ bash -c 'say() { echo "error: node ${SLURMD_NODENAME:-$(hostname)} $1" >&2; exit 2; }; [ -e "/shared/runs/lens-8b/launch/token" ] || say "does not see /shared/runs/lens-8b: run_dir must lie on storage that all nodes share"' || exit 2
+srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --overlap --chdir=/ bash -c 'say() { echo "error: node ${SLURMD_NODENAME:-$(hostname)} $1" >&2; exit 2; }; [ -e "/shared/runs/lens-8b/launch/token" ] || say "does not see /shared/runs/lens-8b: run_dir must lie on storage that all nodes share"; [ -d "/shared/runs/lens-8b/launch/nemo/experiments/lens-8b/lens-8b_1" ] || say "does not see /shared/runs/lens-8b/launch/nemo/experiments/lens-8b/lens-8b_1: NEMORUN_HOME must lie on storage that all nodes share, or be unset"' || exit 2
 export LENS_MEGATRON_SERVERS=$LAUNCH/servers.$life  # where trainer and supervisors leave word for each other
 cat > /shared/runs/lens-8b/launch/servers.sh <<'END_OF_SCRIPT'
 # the SGLang servers of one node
@@ -124,7 +124,7 @@ servers=$!
 
 # Command 1
 
-srun --output /shared/runs/lens-8b/logs/log-lens.lens-8b_%j_${SLURM_RESTART_COUNT:-0}.out --container-image /shared/images/lens-megatron.sqsh --container-mounts /shared/models:/shared/models,/shared/data:/shared/data:ro,/shared/hf:/shared/hf,/shared/runs/lens-8b:/shared/runs/lens-8b,/home/me/project:/home/me/project,/shared/runs/lens-8b/launch/nemo/nemo:/nemo_run --container-workdir /nemo_run/code --container-env NCCL_SOCKET_IFNAME,HF_HOME,MASTER_ADDR,LENS_MEGATRON_MEETING,LENS_MEGATRON_NOTICE,LENS_MEGATRON_SERVERS --wait=60 --kill-on-bad-exit=1 --nodes=4 --ntasks=32 --ntasks-per-node=8 --distribution=block --overlap --cpus-per-task=12 bash /shared/runs/lens-8b/launch/rank.sh
+srun --output /shared/runs/lens-8b/logs/log-lens.lens-8b_%j_${SLURM_RESTART_COUNT:-0}.out --container-image /shared/images/lens-megatron.sqsh --container-mounts /shared/models:/shared/models,/shared/data:/shared/data:ro,/shared/hf:/shared/hf,/shared/runs/lens-8b:/shared/runs/lens-8b,/home/me/project:/home/me/project,/shared/runs/lens-8b/launch/nemo/experiments/lens-8b/lens-8b_1/lens-8b:/nemo_run --container-workdir /nemo_run/code --container-env NCCL_SOCKET_IFNAME,HF_HOME,MASTER_ADDR,LENS_MEGATRON_MEETING,LENS_MEGATRON_NOTICE,LENS_MEGATRON_SERVERS --wait=60 --kill-on-bad-exit=1 --nodes=4 --ntasks=32 --ntasks-per-node=8 --distribution=block --overlap --cpus-per-task=12 bash /shared/runs/lens-8b/launch/rank.sh
 
 exitcode=$?
 

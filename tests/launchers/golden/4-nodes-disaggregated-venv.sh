@@ -137,7 +137,7 @@ servers=$!
 
 # Command 1
 
-srun --output /shared/runs/lens-8b/logs/log-lens.lens-8b_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /shared/runs/lens-8b/launch/nemo/nemo/code --wait=60 --kill-on-bad-exit=1 --nodes=2 --ntasks=8 --ntasks-per-node=4 --distribution=block --overlap --relative=0 --cpus-per-task=16 --chdir=/home/me/project bash /shared/runs/lens-8b/launch/rank.sh
+srun --output /shared/runs/lens-8b/logs/log-lens.lens-8b_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /shared/runs/lens-8b/launch/nemo/experiments/lens-8b/lens-8b_1/lens-8b/code --wait=60 --kill-on-bad-exit=1 --nodes=2 --ntasks=8 --ntasks-per-node=4 --distribution=block --overlap --relative=0 --cpus-per-task=16 --chdir=/home/me/project bash /shared/runs/lens-8b/launch/rank.sh
 
 exitcode=$?
 
