@@ -55,6 +55,10 @@ class JobShape:
         of_trainer = [self.ranks_per_node * (node < self.trainer_nodes) for node in range(self.nodes)]
         return sum(max(pair) for pair in zip(of_trainer, self._gpus_of_servers(), strict=True))
 
+    @property
+    def gpus_that_generate(self) -> int:
+        return sum(self._gpus_of_servers())
+
     def _gpus_of_servers(self) -> list[int]:
         """Of each node."""
         found, servers = [0] * self.nodes, self.servers

@@ -1,4 +1,5 @@
-"""What a job will be, in a few lines for people: nodes, ranks, servers, and GPUs that would have nothing to do."""
+"""What a job will be, in a few lines for people: nodes, ranks, servers, and GPUs that would have nothing to do, all the time or
+while others generate."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def _servers(shape: JobShape, config: RunConfig) -> str:
         urls = config.rollout.server.urls if config.rollout.engine == "sglang" else []
         return f"{len(urls)}, not of this job: {', '.join(urls)}" if urls else "none: the embedded engine"
     where = f"{servers.nodes_each} nodes each" if servers.nodes_each > 1 else f"{servers.per_node} a node"
-    whose = "the trainer's GPUs" if servers.first_node == 0 else "nodes of their own"
+    whose = "the trainer's GPUs" if _colocated(shape) else "nodes of their own"
     return f"{servers.count} of {_gpus(servers.gpus)} each, {where}, on {whose}"
 
 
@@ -41,11 +42,29 @@ def _idle(shape: JobShape, site: SiteConfig) -> Iterator[str]:
         return
     each = site.gpus_per_node if site.exclusive else shape.gpus_per_node
     given, idle = each * shape.nodes, each * shape.nodes - shape.gpus_in_use
+    in_turn = ""
+    if _colocated(shape):
+        in_turn = f": {shape.ranks} train and {shape.gpus_that_generate} generate, in turn"
+        yield from _wait_for_servers(shape)
     if not idle:
-        yield f"GPUs     {given}, all in use"
+        yield f"GPUs     {given}, all in use{in_turn}"
         return
-    yield f"GPUs     {given}, {idle} of them idle"
+    yield f"GPUs     {given}, {idle} of them idle{in_turn}"
     yield f"warning: {idle} of the {_gpus(given)} that the job is given would be idle: {_remedy(shape, site, each)}"
+
+
+def _colocated(shape: JobShape) -> bool:
+    return shape.servers is not None and shape.servers.first_node == 0
+
+
+def _wait_for_servers(shape: JobShape) -> Iterator[str]:
+    assert shape.servers is not None
+    full = shape.ranks // shape.servers.gpus
+    if shape.servers.count < full:
+        yield (
+            f"warning: {shape.gpus_that_generate} of {_gpus(shape.ranks)} generate, the others wait meanwhile: "
+            f"set rollout.servers={full}"
+        )
 
 
 def _remedy(shape: JobShape, site: SiteConfig, each: int) -> str:

@@ -85,9 +85,9 @@ def _of_run(args: argparse.Namespace, gpu: Gpu, rates: Rates) -> list[Plan]:
     from lens_megatron import strict
     from lens_megatron.config import load_run
     from lens_megatron.model_spec import load_model_config
-    from lens_megatron.planning.describe import plan_lines
+    from lens_megatron.planning.describe import keys_of, plan_lines, servers_of
     from lens_megatron.planning.plans import make_plan
-    from lens_megatron.planning.setups import setup_of_run
+    from lens_megatron.planning.setups import setup_of_run, starts_colocated_servers
     from lens_megatron.planning.work import workload_of_run
 
     path = Path(args.run)
@@ -104,6 +104,11 @@ def _of_run(args: argparse.Namespace, gpu: Gpu, rates: Rates) -> list[Plan]:
     if not plan.fits:
         print(f"\nDOES NOT FIT: {plan.complaint}\n")
         _searched(args, spec, gpu, rates, work)
+        return [plan]
+    print(f"\nAs overrides of a RUN.yaml:\n\n{' '.join(keys_of(plan))}")
+    servers, own = servers_of(plan), config.rollout.servers
+    if starts_colocated_servers(config) and own != servers:
+        print(f"\nThe time is for rollout.servers={servers}; {path} has {own}.")
     return [plan]
 
 

@@ -22,10 +22,14 @@ def placement_words(plan: Plan) -> str:
     setup = plan.setup
     if setup.placement == "embedded":
         return f"{setup.trainer_gpus} GPUs; embedded engine beside rank 0"
-    servers = f"{setup.engine_gpus // setup.engine_tp} servers of tp {setup.engine_tp}"
+    servers = f"{servers_of(plan)} servers of tp {setup.engine_tp}"
     if setup.placement == "colocated":
         return f"{setup.trainer_gpus} GPUs, colocated: {servers}"
     return f"{setup.trainer_gpus} GPUs train, {setup.engine_gpus} generate: {servers}"
+
+
+def servers_of(plan: Plan) -> int:
+    return plan.setup.engine_gpus // plan.setup.engine_tp
 
 
 def keys_of(plan: Plan) -> list[str]:
@@ -41,12 +45,11 @@ def keys_of(plan: Plan) -> list[str]:
     ]
     if setup.placement == "embedded":
         return [*keys, "rollout.engine=embedded"]
-    servers = setup.engine_gpus // setup.engine_tp
     return [
         *keys,
         f"placement={setup.placement}",
         "rollout.engine=sglang",
-        f"rollout.servers={servers}",
+        f"rollout.servers={servers_of(plan)}",
         f"rollout.server.tp={setup.engine_tp}",
     ]
 

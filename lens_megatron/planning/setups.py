@@ -20,10 +20,16 @@ def engine_gpus(config: RunConfig) -> int:
     return config.rollout.servers * config.rollout.server.gpus
 
 
+def starts_colocated_servers(config: RunConfig) -> bool:
+    rollout = config.rollout
+    return config.placement == "colocated" and rollout.engine == "sglang" and not rollout.server.urls
+
+
 def setup_of_run(
     config: RunConfig, spec: ModelSpec, gpu: Gpu, rates: Rates, work: Workload, gpus: int, engine_kernels: bool = False
 ) -> Setup:
-    """The run's own layout on `gpus` GPUs in all; engine servers, where it has any, on their part of them."""
+    """The run's own layout on `gpus` GPUs in all; engine servers, where it has any, on their part of them. Colocated ones on
+    all, whatever number RUN.yaml has for its own GPUs."""
     run = Setup(
         spec,
         gpu,

@@ -18,6 +18,7 @@ from lens_megatron.errors import UsageError
 from lens_megatron.mcore.layout import check_layout
 from lens_megatron.model_spec import ModelConfig, find_weights, load_model_config
 from lens_megatron.planning.gpus import GPUS, find_gpu, rates_of
+from lens_megatron.planning.setups import starts_colocated_servers
 
 Where = Literal["local", "slurm", "simulated"]
 Grid = dict[str, list[Any]]
@@ -205,7 +206,7 @@ def _cell(
         loaded = load_run(run, [*overrides, f"run_dir={json.dumps(str(run_dir))}"])
         model = model_of(loaded, where)
         if "nodes" in labels:
-            overrides += _scaled(config, loaded, labels, min(grid["nodes"]))
+            overrides += _scaled(config, loaded, labels, min(grid["nodes"]), "rollout.servers" in changes)
             loaded = load_run(run, [*overrides, f"run_dir={json.dumps(str(run_dir))}"])
         check_layout(model.spec, loaded.parallel, loaded.parallel.processes)
     except UsageError as error:
@@ -213,13 +214,19 @@ def _cell(
     return Cell(name, labels, tuple(overrides), where, run_dir, loaded)
 
 
-def _scaled(config: StudyConfig, run: RunConfig, labels: Mapping[str, Any], fewest: int) -> list[str]:
-    """Nodes become data parallelism; under weak scaling the batch grows with them."""
+def _scaled(
+    config: StudyConfig, run: RunConfig, labels: Mapping[str, Any], fewest: int, servers_given: bool
+) -> list[str]:
+    """Nodes become data parallelism; colocated servers, unless the study gives them, and under weak scaling the batch grow
+    with it."""
     gpus = labels["nodes"] * config.gpus_a_node
     dp, left = divmod(gpus, run.parallel.model_ranks)
     if left:
         raise UsageError(f"{gpus} GPUs are no multiple of tp x pp x cp = {run.parallel.model_ranks}")
     changed = [f"parallel.dp={dp}"]
+    if starts_colocated_servers(run) and not servers_given:
+        before = run.parallel.dp or max(1, fewest * config.gpus_a_node // run.parallel.model_ranks)
+        changed.append(f"rollout.servers={max(1, run.rollout.servers * dp // before)}")
     if labels.get("scaling") == "weak":
         prompts, left = divmod(run.data.prompts_per_step * labels["nodes"], fewest)
         if left:

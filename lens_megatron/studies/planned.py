@@ -10,13 +10,13 @@ from lens_megatron.model_spec import load_model_config
 from lens_megatron.planning.gpus import find_gpu, rates_of
 from lens_megatron.planning.plans import Plan, make_plan
 from lens_megatron.planning.search import engine_tp_for
-from lens_megatron.planning.setups import engine_gpus, setup_of_run
+from lens_megatron.planning.setups import engine_gpus, setup_of_run, starts_colocated_servers
 from lens_megatron.planning.work import workload_of_run
 from lens_megatron.studies.config import Cell, Study
 
 
 def plan_of_cell(study: Study, cell: Cell, response_tokens: float | None = None) -> Plan:
-    """In the cell's layout. A simulated cell's engine takes turns with its trainer on all GPUs.
+    """In the cell's layout. An embedded engine's simulated cell takes turns with servers on all GPUs.
 
     `response_tokens`: the mean that was measured, so that what is compared is the planner and not its guess.
     """
@@ -27,6 +27,14 @@ def plan_of_cell(study: Study, cell: Cell, response_tokens: float | None = None)
     spec = load_model_config(cell.config.model).spec
     work = workload_of_run(cell.config, response_tokens=response_tokens)
     setup = setup_of_run(cell.config, spec, gpu, rates, work, cell.processes + engine_gpus(cell.config))
+    if starts_colocated_servers(cell.config):  # those that it would start, be they too few
+        servers = cell.config.rollout.servers
+        if servers * setup.engine_tp > cell.processes:
+            raise UsageError(
+                f"cell {cell.name}: rollout.servers: {servers} servers of {setup.engine_tp} GPUs do not fit on the trainer's "
+                f"{cell.processes}"
+            )
+        setup = dataclasses.replace(setup, engine_gpus=servers * setup.engine_tp)
     if cell.where == "simulated" and setup.placement == "embedded":
         tp = engine_tp_for(spec, gpu, cell.processes)
         if tp is None:

@@ -55,7 +55,30 @@ def test_one_server_on_a_node_of_its_own_leaves_seven(tmp_path: Path) -> None:
             "24, 4 of them idle",
             "=4 would",
         ),
-        (["parallel={tp: 8}", SGLANG, "placement=colocated"], {}, "8, all in use", ""),
+        (
+            ["parallel={tp: 8}", SGLANG, "placement=colocated"],
+            {},
+            "8, all in use: 8 train and 1 generate, in turn",
+            "1 of 8 GPUs generate, the others wait meanwhile: set rollout.servers=8",
+        ),
+        (
+            ["parallel={tp: 2, dp: 16}", SGLANG, "placement=colocated", "rollout.servers=8"],
+            {},
+            "32, all in use: 32 train and 8 generate, in turn",
+            "8 of 32 GPUs generate, the others wait meanwhile: set rollout.servers=32",
+        ),
+        (
+            ["parallel={tp: 2, dp: 16}", SGLANG, "placement=colocated", "rollout.servers=8", "rollout.server.tp=4"],
+            {},
+            "32, all in use: 32 train and 32 generate, in turn",
+            "",
+        ),
+        (
+            ["parallel={tp: 2, dp: 16}", SGLANG, "placement=colocated", "rollout.server.tp=16"],
+            {},
+            "32, all in use: 32 train and 16 generate, in turn",
+            "set rollout.servers=2",
+        ),
         (["parallel={tp: 2}", SGLANG], {"exclusive": False}, "4, 1 of them idle", "rollout.servers=2 would"),
     ],
 )

@@ -216,6 +216,18 @@ def test_a_run_is_planned_in_its_layout(tmp_path: Path, capsys: pytest.CaptureFi
     assert "DOES NOT FIT: out of memory" in capsys.readouterr().out
 
 
+def test_a_plan_of_colocated_servers_says_how_many_it_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "RUN.yaml"
+    run.write_text(RUN + "placement: colocated\nrollout: {engine: sglang, servers: 8, server: {tp: 2}}\n")
+    assert main(["plan", str(run), "--gpus", "32"]) == 0
+    out = capsys.readouterr().out
+    assert "parallel.dp=4 " in out and " rollout.servers=16 rollout.server.tp=2\n" in out
+    assert f"The time is for rollout.servers=16; {run} has 8." in out
+    assert main(["plan", str(run), "--gpus", "16"]) == 0
+    out = capsys.readouterr().out
+    assert " rollout.servers=8 " in out and "The time is for" not in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

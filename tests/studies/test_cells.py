@@ -20,6 +20,7 @@ from lens_megatron.reporting.runs import Run
 from lens_megatron.run_folder import RunFolder
 from lens_megatron.studies.config import Target, load_study
 from lens_megatron.studies.page import study_page
+from lens_megatron.studies.planned import plan_of_cell
 from lens_megatron.studies.running import last_words
 from lens_megatron.studies.states import CellState, check_same_cells, write_state
 from lens_megatron.studies.table import collect, hours_to_target
@@ -73,6 +74,39 @@ def test_nodes_become_data_parallel_ranks_and_weak_batches_grow(tmp_path: Path) 
         "nodes6-strong": (12, 128, 48),
         "nodes6-weak": (12, 384, 48),
     }
+
+
+COLOCATED = {"placement": "colocated", "rollout.engine": "sglang"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "servers"),
+    [
+        ({"rollout": {"engine": "sglang", "servers": 8}, "parallel.dp": 2}, [8, 24]),
+        ({"rollout": {"engine": "sglang", "servers": 8}}, [8, 24]),  # of the fewest nodes, as the batch
+        ({"rollout": {"engine": "sglang", "servers": 3}, "parallel.dp": 4}, [1, 4]),
+        ({**COLOCATED, "rollout.servers": 6}, [6, 6]),  # the study's own
+        ({"rollout": {"engine": "sglang", "servers": 8}, "placement": "disaggregated"}, [8, 8]),
+    ],
+)
+def test_nodes_become_colocated_servers_too(tmp_path: Path, changes: dict[str, Any], servers: list[int]) -> None:
+    path = study(tmp_path, grid={"nodes": [1, 3]})
+    run = strict.apply_overrides(BASE, ["placement=colocated"])
+    given = changes if "rollout.servers" in changes else {}
+    overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in changes.items()]
+    (tmp_path / "RUN.yaml").write_text(yaml.safe_dump(run if given else strict.apply_overrides(run, overrides)))
+    tree = {**yaml.safe_load(path.read_text()), "arms": [{"name": "a", "set": given}]}
+    path.write_text(yaml.safe_dump(tree))
+    assert [cell.config.rollout.servers for cell in load_study(path).cells] == servers
+
+
+def test_a_cell_is_planned_with_the_servers_that_it_starts(tmp_path: Path) -> None:
+    arms = [{"name": f"{servers}", "set": {**COLOCATED, "rollout.servers": servers}} for servers in (2, 8, 16)]
+    found = load_study(study(tmp_path, grid={"nodes": [1]}, arms=arms))
+    few, all_ = (plan_of_cell(found, cell).seconds["generate"] for cell in found.cells[:2])
+    assert few > 1.5 * all_
+    with pytest.raises(UsageError, match="16 servers of 1 GPUs do not fit on the trainer's 8"):
+        plan_of_cell(found, found.cells[2])
 
 
 @pytest.mark.parametrize(
