@@ -53,7 +53,7 @@ def run_study(study: Study, tell: Tell, only: Sequence[str] = ("*",)) -> None:
         def one(cell: Cell) -> None:
             if cell.where != "simulated" and not children.stopping.is_set():
                 write_state(study, cell, CellState("begun", "", None, cell.overrides))
-            state = _run(study, cell, children)
+            state = _run(study, cell, children, tell)
             if children.stopping.is_set():
                 return
             write_state(study, cell, state)
@@ -100,7 +100,7 @@ class Children:
                     process.terminate()
 
 
-def _run(study: Study, cell: Cell, children: Children) -> CellState:
+def _run(study: Study, cell: Cell, children: Children, tell: Tell) -> CellState:
     start = time.monotonic()
     try:
         if cell.where == "simulated":
@@ -108,7 +108,10 @@ def _run(study: Study, cell: Cell, children: Children) -> CellState:
             if not plan.fits:
                 return CellState("failed", plan.complaint, None, cell.overrides)
             return CellState("simulated", "", None, cell.overrides)
-        reason = (_on_slurm if cell.where == "slurm" else _here)(study, cell, children)
+        if cell.where == "slurm":
+            reason = _on_slurm(study, cell, children, lambda line: tell(f"{cell.name}: {line}"))
+        else:
+            reason = _here(study, cell, children)
     except (UsageError, RunError) as error:
         reason = str(error)
     return CellState("failed" if reason else "done", reason, time.monotonic() - start, cell.overrides)
@@ -134,8 +137,9 @@ def last_words(output: Path, code: int) -> str:
     return f"{ended}: {lines[-1]}" if lines else ended
 
 
-def _on_slurm(study: Study, cell: Cell, children: Children) -> str:
-    """The job of an interrupted study is waited for, not submitted again, and taken for what it is if it has ended well."""
+def _on_slurm(study: Study, cell: Cell, children: Children, tell: Tell) -> str:
+    """The job of an interrupted study is waited for, not submitted again, and taken for what it is if it has ended well.
+    `tell` hears of warnings, of the job, and why it waits: every reason once."""
     from launchers import slurm
     from launchers.queue import Handle
 
@@ -145,10 +149,18 @@ def _on_slurm(study: Study, cell: Cell, children: Children) -> str:
         resume = RunFolder(cell.run_dir).holds_run()
         overrides = [*cell.overrides, f"run_dir={json.dumps(str(cell.run_dir))}"]
         with _ONE_SUBMITS:
-            handle = slurm.submit(study.run, overrides, study.site, cell.name, resume=resume)
+            handle = slurm.submit(study.run, overrides, study.site, cell.name, resume=resume, tell=_warnings(tell))
         now = handle.status()
-    since = time.monotonic()
-    while not now.over and not children.stopping.wait(_POLL_S):  # jobs outlive an interrupted study
+        tell(f"submitted job {now.job}")
+    elif not now.over:
+        tell(f"job {now.job} of an earlier start goes on, {now.state}")
+    since, told = time.monotonic(), {""}
+    while not now.over:
+        if now.reason not in told:
+            tell(f"job {now.job} {now.state}: {now.reason}")
+        told.add(now.reason)
+        if children.stopping.wait(_POLL_S):  # jobs outlive an interrupted study
+            break
         now = handle.status()
         if not now.never:
             since = time.monotonic()
@@ -158,6 +170,11 @@ def _on_slurm(study: Study, cell: Cell, children: Children) -> str:
     if now.state == "done":
         return ""
     return f"job {now.job} {now.state}{f': {now.reason}' if now.reason else ''}"
+
+
+def _warnings(tell: Tell) -> Tell:
+    """Of what `submit` says a job will be, which cells have in common."""
+    return lambda line: tell(line) if line.startswith("warning: ") else None
 
 
 def summary(study: Study) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,7 @@ def test_a_simulated_cell_that_does_not_fit_fails_with_the_reason(
 def test_the_example_is_a_study() -> None:
     cells = load_study(ROOT / "examples" / "scaling" / "STUDY.yaml").cells
     assert len(cells) == 20 and {cell.where for cell in cells} == {"simulated"}
+    assert all(cell.config.rollout.servers == cell.processes for cell in cells)  # as planned, so run
 
 
 def test_cost_until_a_target_is_reached() -> None:
@@ -244,9 +246,13 @@ def test_cells_on_slurm_are_jobs(
                 return queue.JobStatus("running", "17") if self.looks == 1 else queue.JobStatus("unknown", silent=True)
             return queue.JobStatus(state, "17", reason=reason)  # type: ignore[arg-type]
 
-    def submit(run: Path, overrides: list[str], site: Path, name: str, *, resume: bool) -> Job:
+    def submit(
+        run: Path, overrides: list[str], site: Path, name: str, *, resume: bool, tell: Callable[[str], None]
+    ) -> Job:
         assert site == tmp_path / "site.yaml" and run == tmp_path / "RUN.yaml"
         submitted.append((name, overrides, resume))
+        for line in ("nodes    1", "warning: one generate for all"):
+            tell(line)
         return Job(name)
 
     monkeypatch.setattr(slurm, "submit", submit)
@@ -256,7 +262,9 @@ def test_cells_on_slurm_are_jobs(
     path = study(tmp_path, where="slurm", site="site.yaml", at_once=3, grid={"seed": [0, 1, 2]})
     assert main(["study", str(path)]) == 1
     out = capsys.readouterr().out
-    assert "seed0: done" in out
+    assert "seed0: done" in out and "seed0: job 17 of an earlier start goes on, running\n" in out
+    assert "seed1: warning: one generate for all\n" in out and "seed1: submitted job 17\n" in out
+    assert "nodes  " not in out
     assert "failed cell seed1: job 17 failed: error: no such rule" in out
     assert "failed cell seed2: job 17 unfinished" in out
     assert sorted(name for name, _, _ in submitted) == ["seed1", "seed2"]  # what is queued is not submitted twice
@@ -290,12 +298,13 @@ def test_a_cell_whose_job_can_never_start_fails(
         def cancel(self) -> None:
             cancelled.append(self.name)
 
-    monkeypatch.setattr(slurm, "submit", lambda run, overrides, site, name, *, resume: Job(name))
+    monkeypatch.setattr(slurm, "submit", lambda run, overrides, site, name, *, resume, tell: Job(name))
     monkeypatch.setattr(inputs, "find_models", lambda run, view: load_model_config(run.model))
     path = study(tmp_path, where="slurm", site="site.yaml", at_once=2, grid={"seed": [0, 1]})
     assert main(["study", str(path)]) == 1
     out = capsys.readouterr().out
     assert "failed cell seed0: job 17 cancelled: Slurm says PartitionNodeLimit: too many nodes" in out
+    assert out.count("seed1: job 18 pending: Slurm says Priority\n") == 1  # it says so in between too
     assert "seed1: done" in out and cancelled == ["seed0"]
 
 
@@ -318,7 +327,9 @@ def test_an_interrupted_study_leaves_its_jobs_and_takes_what_became_of_them(
                 os.kill(os.getpid(), signal.SIGINT)
             return queue.JobStatus(jobs[self.name], self.name)  # type: ignore[arg-type]
 
-    def submit(run: Path, overrides: list[str], site: Path, name: str, *, resume: bool) -> Job:
+    def submit(
+        run: Path, overrides: list[str], site: Path, name: str, *, resume: bool, tell: Callable[[str], None]
+    ) -> Job:
         assert name not in jobs
         jobs[name] = "running"
         return Job(name)
