@@ -108,7 +108,7 @@ def _of_run(args: argparse.Namespace, gpu: Gpu, rates: Rates) -> list[Plan]:
     print(f"\nAs overrides of a RUN.yaml:\n\n{' '.join(keys_of(plan))}")
     servers, own = servers_of(plan), config.rollout.servers
     if starts_colocated_servers(config) and own != servers:
-        print(f"\nThe time is for rollout.servers={servers}; {path} has {own}.")
+        print(f"\nThe time is for rollout.servers={servers}; as it stands the run starts {own}.")
     return [plan]
 
 

@@ -222,7 +222,7 @@ def test_a_plan_of_colocated_servers_says_how_many_it_means(tmp_path: Path, caps
     assert main(["plan", str(run), "--gpus", "32"]) == 0
     out = capsys.readouterr().out
     assert "parallel.dp=4 " in out and " rollout.servers=16 rollout.server.tp=2\n" in out
-    assert f"The time is for rollout.servers=16; {run} has 8." in out
+    assert "The time is for rollout.servers=16; as it stands the run starts 8." in out
     assert main(["plan", str(run), "--gpus", "16"]) == 0
     out = capsys.readouterr().out
     assert " rollout.servers=8 " in out and "The time is for" not in out
