@@ -92,6 +92,7 @@ if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then case "$(cat "$LAUNCH/outcome" 2> /d
 esac; fi
 rm -f "$LAUNCH/outcome" "$LAUNCH/servers.stop"
 export NCCL_SOCKET_IFNAME=ib0
+export GLOO_SOCKET_IFNAME=ib0
 export HF_HOME=/shared/hf
 # by Slurm's own address of the first node: names need not resolve, and a container has no scontrol
 export MASTER_ADDR=$(scontrol -o show node "$head_node" | sed -n "s/.*NodeAddr=\([^ ]*\).*/\1/p")
@@ -122,7 +123,7 @@ srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --overlap --chdir=/ bash -c 'say()
 
 # Command 1
 
-srun --output /shared/runs/lens-8b/logs/log-lens.lens-8b-2_%j_${SLURM_RESTART_COUNT:-0}.out --container-image /shared/images/lens-megatron.sqsh --container-mounts /shared/models:/shared/models,/shared/data:/shared/data:ro,/shared/hf:/shared/hf,/shared/runs/lens-8b:/shared/runs/lens-8b,/home/me/project:/home/me/project,/shared/runs/lens-8b/launch/nemo/experiments/lens-8b/lens-8b_1/lens-8b-2:/nemo_run --container-workdir /nemo_run/code --container-env NCCL_SOCKET_IFNAME,HF_HOME,MASTER_ADDR,LENS_MEGATRON_MEETING,LENS_MEGATRON_NOTICE,LENS_MEGATRON_SERVERS --wait=60 --kill-on-bad-exit=1 --nodes=1 --ntasks=8 --ntasks-per-node=8 --distribution=block --overlap --cpus-per-task=12 bash /shared/runs/lens-8b/launch/rank.sh
+srun --output /shared/runs/lens-8b/logs/log-lens.lens-8b-2_%j_${SLURM_RESTART_COUNT:-0}.out --container-image /shared/images/lens-megatron.sqsh --container-mounts /shared/models:/shared/models,/shared/data:/shared/data:ro,/shared/hf:/shared/hf,/shared/runs/lens-8b:/shared/runs/lens-8b,/home/me/project:/home/me/project,/shared/runs/lens-8b/launch/nemo/experiments/lens-8b/lens-8b_1/lens-8b-2:/nemo_run --container-workdir /nemo_run/code --container-env NCCL_SOCKET_IFNAME,GLOO_SOCKET_IFNAME,HF_HOME,MASTER_ADDR,LENS_MEGATRON_MEETING,LENS_MEGATRON_NOTICE,LENS_MEGATRON_SERVERS --wait=60 --kill-on-bad-exit=1 --nodes=1 --ntasks=8 --ntasks-per-node=8 --distribution=block --overlap --cpus-per-task=12 bash /shared/runs/lens-8b/launch/rank.sh
 
 exitcode=$?
 

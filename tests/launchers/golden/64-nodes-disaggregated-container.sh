@@ -86,6 +86,7 @@ end_of_job() {
 trap end_of_job EXIT
 rm -f "$LAUNCH/outcome" "$LAUNCH/servers.stop"
 export NCCL_SOCKET_IFNAME=ib0
+export GLOO_SOCKET_IFNAME=ib0
 export HF_HOME=/shared/hf
 # by Slurm's own address of the first node: names need not resolve, and a container has no scontrol
 export MASTER_ADDR=$(scontrol -o show node "$head_node" | sed -n "s/.*NodeAddr=\([^ ]*\).*/\1/p")
@@ -124,7 +125,7 @@ servers=$!
 
 # Command 1
 
-srun --output /shared/runs/lens-8b/logs/log-lens.lens-8b_%j_${SLURM_RESTART_COUNT:-0}.out --container-image /shared/images/lens-megatron.sqsh --container-mounts /shared/models:/shared/models,/shared/data:/shared/data:ro,/shared/hf:/shared/hf,/shared/runs/lens-8b:/shared/runs/lens-8b,/home/me/project:/home/me/project,/shared/runs/lens-8b/launch/nemo/experiments/lens-8b/lens-8b_1/lens-8b:/nemo_run --container-workdir /nemo_run/code --container-env NCCL_SOCKET_IFNAME,HF_HOME,MASTER_ADDR,LENS_MEGATRON_MEETING,LENS_MEGATRON_NOTICE,LENS_MEGATRON_SERVERS --wait=60 --kill-on-bad-exit=1 --nodes=32 --ntasks=256 --ntasks-per-node=8 --distribution=block --overlap --relative=0 --cpus-per-task=12 bash /shared/runs/lens-8b/launch/rank.sh
+srun --output /shared/runs/lens-8b/logs/log-lens.lens-8b_%j_${SLURM_RESTART_COUNT:-0}.out --container-image /shared/images/lens-megatron.sqsh --container-mounts /shared/models:/shared/models,/shared/data:/shared/data:ro,/shared/hf:/shared/hf,/shared/runs/lens-8b:/shared/runs/lens-8b,/home/me/project:/home/me/project,/shared/runs/lens-8b/launch/nemo/experiments/lens-8b/lens-8b_1/lens-8b:/nemo_run --container-workdir /nemo_run/code --container-env NCCL_SOCKET_IFNAME,GLOO_SOCKET_IFNAME,HF_HOME,MASTER_ADDR,LENS_MEGATRON_MEETING,LENS_MEGATRON_NOTICE,LENS_MEGATRON_SERVERS --wait=60 --kill-on-bad-exit=1 --nodes=32 --ntasks=256 --ntasks-per-node=8 --distribution=block --overlap --relative=0 --cpus-per-task=12 bash /shared/runs/lens-8b/launch/rank.sh
 
 exitcode=$?
 
