@@ -14,13 +14,18 @@ if TYPE_CHECKING:
 
 SUMMARY = "interference tokens of any two models: the paper's Figures 2b and 2c"
 EXAMPLE = (
-    "lens-megatron analyze interference runs/lens/hf --reference qwen3-8b-base --data failed.jsonl --html page.html"
+    "lens-megatron analyze interference runs/lens/hf/step_000300 --reference qwen3-8b-base --data failed.jsonl"
+    " --html page.html"
 )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("interference",))
-    parser.add_argument("model", metavar="MODEL", help="the policy: an HF folder, a shipped name or a cached hub id")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="the policy: an HF folder (a run's: hf/step_N), a shipped name or a cached hub id",
+    )
     parser.add_argument("--reference", required=True, metavar="R", help="the reference, of the same shape")
     parser.add_argument("--data", required=True, metavar="D", help="rows with prompt and answer")
     parser.add_argument("--out", metavar="DIR", help="answers and the page (default: analyses/MODEL)")

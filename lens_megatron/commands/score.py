@@ -12,13 +12,17 @@ if TYPE_CHECKING:
 
 SUMMARY = "interference scores |log pi_theta - log pi_ref| of prompt tokens, and what purification would delete"
 EXAMPLE = (
-    'lens-megatron score --model runs/lens/hf --reference qwen3-8b-base --prompt "Solve x^2 = 4." --gamma 0.03 '
-    "parallel.tp=2"
+    'lens-megatron score --model runs/lens/hf/step_000300 --reference qwen3-8b-base --prompt "Solve x^2 = 4." '
+    "--gamma 0.03 parallel.tp=2"
 )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="the policy: an HF folder, a shipped name or a cached hub id")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="the policy: an HF folder (a run's: hf/step_N), a shipped name or a cached hub id",
+    )
     parser.add_argument("--reference", required=True, help="the reference, of the same shape")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="one prompt")
