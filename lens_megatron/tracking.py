@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
+import secrets
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lens_megatron.errors import UsageError
+from lens_megatron.files import replace_text
 
 _CLOSE_S = 20.0
+_WANDB_ID = "wandb_id"  # file in run_dir
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Trackers:
         if config.tensorboard or (config.tensorboard is None and _installed("tensorboard")):
             self._open["tensorboard"] = _Tensorboard(run_dir / "logs")
         if config.wandb_project is not None:
-            self._open["wandb"] = _Wandb(config.wandb_project, name, run_dir / "logs", resolved)
+            self._open["wandb"] = _Wandb(config.wandb_project, name, run_dir, resolved)
 
     def log(self, metrics: Mapping[str, Any]) -> list[str]:
         """What there is to complain of."""
@@ -93,11 +97,18 @@ class _Tensorboard:
 
 
 class _Wandb:
-    def __init__(self, project: str, name: str, folder: Path, resolved: Mapping[str, Any]) -> None:
+    def __init__(self, project: str, name: str, run_dir: Path, resolved: Mapping[str, Any]) -> None:
         import wandb
 
         try:
-            self._run: Any = wandb.init(project=project, name=name, dir=str(folder), config=dict(resolved))
+            self._run: Any = wandb.init(
+                project=project,
+                name=name,
+                dir=str(run_dir / "logs"),
+                config=dict(resolved),
+                id=_id_of(run_dir),
+                resume="allow",  # a job that was queued again goes on in the run that it began
+            )
         except Exception as error:  # wandb raises its own kinds: no network, no key
             raise UsageError(f"tracking.wandb_project: wandb could not start: {error}") from None
 
@@ -106,6 +117,17 @@ class _Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _id_of(run_dir: Path) -> str:
+    """Kept in the run's folder, which is what makes a resumed run the same run."""
+    path = run_dir / _WANDB_ID
+    with contextlib.suppress(FileNotFoundError):
+        if kept := path.read_text().strip():
+            return kept
+    new = secrets.token_hex(4)
+    replace_text(path, f"{new}\n")
+    return new
 
 
 def _close(tracker: _Tensorboard | _Wandb, errors: list[Exception]) -> None:

@@ -41,7 +41,7 @@ output:            errors
 step_line:         errors
 stopping:          errors
 strict:            errors
-tracking:          errors
+tracking:          errors files
 workers:           errors files stopping
 stacks:            errors workers
 run_folder:        checkpoints errors files machine rollout_table strict

@@ -6,6 +6,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -75,3 +76,31 @@ def test_one_that_cannot_be_closed_keeps_nobody(tmp_path: Path, monkeypatch: pyt
     answered.set()
     said = {"hangs": "did not close within 0.2 s", "raises": "could not be closed: no network"}
     assert complaint.startswith("tracking: wandb") and said[fault] in complaint
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What a stand-in for wandb was started with."""
+    calls: list[dict[str, Any]] = []
+    quiet = SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+    monkeypatch.setattr(tracking, "_installed", lambda package: True)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **keys: calls.append(keys) or quiet))  # type: ignore[arg-type, func-returns-value]
+    return calls
+
+
+def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path: Path, started: list[dict[str, Any]]) -> None:
+    config = TrackingConfig(tensorboard=False, wandb_project="lens")
+    for folder in ("a", "a", "b"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Trackers(config, tmp_path / folder, "run", {}).close()
+    first, again, other = (keys["id"] for keys in started)
+    assert first == again != other and first.isalnum() and len(first) == 8
+    assert all(keys["resume"] == "allow" for keys in started)
+    assert started[0]["dir"] == str(tmp_path / "a" / "logs")
+
+
+def test_an_id_that_cannot_be_kept_is_one_line(tmp_path: Path, started: list[dict[str, Any]]) -> None:
+    (tmp_path / "wandb_id").mkdir()
+    with pytest.raises(UsageError, match=r"tracking\.wandb_project: wandb could not start: .*wandb_id"):
+        Trackers(TrackingConfig(tensorboard=False, wandb_project="lens"), tmp_path, "run", {})
+    assert started == []
