@@ -15,6 +15,7 @@ from lens_megatron.model_spec import ModelSpec
 from lens_megatron.planning.parameters import count_parameters
 
 _OPTIMIZER = "optimizer."
+_SHOWN_METRICS = ("reward", "success")
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
@@ -97,12 +98,30 @@ def summary(found: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     rows += [(f"{name} bytes", f"{size:,}") for name, size in found["bytes"].items()]
     rows += [(name, str(value)) for name, value in found.get("trainer", {}).items() if name.endswith("_step")]
-    rows += [(name, f"{value:.6g}") for name, value in found.get("metrics", {}).items()]
+    rows += _few_metrics(found)
     if found.get("run_config"):
         rows.append(("run config", found["run_config"]["path"]))
     if found.get("version"):
         rows.append(("lens-megatron", found["version"]))
     return rows
+
+
+def _few_metrics(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """A step has a hundred of them."""
+    metrics = found.get("metrics", {})
+    shown = {name: metrics[name] for name in (*_SHOWN_METRICS, _keep_best(found)) if name in metrics}
+    rows = [(name, f"{value:.6g}") for name, value in shown.items()]
+    if more := len(metrics) - len(shown):
+        rows.append(("metrics", f"{more} more, with --json F"))
+    return rows
+
+
+def _keep_best(found: dict[str, Any]) -> str:
+    """The metric that the run keeps its best checkpoint by. Its config.yaml may be anybody's."""
+    values = (found.get("run_config") or {}).get("values")
+    section = values.get("checkpoint") if isinstance(values, dict) else None
+    name = section.get("keep_best") if isinstance(section, dict) else None
+    return name if isinstance(name, str) else ""
 
 
 def _kind(name: str, entry: Stored) -> str:

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from lens_megatron import strict
+from lens_megatron.cli import main
 from lens_megatron.mcore.layout import ParallelConfig, check_layout
 from lens_megatron.model_spec import ModelConfig, load_model_config, shipped_models, to_hf_config
 from lens_megatron.planning.memory import advised_bytes, advised_host_bytes, advised_parallel
@@ -174,3 +175,18 @@ def test_the_documentation_lists_every_model_and_layout_as_computed() -> None:
             where = f"| {layout.tp} | {layout.pp} | {layout.ep} | {layout.dp} | {layout.recompute} |"
             row = f"| {name} | {layout.gpus} x 80 GB {where} {peak / GIB:.1f} | {host / GIB:.1f} |"
             assert row in text, row
+
+
+@pytest.mark.parametrize(("columns", "whole"), [(80, False), (129, False), (140, True)])
+def test_the_table_fits_the_terminal(
+    columns: int, whole: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["models"]) == 0
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(shipped_models()) and "\N{HORIZONTAL ELLIPSIS}" not in "".join(lines)  # nothing is cut
+    assert max(map(len, lines)) <= (columns if whole else 100)
+    assert [name in title for name in ("heads/kv", "tied", "experts")] == [whole] * 3
+    (line,) = (line for line in lines if line.startswith("qwen3-30b-a3b"))
+    counts = ["30,532,122,624", "3,353,032,704"] if whole else ["30.5B", "3.35B"]
+    assert line.split()[2:4] == counts and line.split()[-1] == "Qwen/Qwen3-30B-A3B"

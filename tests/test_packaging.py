@@ -113,5 +113,5 @@ def test_the_console_command_works_outside_the_repository(installed: Path, tmp_p
     code = "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     done = run_outside(installed, tmp_path, code, str(script), "models", "--json", "models.json")
     assert done.returncode == 0, done.stderr
-    assert "8,190,735,360" in done.stdout
+    assert "8.19B" in done.stdout
     assert '"qwen3-8b-base"' in (tmp_path / "models.json").read_text()

@@ -84,6 +84,32 @@ def test_inspect_shows_the_run_it_lies_in(
     assert "8 experts" in said and "132,320" in said and "config.yaml" in said
 
 
+def test_inspect_shows_a_handful_of_metrics(
+    converted: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    folder = run / "checkpoints" / "step_000003"
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copytree(converted("qwen3"), folder)
+    metrics = {"loss": 1.5, "success": 0.5, "reward": 0.25, "eval/math500": 0.625}
+    metrics |= {f"time/{number}": float(number) for number in range(90)}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "metrics": metrics}))
+    for config, shown in (
+        ("checkpoint: {keep_best: eval/math500}", ["reward", "success", "eval/math500", "metrics"]),
+        ("checkpoint: {keep_best: reward}", ["reward", "success", "metrics"]),
+        ("checkpoint: [1]", ["reward", "success", "metrics"]),
+        ("- 1", ["reward", "success", "metrics"]),
+    ):
+        (run / "config.yaml").write_text(config)
+        assert main(["convert", "inspect", str(folder), "--json", str(tmp_path / "i.json")]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines if line.split()[0] in {*metrics, "metrics"}] == shown
+        (more,) = (line for line in lines if line.startswith("metrics "))
+        assert more.split(maxsplit=1)[1] == f"{len(metrics) - len(shown) + 1} more, with --json F"
+        assert json.loads((tmp_path / "i.json").read_text())["metrics"] == metrics
+
+
 def test_inspect_an_hf_folder(hf: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "inspect", str(hf("qwen2"))]) == 0
     said = capsys.readouterr().out
