@@ -83,6 +83,7 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpars
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    _quiet_torch()
     try:
         code = _dispatch(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # here, where a reader that has gone away is still handled
@@ -100,6 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _stdout_is_gone():
             raise  # a connection of ours broke: that is a failure, not `| head`
         return 0
+
+
+def _quiet_torch() -> None:
+    """For this process, before it imports torch, and for those that it starts. torch's C++ warns of each look at the store
+    that finds nothing yet: two lines every two seconds and waiting rank. Its errors are still told."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def _what_then() -> str:
