@@ -265,9 +265,10 @@ def load_weights(model: ShardedModel, folder: Path) -> None:
 
 def _everything(policy: Trainable, step: int) -> dict[str, Any]:
     model_state = _model_state(policy)
+    optimizer = checkpoint_optimizer.optimizer_state(policy.optimizer, model_state, _metadata())
     return {
         **model_state,
-        "optimizer": checkpoint_optimizer.optimizer_state(policy.optimizer, model_state, _metadata()),
+        **({"optimizer": optimizer} if optimizer else {}),
         "trainer": {
             "step": step,
             "adam_step": checkpoint_optimizer.adam_step(policy.optimizer),

@@ -30,13 +30,16 @@ _STATES = ("param", *MOMENTS)
 
 
 def optimizer_state(optimizer: Optimizer, model_state: dict[str, Any], metadata: dict[str, Any]) -> dict[int, Any]:
-    """To be saved. Collective: each data-parallel group gathers its parts on the host of its first rank."""
+    """To be saved. Collective: each data-parallel group gathers its parts on the host of its first rank, and the others
+    have none: not an empty one either, which Megatron-Core would warn of as a state in which ranks differ."""
     options = {**metadata, "distrib_optim_fully_reshardable_mem_efficient": True}
     state = {}
     for number, part in enumerate(optimizer_parts(optimizer.inner)):
         _ensure_moments(part)
         with _places_without_padding(part):
-            state[number] = part.sharded_param_state_fully_reshardable(model_state, metadata=options) or {}
+            gathered = part.sharded_param_state_fully_reshardable(model_state, metadata=options)
+        if gathered:
+            state[number] = gathered
     return state
 
 

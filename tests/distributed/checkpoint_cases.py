@@ -59,6 +59,28 @@ def saved_and_loaded_in_buckets(folder: Path, layout: ParallelConfig, target: Pa
     return filled, before, state_checksums(fresh)
 
 
+def warnings_of_a_save(folder: Path, layout: ParallelConfig, target: Path) -> list[str]:
+    """What Megatron-Core has to say on this rank."""
+    import logging
+
+    from lens_megatron.mcore import checkpoint
+
+    class Heard(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    said: list[str] = []
+    heard, logger = Heard(logging.WARNING), logging.getLogger("megatron.core.dist_checkpointing")
+    trained = policy(folder, layout)
+    train(trained, 1)
+    logger.addHandler(heard)
+    try:
+        checkpoint.save(trained, target, EXTRA, step=1, companions_from=folder)
+    finally:
+        logger.removeHandler(heard)
+    return said
+
+
 def put_together_as_with_the_engine(patch: Any) -> None:
     """Layers as Megatron-Core makes them of Transformer Engine's modules: a norm fused into the product that reads it, and
     only before experts one of its own. Here of plain modules, which hold weights and compute nothing."""

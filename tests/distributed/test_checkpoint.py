@@ -128,6 +128,14 @@ def test_buffers_in_several_buckets(kind: str, layout: str, workers: Any, hf_fol
         assert before == after
 
 
+@pytest.mark.parametrize(("kind", "layout"), [("qwen3_tied", "dp2"), ("qwen3_moe", "ep2"), ("llama", "tp2 dp2")])
+def test_ranks_agree_on_what_is_saved(kind: str, layout: str, workers: Any, hf_folder: Any, tmp_path: Path) -> None:
+    """Ranks that hold nothing of the optimizer's state have no empty one either."""
+    world, parallel = LAYOUTS[layout]
+    said = workers(world).run(cases.warnings_of_a_save, hf_folder(kind), parallel, tmp_path / "step_000001")
+    assert said == [[]] * world
+
+
 def test_saving_changes_nothing(saved: Any, workers: Any, hf_folder: Any) -> None:
     _, straight = saved("qwen3_moe", "ep2")
     unsaved = workers(2).run(cases.uninterrupted, hf_folder("qwen3_moe"), LAYOUTS["ep2"][1], None)
