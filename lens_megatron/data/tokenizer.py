@@ -13,11 +13,16 @@ from lens_megatron.errors import UsageError
 # Checkpoints pad their embedding; a tokenizer of another family is further off than that.
 PADDED_ENTRIES = 1024
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>")
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
 def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
+    folder = Path(model)
+    # transformers 5 would make an empty tokenizer of the kind that config.json names
+    if folder.is_dir() and not any((folder / name).exists() for name in _VOCABULARIES):
+        raise UsageError(f"{model} has no tokenizer (tokenizer.json): copy it from the model it was made from")
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:

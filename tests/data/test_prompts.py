@@ -208,8 +208,18 @@ def test_tokenizer_and_model_must_fit(tokenizer: Any, tmp_path: Path) -> None:
     for other in (size - 1, size + 5000):
         with pytest.raises(UsageError, match="do not belong together"):
             check_tokenizer(tokenizer, other)
-    with pytest.raises(UsageError, match="no tokenizer"):
+
+
+def test_a_folder_without_tokenizer_is_told_as_that(tmp_path: Path) -> None:
+    for kept in ("config.json", "tokenizer_config.json"):  # of which transformers makes an empty tokenizer
+        (tmp_path / kept).write_text('{"model_type": "qwen2"}')
+        with pytest.raises(UsageError, match=r"has no tokenizer \(tokenizer.json\): copy it from the model"):
+            load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UsageError, match="no tokenizer that transformers can load"):
         load_tokenizer(str(tmp_path))
+    with pytest.raises(UsageError, match="no tokenizer that transformers can load"):
+        load_tokenizer(str(tmp_path / "not_there"))
 
 
 def test_stop_tokens_of_the_tokenizer_its_turns_and_the_generation_config(tokenizer: Any) -> None:
