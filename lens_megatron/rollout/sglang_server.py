@@ -31,6 +31,10 @@ _NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP
                   "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
                   "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")  # fmt: skip
 _NONE_OF_THESE_INHERITED = ("TORCHELASTIC_", "LENS_MEGATRON_")  # how names begin
+_ANOTHER_PYTHON = (
+    "set rollout.server.python to the python of SGLang's environment "
+    "(on Slurm: servers.venv or servers.image of the site)"
+)
 
 
 @dataclass(frozen=True)
@@ -109,10 +113,11 @@ class ServerProcess:
         return None if self._process is None else self._process.poll()
 
     def last_words(self) -> str:
-        """The line of the log that most likely says why it ended."""
+        """The line of the log that most likely says why it ended, and what to do about it where that is known."""
         lines = self._lines_of_this_start()
         telling = [line for line in lines if "Error" in line or "error:" in line]
-        return (telling or lines or ["it printed nothing"])[-1].strip()[:300]
+        words = (telling or lines or ["it printed nothing"])[-1].strip()[:300]
+        return f"{words}: {_ANOTHER_PYTHON}" if "No module named 'sglang'" in words else words
 
     def _lines_of_this_start(self) -> list[str]:
         text = self.log.read_text(errors="replace") if self.log.exists() else ""

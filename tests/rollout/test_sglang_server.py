@@ -131,6 +131,11 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
         RunError, match=r"sglang_0 ended while starting \(exit code 3\): ValueError: made-up reason; .*log"
     ):
         SGLangEngine(seats(config, 1, "m", tmp_path, 0, {}, 0), config)
+    # as the trainer's own python does: it has no SGLang
+    config = launched(command=(sys.executable, "-S", "-m", "sglang.launch_server"))
+    advice = r"sglang_0 ended while starting .*No module named 'sglang'.*: set rollout.server.python to .*; .*log"
+    with pytest.raises(RunError, match=advice):
+        SGLangEngine(seats(config, 1, "m", tmp_path, 0, {}, 0), config)
     config = launched(command=("/nonexistent/python",))
     with pytest.raises(RunError, match=r"ended while starting .*No such file"):
         SGLangEngine(seats(config, 1, "m", tmp_path, 0, {}, 0), config)
