@@ -112,7 +112,8 @@ def _quiet_torch() -> None:
 def _what_then() -> str:
     """Of commands that say how to go on (endings.on_signals), which others need not import."""
     endings: Any = sys.modules.get("lens_megatron.endings")
-    return f"; {endings.advice}" if endings is not None and endings.advice else ""
+    advice = "" if endings is None else endings.advice()
+    return f"; {advice}" if advice else ""
 
 
 def _one_line(error: BaseException) -> str:

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from types import FrameType
 
 from lens_megatron import workers
@@ -21,25 +20,40 @@ from lens_megatron.run_folder import Ending, RunFolder
 RESUME = "go on with --resume from the last whole checkpoint"
 AGAIN = "run it again to go on"  # of commands that find by themselves what is done
 AFRESH = "start it again"  # of commands that keep nothing
-_WAITED_FOR_NOTE_S, _NOTING_S = 1.0, 10
-advice = ""  # of the command that runs, for when it is ended
+_WAITED_FOR_ASIDE_S, _ASIDE_S = 1.0, 10
+_NO_RUN = 3  # exit code of `tell_run`
+_what_then = ""  # of the command that runs
+_run_dir: str | None = None  # of one that can be resumed
 
 
 def on_signals(what_then: str = AGAIN) -> None:
     """SIGTERM (a scheduler, `stop`) unwinds like an error, so that drivers and files are closed; `what_then` says how to go
     on. Ctrl-C, which a terminal sends to every process, is left to the command that started the workers."""
-    global advice
-    advice = what_then
+    global _what_then, _run_dir
+    _what_then, _run_dir = what_then, None
     if workers.is_local_worker():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, partial(_terminated, what_then))
+    signal.signal(signal.SIGTERM, _terminated)
 
 
-def _terminated(what_then: str, number: int, frame: FrameType | None) -> None:
+def resumes_in(run_dir: str) -> None:
+    """Where the run is of a command that advises to resume: it does so only if there is one by then."""
+    global _run_dir
+    _run_dir = run_dir
+
+
+def advice() -> str:
+    """How to go on, for a command that is ended now; empty if it says nothing."""
+    if _what_then == RESUME and (_run_dir is None or _aside(tell_run, _run_dir) == _NO_RUN):
+        return AFRESH
+    return _what_then
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: closing must not be cut short
     if workers.is_local_worker():
         raise SystemExit(workers.TERMINATED)
-    raise Terminated(f"ended by SIGTERM; {what_then}")
+    raise Terminated(f"ended by SIGTERM; {advice()}")
 
 
 @contextlib.contextmanager
@@ -60,36 +74,40 @@ def noted_workers(run_dir: str, run: Callable[[], int]) -> int:
     try:
         code = run()
     except KeyboardInterrupt:
-        _note_aside(run_dir, "unfinished", "interrupted")
+        _aside(note_silent_end, run_dir, "unfinished", "interrupted")
         raise
     except Terminated as error:
-        _note_aside(run_dir, "failed", str(error))
+        _aside(note_silent_end, run_dir, "failed", str(error))
         raise
     if code == 1:
-        _note_aside(
-            run_dir, "failed", "one of its processes failed: see what it printed where it was started, and logs/"
-        )
+        why = "one of its processes failed: see what it printed where it was started, and logs/"
+        _aside(note_silent_end, run_dir, "failed", why)
     return code
 
 
-def _note_aside(run_dir: str, state: Ending, reason: str) -> None:
+def _aside(call: Callable[..., object], *arguments: str) -> int | None:
     """By a process of its own: if what ended the workers is a file system that does not answer, nobody would ever be rid of
-    this one."""
+    this one. Its exit code, unless it takes longer than one waits."""
     # whenever the kernel lets go of it, it dies of the alarm before it writes: by then the run may go on again
     code_of_it = (
-        f"import signal, sys; signal.alarm({_NOTING_S}); "
-        f"from {__name__} import note_silent_end; note_silent_end(*sys.argv[1:])"
+        f"import signal, sys; signal.alarm({_ASIDE_S}); "
+        f"from {__name__} import {call.__name__}; sys.exit({call.__name__}(*sys.argv[1:]))"
     )
     quiet = subprocess.DEVNULL
-    noting = subprocess.Popen(
-        [sys.executable, "-c", code_of_it, run_dir, state, reason],
+    process = subprocess.Popen(
+        [sys.executable, "-c", code_of_it, *arguments],
         stdin=quiet,
         stdout=quiet,
         stderr=quiet,
         start_new_session=True,
     )
     with contextlib.suppress(subprocess.TimeoutExpired):
-        noting.wait(_WAITED_FOR_NOTE_S)
+        return process.wait(_WAITED_FOR_ASIDE_S)
+    return None
+
+
+def tell_run(run_dir: str) -> int:
+    return 0 if RunFolder(run_dir).holds_run() else _NO_RUN
 
 
 def note_silent_end(run_dir: str, state: Ending, reason: str) -> None:

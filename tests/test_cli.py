@@ -101,9 +101,9 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
         raise KeyboardInterrupt
 
     fake_command(monkeypatch, interrupted)
-    monkeypatch.setattr(endings, "advice", "")
+    monkeypatch.setattr(endings, "advice", lambda: "")
     assert outcome(capsys, "try-it") == (130, "", "interrupted\n")
-    monkeypatch.setattr(endings, "advice", "run it again to go on")
+    monkeypatch.setattr(endings, "advice", lambda: "run it again to go on")
     assert outcome(capsys, "try-it") == (130, "", "interrupted; run it again to go on\n")
 
 

@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     endings.on_signals(endings.RESUME)
     config = load_run(Path(args.run), args.overrides)
+    endings.resumes_in(config.run_dir)
     model = load_model_config(config.model)
     how = ["--resume"] if args.resume else ["--continue"] if args.go_on else []
     return in_layout(

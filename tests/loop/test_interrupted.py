@@ -144,6 +144,19 @@ def blow(how: str, command: Command) -> int:
     return 1
 
 
+@pytest.mark.parametrize(("how", "word"), [("terminate", "failed: ended by SIGTERM"), ("interrupt", "interrupted")])
+def test_ended_before_there_is_a_run(task: Path, tmp_path: Path, how: str, word: str) -> None:
+    """There is nothing to resume, so that is not what is advised."""
+    run_dir = tmp_path / "run"
+    with started(tmp_path, "train", str(write_run(tmp_path, run_tree(task, run_dir)))) as command:
+        command.until(run_dir.exists, "a run folder")
+        expected = blow(how, command)
+        assert command.ends(BOUND_S) == expected
+        command.nobody_left()
+    assert f"{word}; start it again" in command.words().splitlines()
+    assert not RunFolder(run_dir).holds_run()
+
+
 @pytest.mark.parametrize("how", ["terminate", "interrupt", "driver", "0", "1"])
 def test_ended_from_outside(task: Path, base: Path, tmp_path: Path, how: str) -> None:
     run_dir = as_of(base, 2, tmp_path / "run")
