@@ -41,11 +41,11 @@ class RunFolder:
         """A folder without a run in it; what else lies there (a launcher's logs) stays."""
         folder = cls(path)
         folder._prepare()
-        if folder.holds_run():
+        try:
+            folder.check_is_new()
+        except UsageError:
             folder.close()
-            raise UsageError(
-                f"run_dir {folder.path} already holds a run: go on with it by --resume, or choose another run_dir"
-            )
+            raise
         return folder
 
     @classmethod
@@ -53,10 +53,7 @@ class RunFolder:
         """A folder with a run in it. Call `rewind` with the step of the checkpoint that was loaded. `patience_s`: for an
         earlier life of the same job to let go of it."""
         folder = cls(path)
-        if not folder.holds_run():
-            raise UsageError(
-                f"run_dir {folder.path} holds no run to resume: start one without --resume, or with --continue"
-            )
+        folder.check_is_run()
         folder._prepare(patience_s)
         return folder
 
@@ -79,6 +76,18 @@ class RunFolder:
         files = any((self.path / name).exists() for name in ("config.yaml", "metrics.jsonl"))
         folders = (self.path / "rollouts", self.path / "checkpoints")
         return files or any(folder.is_dir() and any(folder.iterdir()) for folder in folders)
+
+    def check_is_new(self) -> None:
+        if self.holds_run():
+            raise UsageError(
+                f"run_dir {self.path} already holds a run: go on with it by --resume, or choose another run_dir"
+            )
+
+    def check_is_run(self) -> None:
+        if not self.holds_run():
+            raise UsageError(
+                f"run_dir {self.path} holds no run to resume: start one without --resume, or with --continue"
+            )
 
     # --- places
 

@@ -101,9 +101,9 @@ launchers:         checkpoints config data errors evaluation files machine mcore
 studies:           __init__ config errors files launchers mcore model_spec planning reporting resuming run_folder strict
 
 # what the user calls
-commands:          algorithms checkpoints_tools config cuda_environment doctor endings errors evaluation files launchers
-                   loop mcore model_spec output planning progress quickstart reporting resuming rewards rollout run_folder scoring
-                   serve sft stopping strict studies trainer workers
+commands:          algorithms checkpoints_tools config cuda_environment data doctor endings errors evaluation files
+                   launchers loop mcore model_spec output planning progress quickstart reporting resuming rewards
+                   rollout run_folder scoring serve sft stopping strict studies trainer workers
 cli:               __init__ commands errors workers
 """
 

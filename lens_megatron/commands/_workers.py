@@ -23,14 +23,18 @@ def in_layout(
     model: str | None = None,
     run: RunConfig | None = None,
     noted_in: str | None = None,
+    look: Callable[[], None] | None = None,
 ) -> int:
     """`work` in every process of the layout: in this one, if somebody (torchrun, srun) has started it as one of them or it
     is the only one, else in workers that run `command`. What cannot work is refused before there are any.
 
     `model`: one whose files nobody has looked at yet. `run`: of a command that syncs weights. `noted_in`: the run folder
-    where an end is noted that the workers were not left time to note."""
+    where an end is noted that the workers were not left time to note. `look`: refuses in a moment what else the workers
+    would refuse, who take many seconds to start."""
     cuda_environment.prepare(layout, run)
     if not workers.is_worker():
+        if look is not None:
+            look()
         check_layout(spec, layout, layout.processes)
         if model is not None:
             check_folder(find_weights(model), spec)

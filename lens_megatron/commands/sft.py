@@ -22,16 +22,24 @@ def run(args: argparse.Namespace) -> int:
     from lens_megatron import endings
     from lens_megatron.commands._workers import in_layout
     from lens_megatron.config import load_sft
+    from lens_megatron.data.files import check_source
     from lens_megatron.model_spec import load_model_spec
+    from lens_megatron.run_folder import RunFolder
 
     endings.on_signals(endings.AFRESH)
     config = load_sft(Path(args.run), args.overrides)
+
+    def look() -> None:
+        RunFolder(config.run_dir).check_is_new()
+        check_source(config.data.train, config.data.split)
+
     return in_layout(
         ["sft", args.run, *args.overrides],
         config.parallel,
         load_model_spec(config.model),
         lambda: _sft(config),
         model=config.model,
+        look=look,
     )
 
 

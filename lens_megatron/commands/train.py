@@ -37,12 +37,23 @@ def run(args: argparse.Namespace) -> int:
     from lens_megatron import endings
     from lens_megatron.commands._workers import in_layout
     from lens_megatron.config import load_run, preset_line
+    from lens_megatron.data.files import check_source
     from lens_megatron.model_spec import load_model_config
+    from lens_megatron.run_folder import RunFolder
 
     endings.on_signals(endings.RESUME)
     config = load_run(Path(args.run), args.overrides)
     endings.resumes_in(config.run_dir)
     model = load_model_config(config.model)
+
+    def look() -> None:
+        folder = RunFolder(config.run_dir)
+        if args.resume:
+            folder.check_is_run()
+        elif not args.go_on:
+            folder.check_is_new()
+        check_source(config.data.train, config.data.split)
+
     how = ["--resume"] if args.resume else ["--continue"] if args.go_on else []
     return in_layout(
         ["train", *how, args.run, *args.overrides],
@@ -52,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         model=config.model,
         run=config,
         noted_in=config.run_dir,
+        look=look,
     )
 
 

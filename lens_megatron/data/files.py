@@ -42,6 +42,12 @@ def find_files(source: str, split: str) -> list[Path]:
     raise UsageError(f"{source}: no such file or folder, and not a hub id of the form owner/name")
 
 
+def check_source(source: str, split: str) -> None:
+    """Refuses what is not there, without reading it; what may be on the hub is not asked for."""
+    if not is_hub_id(source):
+        find_files(source, split)
+
+
 def is_hub_id(source: str) -> bool:
     """Of a data set that may be on the hub: nothing here has that name. `data/train.jsonl` is a file that is not there."""
     if Path(source).expanduser().exists() or Path(source).suffix in FILE_KINDS:

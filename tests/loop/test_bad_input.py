@@ -123,6 +123,42 @@ def test_refused_with_one_line(
     assert not RunFolder(tmp_path / "run").holds_run()
 
 
+@pytest.mark.parametrize(
+    ("command", "how", "expected"),
+    [
+        ("train", [], "already holds a run"),
+        ("train", ["--resume"], "no run to resume"),
+        ("train", ["--continue"], "/nowhere/rows.jsonl"),
+        ("train", [], "/nowhere/rows.jsonl"),
+        ("sft", [], "already holds a run"),
+        ("sft", [], "/nowhere/rows.jsonl"),
+    ],
+)
+def test_refused_before_workers_start(
+    task: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    how: list[str],
+    expected: str,
+) -> None:
+    def start(*_: object) -> int:
+        raise AssertionError("workers were started")
+
+    monkeypatch.setattr("lens_megatron.workers.run_workers", start)
+    tree = run_tree(task, tmp_path / "run", parallel={"tp": 2})
+    if command == "sft":
+        tree = {key: tree[key] for key in ("model", "run_dir", "data", "parallel")}
+    if "rows" in expected:
+        tree["data"]["train"] = "/nowhere/rows.jsonl"
+    if "already" in expected:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "metrics.jsonl").touch()
+    assert cli.main([command, *how, str(write_run(tmp_path, tree))]) == 2
+    assert expected in complaint(capfd.readouterr().err)
+
+
 def test_rank_0_speaks_for_all(task: Path, tmp_path: Path) -> None:
     tree = run_tree(task, tmp_path / "run")
     change, expected = WRONG["no answer"]
