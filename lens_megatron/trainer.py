@@ -274,18 +274,17 @@ class Trainer:
 
     def save(self, step: int, last: bool = False) -> None:
         """When one is due; written in the background. The engine's weights are not in it: they are synced at resume."""
-        last = last or step == self.config.steps
-        if self._hf_copies.due(step, last=step == self.config.steps) or self._saver.due(step, last):
-            self.engine.trainers_turn(
-                keep_engine_weights=True
-            )  # which may wait for a server: that has limits of its own
+        at_end = step == self.config.steps
+        copy, save = self._hf_copies.due(step, at_end), self._saver.due(step, last or at_end)
+        if copy or save:  # before the limit: it may wait for a server that is being started
+            self.engine.trainers_turn(keep_engine_weights=True)
         with self.watch.doing("save", self.config.checkpoint.timeout_s + MARGIN_S):
-            self._save(step, last)
+            self._save(step, copy, save)
 
-    def _save(self, step: int, last: bool) -> None:
-        if self._hf_copies.due(step, last=step == self.config.steps):
+    def _save(self, step: int, copy: bool, save: bool) -> None:
+        if copy:
             self._hf_copies.write(step)
-        if self._saver.due(step, last):
+        if save:
             self.on_rank_zero(lambda host: host.await_ahead(), "generate")  # the batch in flight is part of it
             state = {} if self.host is None else self.host.state_dict()
             state["guards"] = self.guards.state(self.policy)

@@ -17,8 +17,8 @@ from lens_megatron.rewards.judgement import Judgement, Verdict
 from lens_megatron.rollout.engine import Engine, Finished, Request
 from lens_megatron.types import FinishReason, Prompt
 
-# (prompt, tokens of the response) -> its text, and what will be said of it
-Judge = Callable[[Prompt, tuple[int, ...], str], tuple[str, "Future[Judgement]"]]  # of a response that ended so
+# (prompt, tokens of the response, how it ended) -> its text, and what will be said of it
+Judge = Callable[[Prompt, tuple[int, ...], str], tuple[str, "Future[Judgement]"]]
 POLL_SECONDS = 1.0
 POLL_SECONDS_WHILE_JUDGING = 0.02
 IDLE_SECONDS = 30.0  # for aborted responses to come back

@@ -16,8 +16,8 @@ class SyncConfig:
                  disk: safetensors in a folder that both see.
     fallback     what is tried once, for all servers that still answer, when the transport failed.
     in_flight    rollouts under way: wait lets the batch end first; abort starts them again; retract keeps their tokens and
-                 computes the cache again; in_place goes on with a cache of the old weights (on
-                 servers with disable_radix_cache and disable_overlap_schedule, which those that the run starts get).
+                 computes the cache again; in_place goes on with a cache of the old weights (on servers with
+                 disable_radix_cache and disable_overlap_schedule, which those that the run starts get).
     timeout_s    of one bucket, and of one request of the hand-over.
     scramble     the servers' weights are made random before each sync, so that one that never takes effect is plain to the
                  probe in any precision. Where the server offers it.

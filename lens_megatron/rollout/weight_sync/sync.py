@@ -240,7 +240,7 @@ class WeightSync:
             return ""
         if not self._servers.restart_servers(silent, f"weights of version {version} did not reach it"):
             return "none can be (given by URL, or rollout.server.restarts is used up): restart them"
-        self._begin(version)  # waits for one
+        self._begin(version)
         return None
 
     def _hold(self, transport: Transport, version: int) -> str | tuple[tuple[Member, ...], bool]:
