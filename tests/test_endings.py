@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,14 +17,6 @@ from lens_megatron.run_folder import RunFolder
 
 COMMANDS = Path(endings.__file__).parent / "commands"
 ENDING = sorted(path.stem for path in COMMANDS.glob("*.py") if "endings.on_signals(" in path.read_text())
-
-
-@pytest.fixture(autouse=True)
-def signals_as_before() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("given, says", [((), "run it again to go on"), ((endings.AFRESH,), "start it again")])

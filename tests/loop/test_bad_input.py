@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,6 @@ import pytest
 from lens_megatron import cli
 from lens_megatron.run_folder import RunFolder
 from tests.loop.runs import complaint, finished, run_tree, write_run
-
-
-@pytest.fixture(autouse=True)
-def signals_as_before() -> Iterator[None]:
-    """The command, run in this process here, says what SIGTERM does."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
 
 Change = Callable[[dict[str, Any], Path], None]
 
