@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers.queue import Handle, JobStatus, last_error
-from lens_megatron import checkpoints, stopping
+from lens_megatron import checkpoints, recorder, stopping
 from lens_megatron.errors import UsageError
 from lens_megatron.progress import duration
 from lens_megatron.run_folder import RunFolder
@@ -44,9 +44,20 @@ def look(run_dir: Path) -> dict[str, Any]:
         "steps": steps,
         "step_seconds_ago": round(time.time() - folder.metrics_path.stat().st_mtime) if metrics else None,
         "reward": metrics[-1].get("reward") if metrics else None,
+        "doing": _doing(folder) if job.state == "running" else None,
         "checkpoint": whole[0].manifest.step if whole else None,
         "last_error": last_error(run_dir) or None,
     }
+
+
+def _doing(folder: RunFolder) -> dict[str, Any] | None:
+    """The phase that rank 0 began last, in this life of the run. Step 0: it starts."""
+    path = recorder.path_of(folder.logs, 0)
+    events = recorder.read(path) if path.exists() else []
+    if not events or (event := events[-1]).clock < folder.taken_at():
+        return None
+    ended = event.seconds is not None
+    return {"phase": event.what, "step": event.step, "ended": ended, "seconds": round(time.time() - event.clock)}
 
 
 def _without_job(folder: RunFolder, done: int, steps: int | None) -> JobStatus:
@@ -68,6 +79,9 @@ def describe(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     of = f" of {status['steps']}" if status["steps"] is not None and status["steps"] >= status["step"] else ""
     reward = f"; reward {status['reward']:.3f}" if status["reward"] is not None else ""
     yield "step", f"{status['step']}{of}" + (f", {duration(ago)} ago{reward}" if ago is not None else "")
+    if (doing := status["doing"]) is not None:
+        step = f" (step {doing['step']})" if doing["step"] else ""
+        yield "doing", f"{'after ' if doing['ended'] else ''}{doing['phase']}{step}, for {duration(doing['seconds'])}"
     none = "none" if status["state"] in ("done", "failed") else "none yet"
     yield "checkpoint", none if status["checkpoint"] is None else f"step {status['checkpoint']}"
     yield "last error", status["last_error"] or "none"

@@ -83,6 +83,18 @@ class Progress:
         self._bar.stop()
 
     @contextmanager
+    def starting(self, what: str) -> Iterator[None]:
+        """Before the first step: a line, which on a terminal goes when the work is done."""
+        if not self._shown:
+            yield
+        elif self._console.is_terminal:
+            with self._console.status(what):
+                yield
+        else:
+            self.note(f"starting: {what}")
+            yield
+
+    @contextmanager
     def phase(self, name: str) -> Iterator[Timer]:
         """Wall seconds, added to what the phase already took in this step. On a GPU, where kernels run on after the
         call, the phase that waits for them gets their time."""

@@ -26,11 +26,11 @@ class Event(NamedTuple):
 
 
 class Recorder:
-    def __init__(self, folder: Path, rank: int) -> None:
+    def __init__(self, logs: Path, rank: int) -> None:
         self._file: IO[bytes] | None = None
         with contextlib.suppress(OSError):  # no room for it: the run's own files will say so
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"rank_{rank:05}.txt"
+            path = path_of(logs, rank)
+            path.parent.mkdir(parents=True, exist_ok=True)
             events = read(path) if path.exists() else []
             self._number = events[-1].number + 1 if events else 0
             if not path.exists() or path.stat().st_size != _LINE * _LINES:
@@ -46,6 +46,10 @@ class Recorder:
         with contextlib.suppress(OSError):
             os.pwrite(self._file.fileno(), _line(text), self._number % _LINES * _LINE)
         self._number += 1
+
+
+def path_of(logs: Path, rank: int) -> Path:
+    return logs / "recorder" / f"rank_{rank:05}.txt"
 
 
 def _line(text: str) -> bytes:

@@ -274,6 +274,11 @@ class RunFolder:
         except OSError:  # no such file
             return False
 
+    def taken_at(self) -> float:
+        """When the process that runs in it, or did last, took it: seconds since the epoch."""
+        path = self.path / "run.lock"
+        return path.stat().st_mtime if path.exists() else 0.0
+
     def _write_kept(self, name: str, text: str, note: str = "") -> None:
         """`note`: goes before an earlier text that is kept."""
         path = self.path / name

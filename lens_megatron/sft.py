@@ -43,22 +43,24 @@ def train_supervised(config: SftConfig, folder: RunFolder | None) -> Path:
         order = PromptOrder([example.id for example in examples], config.seed, config.data.shuffle)
         runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s + MARGIN_S)
     watch = Watch(run_dir, config.timeout_s)
+    progress = Progress(config.steps, shown=folder is not None)
     try:
         with watch.reporting():
-            policy = build_trainable(
-                model.spec,
-                config.parallel,
-                weights,
-                config.optimizer,
-                steps=config.steps,
-                memory=config.memory,
-                dtype=torch_dtype(config.precision),
-            )
+            with watch.doing("load the policy"), progress.starting("load the policy"):
+                policy = build_trainable(
+                    model.spec,
+                    config.parallel,
+                    weights,
+                    config.optimizer,
+                    steps=config.steps,
+                    memory=config.memory,
+                    dtype=torch_dtype(config.precision),
+                )
             if folder is not None:  # only now: a start that failed for bad input leaves no run behind
                 folder.begin(strict.to_tree(SftConfig, config))
             guards = ModelGuards(config.guards, config.tokens_per_microbatch, config.timeout_s)
             guards.after_loading(policy, "policy", weights)
-            with Progress(config.steps, shown=folder is not None) as progress:
+            with progress:
                 progress.note(first_prompt(tokenizer, examples[0].prompt, origin))
                 progress.note(f"{len(examples)} examples; left out as longer than data.max_prompt_tokens: {too_long}")
                 for step in range(config.steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -53,10 +54,12 @@ class Trainer:
             runtime.initialize(model.spec, config.parallel, config.seed, config.timeout_s + MARGIN_S)
         self.watch = Watch(run_dir, config.timeout_s)
         self.engine = EngineSide(config, self.host)
+        self.progress = Progress(config.steps, shown=self.host is not None)
         try:
             with self.watch.reporting():
-                self._await_the_driver()
-                self.recorder = Recorder(run_dir / "logs" / "recorder", dist.get_rank())
+                self.recorder = Recorder(run_dir / "logs", dist.get_rank())
+                with self.starting("start the engine"):
+                    self._await_the_driver()
                 self._load(model, weights)
         except BaseException:  # whoever asked for a trainer has none to close
             self.close()
@@ -68,15 +71,16 @@ class Trainer:
         self.step = 0
         dtype = torch_dtype(config.precision)
         self.engine.make_room()  # before any model is built
-        self.policy = build_trainable(
-            model.spec,
-            config.parallel,
-            weights,
-            config.optimizer,
-            steps=config.steps,
-            memory=config.memory,
-            dtype=dtype,
-        )
+        with self.starting("load the policy"):
+            self.policy = build_trainable(
+                model.spec,
+                config.parallel,
+                weights,
+                config.optimizer,
+                steps=config.steps,
+                memory=config.memory,
+                dtype=dtype,
+            )
         self.guards = RunGuards(
             config.guards,
             config.rollout.temperature,
@@ -89,7 +93,8 @@ class Trainer:
         self.reference = None
         if config.algorithm.needs_reference:
             source = _reference_weights(config, model, weights)
-            frozen = build_frozen(model.spec, config.parallel, source, config.memory, dtype)
+            with self.starting("load the reference"):
+                frozen = build_frozen(model.spec, config.parallel, source, config.memory, dtype)
             self.guards.after_loading(frozen, "reference", source)
             identity = from_rank_zero(  # rank 0's view of the files: on another node their times may differ
                 lambda: identity_of(source, *_rounding(config)), "look at the reference", config.timeout_s
@@ -102,7 +107,6 @@ class Trainer:
         self.first_step = 0
         self._last_metrics: dict[str, float] = {}  # of the step that ended last; rank 0's
         self._without_reward = 0  # steps in a row
-        self.progress = Progress(config.steps, shown=self.host is not None)
         if self.host is not None:
             for note in self.host.data_notes:
                 self.progress.note(note)
@@ -125,8 +129,7 @@ class Trainer:
     def _await_the_driver(self) -> None:
         """Before any model is built. Servers may take longer than timeout_s: only now can the other ranks be told to wait."""
         host = self.host
-        with self.watch.doing("start the engine"):
-            from_rank_zero(lambda: host.driver.started() if host else None, "start the engine", self.config.timeout_s)
+        from_rank_zero(lambda: host.driver.started() if host else None, "start the engine", self.config.timeout_s)
 
     def _choose_probe(self, tokens: int) -> list[int]:
         probe: list[int] = self.on_rank_zero(lambda host: host.probe_tokens(tokens), "choose a probe")
@@ -144,16 +147,25 @@ class Trainer:
             return from_rank_zero(limited, what, self.config.timeout_s)
 
     @contextmanager
+    def starting(self, what: str) -> Iterator[None]:
+        """A part of the start, which may take minutes: on stderr, and as a phase for who looks."""
+        self._note(0, what)
+        began = time.perf_counter()
+        with self.watch.doing(what), self.progress.starting(what):
+            yield
+        self._note(0, what, time.perf_counter() - began)
+
+    @contextmanager
     def phase(self, name: str, limit_s: float | None = None) -> Iterator[None]:
         """Seconds spent go to time/NAME of this step; who looks for a rank that hangs or died finds it here."""
-        self._note(name)
+        self._note(self.step + 1, name)
         with self.watch.doing(name, limit_s), self.progress.phase(name) as timer:
             yield
-        self._note(name, timer.seconds)
+        self._note(self.step + 1, name, timer.seconds)
 
-    def _note(self, phase: str, seconds: float | None = None) -> None:
+    def _note(self, step: int, phase: str, seconds: float | None = None) -> None:
         with self.watch.doing(f"note {phase} in the flight recorder", self.config.timeout_s):
-            self.recorder.record(self.step + 1, phase, seconds)
+            self.recorder.record(step, phase, seconds)
 
     # the verbs
 
@@ -305,7 +317,8 @@ class Trainer:
 
     def resume(self) -> None:
         """From the newest whole checkpoint; from the start when there is none yet."""
-        found = resume(self.policy, self._checkpoints)
+        with self.starting("load the checkpoint"):
+            found = resume(self.policy, self._checkpoints)
         same_reference = True
         if found is not None:
             self.first_step = found.step

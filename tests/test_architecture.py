@@ -96,8 +96,8 @@ quickstart:        data errors mcore model_spec run_folder
 
 # many runs
 planning:          config errors mcore model_spec strict
-launchers:         checkpoints config data errors evaluation files machine mcore model_spec progress rewards run_folder
-                   stopping strict
+launchers:         checkpoints config data errors evaluation files machine mcore model_spec progress recorder rewards
+                   run_folder stopping strict
 studies:           __init__ config errors files launchers mcore model_spec planning reporting resuming run_folder strict
 
 # what the user calls

@@ -40,10 +40,10 @@ def test_the_recorder_keeps_the_last_events_and_survives_a_torn_line(tmp_path: P
     del first  # killed: nothing is closed
     again = recorder.Recorder(tmp_path, 3)
     again.record(2000, "save")
-    events = recorder.read(tmp_path / "rank_00003.txt")
+    path = recorder.path_of(tmp_path, 3)
+    events = recorder.read(path)
     assert [event.number for event in events] == list(range(2001 - recorder._LINES, 2001))
     assert (events[-1].what, events[-1].seconds, events[-2].step, events[-2].seconds) == ("save", None, 1999, 0.5)
-    path = tmp_path / "rank_00003.txt"
     path.write_bytes(path.read_bytes().replace(b" save", b"\0\0\0\0\0"))
     assert recorder.read(path)[-1].step in (1999, 2000)
 

@@ -72,7 +72,7 @@ def wait_until(happened: Callable[[], bool], command: Command) -> None:
 
 
 def newest_event(run_dir: Path) -> recorder.Event | None:
-    path = run_dir / "logs" / "recorder" / "rank_00000.txt"
+    path = recorder.path_of(run_dir / "logs", 0)
     events = recorder.read(path) if path.exists() else []
     return events[-1] if events else None
 

@@ -99,6 +99,21 @@ def test_an_evaluation_has_a_line() -> None:
     assert evaluation_line(0, {"eval/gsm8k": 1.0}) == "evaluation before training: gsm8k 1.000"
 
 
+def test_the_start_is_a_line_in_a_log_and_passes_on_a_terminal() -> None:
+    log, terminal, nothing = io.StringIO(), Terminal(), Terminal()
+    for file, shown in ((log, True), (terminal, True), (nothing, False)):
+        progress = Progress(3, shown=shown, file=file)
+        with progress.starting("load the policy"):
+            pass
+        with progress, progress.phase("train"):
+            pass
+    assert log.getvalue() == "starting: load the policy\n"
+    assert "load the policy" in terminal.getvalue()
+    assert nothing.getvalue() == ""
+    shown, _, then = terminal.getvalue().partition("load the policy\n")
+    assert shown and then.startswith(("\x1b[1A\x1b[2K", "\x1b[?25h\r\x1b[1A\x1b[2K")), "the line is wiped"
+
+
 def test_a_terminal_gets_a_bar_and_other_ranks_nothing() -> None:
     terminal, nothing = Terminal(), Terminal()
     for file, shown in ((terminal, True), (nothing, False)):
