@@ -105,6 +105,24 @@ def test_a_job_is_queued_again(here: Job) -> None:
         assert "requeue" not in (here.work_dir / "asked").read_text()
 
 
+@pytest.mark.parametrize(("when", "preempted"), [("None", False), ("2026-11-30T21:27:10", True)])
+def test_what_slurm_ended_for_another_job_is_no_failure(here: Job, when: str, preempted: bool) -> None:
+    asked = here.work_dir / "asked"
+    shown = f"JobId=7 JobState={{}} Reason=None PreemptTime={when} SuspendTime=None"
+    stand_in(here.work_dir, "scontrol", f'echo "$@" >> {asked}; echo "{shown.format("RUNNING")}"')
+    assert run(here, "(exit 1)\n").returncode == (85 if preempted else 1)
+    assert ("requeue 7" in asked.read_text()) == preempted
+    assert outcome(here) == ("unfinished 7.2" if preempted else "failed 1 7.2")
+    chained = replace(here, links=2)  # the next one goes on
+    asked.unlink()
+    assert run(chained, "(exit 1)\n").returncode == 1 and "requeue" not in asked.read_text()
+    assert outcome(here) == ("unfinished 7.2" if preempted else "failed 1 7.2")
+    # by Slurm, which has ended it itself, and queues it again if it does
+    stand_in(here.work_dir, "scontrol", f'echo "$@" >> {asked}; echo "{shown.format("COMPLETING")}"')
+    assert run(here, "(exit 1)\n").returncode == 1 and "requeue" not in asked.read_text()
+    assert outcome(here) == ("unfinished 7.2" if preempted else "failed 1 7.2")
+
+
 def test_a_controller_that_is_away_for_a_while(here: Job) -> None:
     """The third time it answers; until then the outcome says what would be if the time limit came now."""
     stand_in(

@@ -70,6 +70,12 @@ end_of_job() {
   fi
   told=$(cat "$LAUNCH/told.$life" 2> /dev/null)
   if [ $code -ne 0 ]; then
+    case "$(scontrol -o show job "$SLURM_JOB_ID")" in
+      *" PreemptTime=None "*) ;;
+      *" JobState=RUNNING "*" PreemptTime="*)  # who ends within the grace time is not queued again by Slurm
+        requeue; exit $code ;;
+      *" PreemptTime="*) outcome "unfinished $life"; exit $code ;;
+    esac
     case "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %L)" in
       0:00|INVALID|-*) outcome "unfinished $life" ;;  # out of time, and the notice came to nothing
       *) outcome "failed $code $life" ;;
