@@ -65,4 +65,4 @@ def predicted_step(model: str, algorithm: str, response_tokens: float) -> float:
 def predicted_sync(published: WeightSync) -> float:
     rates = assumed_rates(find_gpu("h100"))
     spec = load_model_config(published.model).spec
-    return sync_seconds(spec, ParallelConfig(pp=published.pp), rates, same_gpus=False, nodes=published.nodes)
+    return sync_seconds(spec, ParallelConfig(pp=published.pp), rates, nodes=published.nodes)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lens_megatron.planning.gpus import Gpu, Rates
     from lens_megatron.planning.plans import Plan
+    from lens_megatron.planning.storage import Stored
 
 SUMMARY = "memory per GPU and time per step of a run, or the best layouts of a model, before paying"
 EXAMPLE = "lens-megatron plan --model qwen3-8b-base --gpus 16 --gpu h100"
@@ -31,6 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--rescued", type=float, metavar="SHARE", help="of prompts rolled out again, assumed (default: 0.35)"
     )
     parser.add_argument("--network", type=float, metavar="GB_PER_S", help="of a GPU to other nodes")
+    parser.add_argument("--disk", type=float, metavar="GB_PER_S", help="of a node to shared storage (default: 2)")
     parser.add_argument(
         "--transformer-engine", action="store_true", help="plan with its kernels instead of plain torch's"
     )
@@ -54,13 +57,13 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("name a RUN.yaml or --model NAME, one of the two")
     if args.gpus is None or args.gpus < 1:
         raise UsageError("--gpus N is missing: how many GPUs in all, trainer and engine")
-    gpu = find_gpu(args.gpu or "h100", args.network)
+    gpu = find_gpu(args.gpu or "h100", args.network, args.disk)
     rates = rates_of(gpu, args.calibration)
-    plans = _of_run(args, gpu, rates) if args.run else _of_model(args, gpu, rates)
+    plans, stored = _of_run(args, gpu, rates) if args.run else (_of_model(args, gpu, rates), [])
     source = f"measured: {', '.join(rates.measured)}; the rest assumed" if rates.measured else "assumed, none measured"
     print(f"\n{gpu.name}: rates {source}. Computed, not measured: docs/planning.md says how.")
     if args.json:
-        write_json(args.json, {"plans": [as_tree(plan) for plan in plans]})
+        write_json(args.json, {"plans": [as_tree(plan) for plan in plans], "storage": [asdict(one) for one in stored]})
     return 0 if any(plan.fits for plan in plans) else 1
 
 
@@ -81,13 +84,14 @@ def _of_model(args: argparse.Namespace, gpu: Gpu, rates: Rates) -> list[Plan]:
     return _searched(args, spec, gpu, rates, work)
 
 
-def _of_run(args: argparse.Namespace, gpu: Gpu, rates: Rates) -> list[Plan]:
+def _of_run(args: argparse.Namespace, gpu: Gpu, rates: Rates) -> tuple[list[Plan], list[Stored]]:
     from lens_megatron import strict
     from lens_megatron.config import load_run
     from lens_megatron.model_spec import load_model_config
-    from lens_megatron.planning.describe import keys_of, plan_lines, servers_of
+    from lens_megatron.planning.describe import keys_of, plan_lines, servers_of, storage_lines
     from lens_megatron.planning.plans import make_plan
     from lens_megatron.planning.setups import setup_of_run, starts_colocated_servers
+    from lens_megatron.planning.storage import stored_by_run
     from lens_megatron.planning.work import workload_of_run
 
     path = Path(args.run)
@@ -97,19 +101,28 @@ def _of_run(args: argparse.Namespace, gpu: Gpu, rates: Rates) -> list[Plan]:
         config, prompt_tokens=args.mean_prompt, response_tokens=args.mean_response, rescued=args.rescued
     )
     tree = strict.apply_overrides(strict.read_yaml(path), args.overrides)
+
+    def with_storage(plans: list[Plan]) -> tuple[list[Plan], list[Stored]]:
+        """Printed, for the first of them."""
+        if not any(plan.fits for plan in plans):
+            return plans, []
+        stored = stored_by_run(config, spec, plans[0].setup.syncs_by_disk)
+        print("\n".join(["", *storage_lines(stored)]))
+        return plans, stored
+
     if args.search or not tree.get("parallel"):
-        return _searched(args, spec, gpu, rates, work)
+        return with_storage(_searched(args, spec, gpu, rates, work))
     plan = make_plan(setup_of_run(config, spec, gpu, rates, work, args.gpus, args.transformer_engine))
     print("\n".join(plan_lines(plan)))
     if not plan.fits:
         print(f"\nDOES NOT FIT: {plan.complaint}\n")
         _searched(args, spec, gpu, rates, work)
-        return [plan]
+        return [plan], []
     print(f"\nAs overrides of a RUN.yaml:\n\n{' '.join(keys_of(plan))}")
     servers, own = servers_of(plan), config.rollout.servers
     if starts_colocated_servers(config) and own != servers:
         print(f"\nThe time is for rollout.servers={servers}; as it stands the run starts {own}.")
-    return [plan]
+    return with_storage([plan])
 
 
 def _searched(args: argparse.Namespace, spec: Any, gpu: Gpu, rates: Rates, work: Any) -> list[Plan]:

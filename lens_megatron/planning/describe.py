@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lens_megatron.planning.plans import PHASES, Plan
+from lens_megatron.planning.storage import Stored
 
 _GIB = 1024**3
 
@@ -72,7 +73,8 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append(f"  {'KV cache':<14}{plan.engine.kv_cache / _GIB:>9.2f}")
     lines += ["", "seconds of a step"]
     for phase in PHASES:
-        lines.append(f"  {phase:<14}{plan.seconds[phase]:>9.2f}")
+        way = "  by the shared file system" if phase == "sync" and plan.setup.syncs_by_disk else ""
+        lines.append(f"  {phase:<14}{plan.seconds[phase]:>9.2f}{way}")
     lines.append(f"  {'step':<14}{plan.step_seconds:>9.2f}")
     lines += [
         "",
@@ -81,6 +83,12 @@ def plan_lines(plan: Plan) -> list[str]:
         f"memory by {plan.limits_memory}",
     ]
     return lines
+
+
+def storage_lines(stored: Sequence[Stored]) -> list[str]:
+    lines = ["on shared storage, GB, at most at once"]
+    lines += [f"  {one.name:<14}{one.bytes / 1e9:>9.2f}  {one.most} of {one.each / 1e9:.2f}" for one in stored]
+    return [*lines, f"  {'sum':<14}{sum(one.bytes for one in stored) / 1e9:>9.2f}"] if len(stored) > 1 else lines
 
 
 def comparison(plans: Sequence[Plan]) -> list[str]:

@@ -1,7 +1,8 @@
 """GPU kinds in numbers, and the rates that a plan counts with: assumed shares of the peaks, or measured ones from a file.
 
 Peaks are vendors' figures for dense bf16 and one direction of a link; memory is what the driver reports. Network is what such
-nodes are usually sold with, one port a GPU: give `--network GB_PER_S` where yours differs.
+nodes are usually sold with, one port a GPU: give `--network GB_PER_S` where yours differs. The shared file system is no part of
+a node: what one node gets of it is assumed alike for all, and `--disk GB_PER_S` says better.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Gpu:
     network: float  # bytes/s to other nodes, one direction
     host: float  # bytes/s to host memory, one direction
     source: str
+    disk: float = 2 * GIGA  # bytes/s of a node to storage that all nodes share
     a_node: int = 8
 
 
@@ -59,21 +61,23 @@ class Rates:
     link: float
     network: float
     host: float
+    disk: float
     measured: tuple[str, ...] = ()
 
 
 # Shares of the peaks, assumed: large matrix products reach 60-80 % of the data sheet, flash attention about half of
 # that, streaming kernels and collectives 70-85 %, copies from pageable host memory about 30 %.
-_ASSUMED = {"matmul": 0.65, "attention": 0.4, "bandwidth": 0.75, "link": 0.7, "network": 0.7, "host": 0.3}
+_ASSUMED = {"matmul": 0.65, "attention": 0.4, "bandwidth": 0.75, "link": 0.7, "network": 0.7, "host": 0.3, "disk": 1.0}
 CALIBRATED = tuple(_ASSUMED)
 ROOM_FOR_ENGINE = 0.5  # of a card: the most that an engine's weights should take
 
 
-def find_gpu(kind: str, network_gb_s: float | None = None) -> Gpu:
+def find_gpu(kind: str, network_gb_s: float | None = None, disk_gb_s: float | None = None) -> Gpu:
     if kind not in GPUS:
         raise UsageError(f"--gpu {kind}: not known; one of {', '.join(GPUS)}")
     gpu = GPUS[kind]
-    return gpu if network_gb_s is None else replace(gpu, network=network_gb_s * GIGA)
+    network = gpu.network if network_gb_s is None else network_gb_s * GIGA
+    return replace(gpu, network=network, disk=gpu.disk if disk_gb_s is None else disk_gb_s * GIGA)
 
 
 def assumed_rates(gpu: Gpu) -> Rates:
@@ -84,6 +88,7 @@ def assumed_rates(gpu: Gpu) -> Rates:
         link=gpu.link * _ASSUMED["link"],
         network=gpu.network * _ASSUMED["network"],
         host=gpu.host * _ASSUMED["host"],
+        disk=gpu.disk * _ASSUMED["disk"],
     )
 
 

@@ -16,6 +16,7 @@ from lens_megatron.planning.memory import OTHER_BYTES, ROOM, EngineBytes, Traine
 from lens_megatron.planning.parameters import count_parameters
 from lens_megatron.planning.step_time import (
     PassTimes,
+    disk_sync_seconds,
     embedded_sync_seconds,
     microbatch_count,
     sync_seconds,
@@ -46,10 +47,16 @@ class Setup:
     offload_optimizer: float = 0.0  # share of Adam's moments on the host
     slots: int = _MOST_ROWS
     kernels: Kernels = CUDA
+    sync_by_disk: bool = False  # though the engine has GPUs of its own
 
     @property
     def gpus(self) -> int:
         return self.trainer_gpus + (self.engine_gpus if self.placement == "disaggregated" else 0)
+
+    @property
+    def syncs_by_disk(self) -> bool:
+        """Colocated servers of a Slurm job have no other way; those beside one rank 0 get bytes over HTTP, no faster."""
+        return self.placement == "colocated" or self.sync_by_disk
 
     @property
     def dp(self) -> int:
@@ -205,9 +212,10 @@ def _seconds(setup: Setup, trainer: TrainerBytes, generation: Generation) -> tup
     train = training.seconds + (work.epochs * passes.forward_seconds(samples) if work.scores_entropies else 0.0)
     if setup.placement == "embedded":
         sync = embedded_sync_seconds(setup.spec, setup.rates)
+    elif setup.syncs_by_disk:
+        sync = disk_sync_seconds(setup.spec, setup.rates)
     else:
-        nodes = -(-setup.gpus // setup.gpu.a_node)
-        sync = sync_seconds(setup.spec, setup.layout, setup.rates, setup.placement == "colocated", nodes)
+        sync = sync_seconds(setup.spec, setup.layout, setup.rates, nodes=-(-setup.gpus // setup.gpu.a_node))
     if setup.placement == "colocated":  # weights and optimizer leave for the host while the engine runs, and come back
         sync += 2 * (trainer.weights + trainer.optimizer) / setup.rates.host
     verify = max(0.0, verify_seconds(work) - 0.8 * generation.seconds)

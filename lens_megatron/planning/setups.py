@@ -48,7 +48,8 @@ def setup_of_run(
     )
     if config.rollout.engine == "embedded":
         return run
-    run = dataclasses.replace(run, engine_tp=config.rollout.server.gpus, slots=Setup.slots)
+    by_disk = config.rollout.sync.transport == "disk"
+    run = dataclasses.replace(run, engine_tp=config.rollout.server.gpus, slots=Setup.slots, sync_by_disk=by_disk)
     if config.placement == "colocated":
         return dataclasses.replace(run, placement="colocated", engine_gpus=gpus)
     servers = engine_gpus(config)

@@ -177,11 +177,17 @@ class PassTimes:
         return self._state().weights / self.rates.host
 
 
-def sync_seconds(spec: ModelSpec, layout: ParallelConfig, rates: Rates, same_gpus: bool, nodes: int) -> float:
-    """All weights in 16 bits to the engines: every pipeline stage sends its own, over the network when that is between."""
+def sync_seconds(spec: ModelSpec, layout: ParallelConfig, rates: Rates, nodes: int) -> float:
+    """All weights in 16 bits to engines on GPUs of their own: every pipeline stage sends its own, over the network when that
+    is between."""
     size = 2.0 * count_parameters(spec)
-    rate = rates.link if same_gpus or nodes == 1 else rates.network
+    rate = rates.link if nodes == 1 else rates.network
     return size / layout.pp / rate + size / _BUCKET_BYTES * _BUCKET_SECONDS
+
+
+def disk_sync_seconds(spec: ModelSpec, rates: Rates) -> float:
+    """Written by rank 0, read again by it, and read by the nodes of the servers at the same time."""
+    return 3 * 2.0 * count_parameters(spec) / rates.disk
 
 
 def embedded_sync_seconds(spec: ModelSpec, rates: Rates) -> float:

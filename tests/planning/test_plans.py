@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +150,30 @@ def test_the_search_returns_the_simplest_of_the_fastest_that_fit() -> None:
 
 
 def test_experts_are_spread_before_they_are_cut() -> None:
-    found = search(load_model_config("qwen3-30b-a3b").spec, GPU, RATES, WORK, 32)
+    fast_storage = dataclasses.replace(RATES, disk=RATES.link)
+    found = search(load_model_config("qwen3-30b-a3b").spec, GPU, fast_storage, WORK, 32)
     layout = found.best[0].setup.layout
     assert (
         layout.ep > 1
         and layout.expert_tp == layout.pp == layout.cp == 1
         and found.best[0].setup.placement == "colocated"
     )
+
+
+def test_slow_storage_drives_servers_from_the_trainers_gpus() -> None:
+    """They get their weights through it: written, read again and read, 2 bytes a parameter each time."""
+    placements: dict[float, Placement] = {}
+    for disk in (2e9, 20e9):
+        [best, *_] = search(SPEC, GPU, dataclasses.replace(RATES, disk=disk), WORK, 32).best
+        placements[disk] = best.setup.placement
+        colocated = make_plan(
+            dataclasses.replace(best.setup, placement="colocated", trainer_gpus=32, engine_gpus=32, engine_tp=1)
+        )
+        nothing = make_plan(dataclasses.replace(colocated.setup, rates=dataclasses.replace(RATES, disk=math.inf)))
+        seconds = colocated.seconds["sync"] - nothing.seconds["sync"]
+        assert seconds == pytest.approx(3 * 2 * count_parameters(SPEC) / disk)
+    assert placements == {2e9: "disaggregated", 20e9: "colocated"}
+    assert find_gpu("h100", disk_gb_s=10).disk == 10e9 and GPU.disk == 2e9
 
 
 def test_when_nothing_fits_the_nearest_is_named() -> None:
@@ -207,7 +225,9 @@ def test_a_run_is_planned_in_its_layout(tmp_path: Path, capsys: pytest.CaptureFi
     run.write_text(RUN)
     out = tmp_path / "plan.json"
     assert main(["plan", str(run), "--gpus", "16", "--gpu", "h200", "--json", str(out)]) == 0
-    (tree,) = json.loads(out.read_text())["plans"]
+    file = json.loads(out.read_text())
+    (tree,) = file["plans"]
+    assert [one["name"] for one in file["storage"]] == ["checkpoints"]
     assert tree["fits"] and tree["parallel"]["dp"] == 2 and tree["parallel"]["tp"] == 4
     assert sum(tree["memory"]["parts"].values()) == tree["memory"]["peak"]
     assert "embedded engine beside rank 0" in capsys.readouterr().out
