@@ -55,6 +55,14 @@ def keys_of(plan: Plan) -> list[str]:
     ]
 
 
+def sync_way(plan: Plan) -> str:
+    if plan.setup.syncs_by_disk:
+        return "  through the shared file system"
+    if plan.setup.placement == "colocated":
+        return "  through host memory; as a Slurm job through files: docs/planning.md"
+    return ""
+
+
 def plan_lines(plan: Plan) -> list[str]:
     """One plan in full."""
     trainer, gpu = plan.trainer, plan.setup.gpu
@@ -73,7 +81,7 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append(f"  {'KV cache':<14}{plan.engine.kv_cache / _GIB:>9.2f}")
     lines += ["", "seconds of a step"]
     for phase in PHASES:
-        way = "  by the shared file system" if phase == "sync" and plan.setup.syncs_by_disk else ""
+        way = sync_way(plan) if phase == "sync" else ""
         lines.append(f"  {phase:<14}{plan.seconds[phase]:>9.2f}{way}")
     lines.append(f"  {'step':<14}{plan.step_seconds:>9.2f}")
     lines += [

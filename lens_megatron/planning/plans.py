@@ -17,7 +17,7 @@ from lens_megatron.planning.parameters import count_parameters
 from lens_megatron.planning.step_time import (
     PassTimes,
     disk_sync_seconds,
-    embedded_sync_seconds,
+    host_sync_seconds,
     microbatch_count,
     sync_seconds,
     verify_seconds,
@@ -55,8 +55,13 @@ class Setup:
 
     @property
     def syncs_by_disk(self) -> bool:
-        """Colocated servers of a Slurm job have no other way; those beside one rank 0 get bytes over HTTP, no faster."""
-        return self.placement == "colocated" or self.sync_by_disk
+        """Colocated servers on several nodes are those of a Slurm job, and have no other way."""
+        return self.sync_by_disk or (self.placement == "colocated" and self.gpus > self.gpu.a_node)
+
+    @property
+    def syncs_by_host(self) -> bool:
+        """On one node the run starts them itself, and shares memory with them."""
+        return not self.syncs_by_disk and self.placement != "disaggregated"
 
     @property
     def dp(self) -> int:
@@ -210,8 +215,8 @@ def _seconds(setup: Setup, trainer: TrainerBytes, generation: Generation) -> tup
         logprobs += passes.forward_seconds(samples) + moves
     training = passes.training(setup.recompute, setup.offload_optimizer)
     train = training.seconds + (work.epochs * passes.forward_seconds(samples) if work.scores_entropies else 0.0)
-    if setup.placement == "embedded":
-        sync = embedded_sync_seconds(setup.spec, setup.rates)
+    if setup.syncs_by_host:
+        sync = host_sync_seconds(setup.spec, setup.rates)
     elif setup.syncs_by_disk:
         sync = disk_sync_seconds(setup.spec, setup.rates)
     else:

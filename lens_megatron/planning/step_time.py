@@ -190,7 +190,7 @@ def disk_sync_seconds(spec: ModelSpec, rates: Rates) -> float:
     return 3 * 2.0 * count_parameters(spec) / rates.disk
 
 
-def embedded_sync_seconds(spec: ModelSpec, rates: Rates) -> float:
+def host_sync_seconds(spec: ModelSpec, rates: Rates) -> float:
     """One tensor at a time to rank 0's host, into shared memory, and to the engine's device."""
     return 3 * 2.0 * count_parameters(spec) / rates.host
 

@@ -173,6 +173,9 @@ def test_slow_storage_drives_servers_from_the_trainers_gpus() -> None:
         seconds = colocated.seconds["sync"] - nothing.seconds["sync"]
         assert seconds == pytest.approx(3 * 2 * count_parameters(SPEC) / disk)
     assert placements == {2e9: "disaggregated", 20e9: "colocated"}
+    one_node = make_plan(dataclasses.replace(colocated.setup, trainer_gpus=8, engine_gpus=8))
+    slow = make_plan(dataclasses.replace(one_node.setup, rates=dataclasses.replace(RATES, disk=1.0)))
+    assert slow.seconds == one_node.seconds, "memory of the host is shared there"
     assert find_gpu("h100", disk_gb_s=10).disk == 10e9 and GPU.disk == 2e9
 
 
