@@ -6,6 +6,7 @@ mount holds nobody here can see, and the job itself will say. Whatever is not lo
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from launchers.script import all_mounts
 from launchers.site import SiteConfig
 from lens_megatron.config import RunConfig
 from lens_megatron.data.files import FILE_KINDS, find_files, is_hub_id
+from lens_megatron.data.rows import Row, read_rows
 from lens_megatron.errors import UsageError
 from lens_megatron.evaluation.benchmarks import load_benchmark, select_benchmarks
 from lens_megatron.mcore.hf_index import HfIndex
@@ -28,7 +30,7 @@ from lens_megatron.model_spec import (
     is_shipped,
     load_model_config,
 )
-from lens_megatron.rewards.answerable import check_functions
+from lens_megatron.rewards.answerable import check_answers, check_functions
 
 _OF_THE_CACHE = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
 
@@ -110,26 +112,51 @@ def hub_cache(variables: Mapping[str, str]) -> Path | None:
 
 
 def check_inputs(config: RunConfig, view: View) -> None:
-    """UsageError for what `train` would refuse before it loads a model, of what takes no more than a look."""
+    """UsageError for what `train` would refuse before it loads a model, of what takes no model and no tokenizer."""
     if not view.site.check_inputs:
         return
-    _check_rows("data.train", config.data.train, config.data.split, view)
+    if (path := _check_files("data.train", config.data.train, config.data.split, view)) is not None:
+        _check_rows(str(path), config)
     for name in config.evaluation.benchmarks:
         if name.endswith(FILE_KINDS):
-            _check_rows("evaluation.benchmarks", name, "train", view)
+            _check_files("evaluation.benchmarks", name, "train", view)
         else:
             _check_benchmarks(name, config.evaluation.data, view)
     _check_functions(config, view.site)
 
 
-def _check_rows(key: str, source: str, split: str, view: View) -> None:
+def _check_files(key: str, source: str, split: str, view: View) -> Path | None:
+    """Where they are here, if that is known."""
     path = view.here(source)
     if path is None or is_hub_id(source):  # the job fetches what is on the hub
-        return
+        return None
     try:
         find_files(str(path), split)
     except UsageError as error:
         raise UsageError(f"{key}: {error}") from None
+    return path
+
+
+def _check_rows(path: str, config: RunConfig) -> None:
+    data = config.data
+    changed = max(file.stat().st_mtime_ns for file in find_files(path, data.split))
+    rows = _rows(path, data.split, data.prompt_key, data.answer_key, changed)
+    if len(rows) < data.prompts_per_step:
+        raise UsageError(
+            f"{path}: data.prompts_per_step is {data.prompts_per_step}, and there are {len(rows)} rows: lower it"
+        )
+    judged = (path, data.split, data.prompt_key, data.answer_key, changed, repr(config.rewards))
+    if judged not in _judged:  # the runs of a study have all the same
+        check_answers(rows, config.rewards, path)
+        _judged.add(judged)
+
+
+_judged: set[tuple[object, ...]] = set()
+
+
+@functools.lru_cache(maxsize=2)
+def _rows(path: str, split: str, prompt_key: str, answer_key: str, changed: int) -> list[Row]:
+    return read_rows(path, split, prompt_key, answer_key)
 
 
 def _check_benchmarks(names: str, data: str | None, view: View) -> None:

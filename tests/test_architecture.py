@@ -55,7 +55,7 @@ purification:      types
 algorithms:        own_functions purification types
 presets:           algorithms errors strict
 samples:           algorithms types
-rewards:           errors machine own_functions strict types
+rewards:           errors machine own_functions strict
 data:              errors model_spec strict types
 reference_scores:  types
 

@@ -9,6 +9,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from lens_megatron.errors import UsageError
 from lens_megatron.rewards.config import RewardConfig
@@ -16,7 +17,6 @@ from lens_megatron.rewards.custom import missing
 from lens_megatron.rewards.extract import golden_answer, words_outside_formulas
 from lens_megatron.rewards.pool import RewardPool
 from lens_megatron.rewards.worker_process import Request, environment
-from lens_megatron.types import Prompt
 
 LOOKED_AT = 64  # answers of each source, evenly spread over it: seconds, and two minutes where all are slow to judge
 _IMPORT_SECONDS = 60.0
@@ -24,6 +24,17 @@ _ENOUGH = 8  # to say of a source that none can
 _MOST_WORDS = 12  # of an answer, beside its formulas
 _LETTER = re.compile(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
 _PLAIN_NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?")
+
+
+class Question(Protocol):
+    """A prompt, or a row that is to become one."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+    @property
+    def source(self) -> str: ...
 
 
 def check_functions(
@@ -48,14 +59,14 @@ def check_functions(
         raise UsageError(f"rewards: {lines[-1]}")
 
 
-def check_answers(prompts: Sequence[Prompt], config: RewardConfig, data: str) -> str:
+def check_answers(prompts: Sequence[Question], config: RewardConfig, data: str) -> str:
     """Each golden answer, given as a response, judged by its own rule: a note for people, "" when all are
     right. UsageError for a source without a rule, or none of whose answers is right. Functions and servers of one's own are
     not asked."""
-    by_source: dict[str, list[Prompt]] = defaultdict(list)
+    by_source: dict[str, list[Question]] = defaultdict(list)
     for prompt in prompts:
         by_source[prompt.source].append(prompt)
-    looked_at: list[Prompt] = []
+    looked_at: list[Question] = []
     for source, mine in by_source.items():
         rule = config.rule(source)
         if rule is None:
@@ -87,13 +98,13 @@ def check_answers(prompts: Sequence[Prompt], config: RewardConfig, data: str) ->
     )
 
 
-def _first(prompt: Prompt, config: RewardConfig) -> str:
+def _first(prompt: Question, config: RewardConfig) -> str:
     """Of several acceptable answers."""
     rule = config.rule(prompt.source)
     return prompt.answer.split(rule.alternatives)[0] if rule and rule.alternatives else prompt.answer
 
 
-def _given(prompt: Prompt, config: RewardConfig) -> list[Request]:
+def _given(prompt: Question, config: RewardConfig) -> list[Request]:
     """As a model might give it."""
     answer = golden_answer(_first(prompt, config)).strip()
     forms = [rf"\boxed{{{answer}}}", f"The answer is {answer}"]
@@ -102,19 +113,19 @@ def _given(prompt: Prompt, config: RewardConfig) -> list[Request]:
     return [Request(prompt.id, prompt.source, prompt.answer, form) for form in forms]
 
 
-def _whole_solution(prompt: Prompt, config: RewardConfig) -> bool:
+def _whole_solution(prompt: Question, config: RewardConfig) -> bool:
     """Text equals itself, but nobody will answer with so much of it."""
     rule = config.rule(prompt.source)
     words = words_outside_formulas(golden_answer(_first(prompt, config)))
     return rule is not None and rule.kind in ("math", "numeric") and words > _MOST_WORDS
 
 
-def _obvious(prompt: Prompt, config: RewardConfig) -> bool:
+def _obvious(prompt: Question, config: RewardConfig) -> bool:
     """Not worth the second that it takes to start a judge."""
     rule = config.rule(prompt.source)
     return rule is not None and rule.kind != "choice" and _PLAIN_NUMBER.fullmatch(prompt.answer) is not None
 
 
-def _shown(prompt: Prompt) -> str:
+def _shown(prompt: Question) -> str:
     answer = prompt.answer if len(prompt.answer) <= 60 else f"{prompt.answer[:57]}..."
     return f"{prompt.id}: {answer!r}"

@@ -56,13 +56,47 @@ def test_what_is_not_there_is_refused(run: Path, override: str, message: str) ->
     plan(run, [override], site(check_inputs=False))
 
 
+def lines(count: int, answer: str = "1", **more: str) -> str:
+    return "".join(json.dumps({"prompt": f"How many? {n}", "answer": answer, **more}) + "\n" for n in range(count))
+
+
+MATH = "rewards={default: {kind: math}, workers: 1}"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("", [], "rows.jsonl: the data set is empty"),
+        (lines(3), [], "rows.jsonl: data.prompts_per_step is 4, and there are 3 rows: lower it"),
+        (lines(8).replace("prompt", "problem"), [], "rows.jsonl:1: "),
+        (lines(8), ["data.answer_key=solution"], "rows.jsonl:1: "),
+        (lines(8)[:-9], [], "rows.jsonl:8: "),
+        (
+            lines(8, source="mine"),
+            ["rewards={default: null, sources: {theirs: {kind: math}}}"],
+            "rows.jsonl: no reward for source 'mine'",
+        ),
+        (lines(8, answer="it depends on " * 9), [MATH], "rows.jsonl: no response could be right"),
+    ],
+)
+def test_rows_are_read(run: Path, text: str, overrides: list[str], message: str) -> None:
+    """As `train` would: a wrong column, a rule that fits no answer."""
+    Path("rows.jsonl").write_text(lines(8))
+    plan(run, ["data.train=rows.jsonl", MATH], site())
+    Path("rows.jsonl").write_text(text)
+    with pytest.raises(UsageError) as caught:
+        plan(run, ["data.train=rows.jsonl", *overrides], site())
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    plan(run, ["data.train=rows.jsonl", *overrides], site(check_inputs=False))
+
+
 def test_a_hub_id_is_left_to_the_job(run: Path) -> None:
     plan(run, ["data.train=owner/name", "evaluation.benchmarks=[amc23]"], site())
 
 
 def test_a_container_is_seen_through_its_mounts(run: Path, tmp_path: Path) -> None:
     (tmp_path / "host" / "sets").mkdir(parents=True)
-    (tmp_path / "host" / "sets" / "train.jsonl").write_text('{"prompt": "How many?", "answer": "1"}\n')
+    (tmp_path / "host" / "sets" / "train.jsonl").write_text(lines(4))
     container = site(image="lens.sqsh", mounts=[f"{tmp_path}/host:/data", "/not/on/this/machine:/data/other"])
     for override in (
         "data.train=/data/sets/train.jsonl",
