@@ -9,7 +9,7 @@ from lens_megatron.mcore.layout import ParallelConfig
 from lens_megatron.model_spec import load_model_config
 from lens_megatron.planning.gpus import assumed_rates, find_gpu
 from lens_megatron.planning.search import search
-from lens_megatron.planning.step_time import sync_seconds
+from lens_megatron.planning.syncs import sync_seconds
 from lens_megatron.planning.work import ASSUMED_RESCUED, Workload
 
 # arXiv 2601.21244, Table 5: mean step seconds on 8 x A800 with verl, 128 prompts, responses of at most 4,096 tokens.
@@ -65,4 +65,4 @@ def predicted_step(model: str, algorithm: str, response_tokens: float) -> float:
 def predicted_sync(published: WeightSync) -> float:
     rates = assumed_rates(find_gpu("h100"))
     spec = load_model_config(published.model).spec
-    return sync_seconds(spec, ParallelConfig(pp=published.pp), rates, nodes=published.nodes)
+    return sync_seconds(spec, ParallelConfig(pp=published.pp), rates, published.nodes, "broadcast")

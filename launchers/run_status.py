@@ -14,6 +14,8 @@ from lens_megatron.errors import UsageError
 from lens_megatron.progress import duration
 from lens_megatron.run_folder import RunFolder
 
+_SKEW_S = 5.0  # between the clocks of Slurm and of the nodes
+
 
 def look(run_dir: Path) -> dict[str, Any]:
     folder = RunFolder(run_dir)
@@ -44,20 +46,32 @@ def look(run_dir: Path) -> dict[str, Any]:
         "steps": steps,
         "step_seconds_ago": round(time.time() - folder.metrics_path.stat().st_mtime) if metrics else None,
         "reward": metrics[-1].get("reward") if metrics else None,
-        "doing": _doing(folder) if job.state == "running" else None,
+        "doing": _doing(folder, job) if job.state == "running" else None,
         "checkpoint": whole[0].manifest.step if whole else None,
         "last_error": last_error(run_dir) or None,
     }
 
 
-def _doing(folder: RunFolder) -> dict[str, Any] | None:
+def _doing(folder: RunFolder, job: JobStatus) -> dict[str, Any] | None:
     """The phase that rank 0 began last, in this life of the run. Step 0: it starts."""
-    path = recorder.path_of(folder.logs, 0)
-    events = recorder.read(path) if path.exists() else []
-    if not events or (event := events[-1]).clock < folder.taken_at():
+    try:
+        events = recorder.read(recorder.path_of(folder.logs, 0))
+        began = folder.taken_at()
+    except OSError:  # there is none yet, or the file system does not give it
+        return None
+    if job.used:  # a job that was queued again runs before its processes have taken the folder
+        began = max(began, time.time() - _seconds(job.used) - _SKEW_S)
+    if not events or (event := events[-1]).clock < began:
         return None
     ended = event.seconds is not None
     return {"phase": event.what, "step": event.step, "ended": ended, "seconds": round(time.time() - event.clock)}
+
+
+def _seconds(used: str) -> int:
+    """[D-]HH:MM:SS of Slurm."""
+    days, _, clock = used.rpartition("-")
+    hours, minutes, seconds = (int(part) for part in clock.split(":"))
+    return 86_400 * int(days or 0) + 3600 * hours + 60 * minutes + seconds
 
 
 def _without_job(folder: RunFolder, done: int, steps: int | None) -> JobStatus:

@@ -10,8 +10,9 @@ from lens_megatron.trainer import Trainer
 def train(config: RunConfig, trainer: Trainer) -> Order | None:
     """What ended the run before its last step, if anything did."""
     order: Order | None = None
-    with trainer.progress:
+    with trainer.starting("give the engine weights"):
         trainer.sync_weights(version=trainer.first_step)
+    with trainer.progress:
         trainer.benchmark_first_policy()
         for step in range(trainer.first_step, config.steps):
             trainer.begin_step(step)

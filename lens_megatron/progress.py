@@ -16,8 +16,10 @@ from types import TracebackType
 from typing import IO, Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.spinner import Spinner
 from rich.table import Column
 from rich.text import Text
 
@@ -88,7 +90,8 @@ class Progress:
         if not self._shown:
             yield
         elif self._console.is_terminal:
-            with self._console.status(what):
+            # what is printed to stdout may go to a file
+            with Live(Spinner("dots", what), console=self._console, transient=True, redirect_stdout=False):
                 yield
         else:
             self.note(f"starting: {what}")

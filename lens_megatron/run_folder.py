@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,6 +103,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.path / "run.lock"
 
     @property
     def _ending_path(self) -> Path:
@@ -248,10 +253,12 @@ class RunFolder:
         try:
             for folder in (self.path, self.path / "rollouts", self.checkpoints, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / "run.lock").open("w")
+            self._lock = self._lock_path.open("a")
         except OSError as error:
             raise UsageError(f"run_dir {self.path} cannot be written: {error.strerror}; choose another") from None
         self._take_lock(self._lock, time.monotonic() + patience_s)
+        now = time.time()  # by the clock of this node, as the flight recorder's
+        os.utime(self._lock_path, (now, now))
         for leftover in self.path.glob("**/.*.partial"):
             leftover.unlink(missing_ok=True)
 
@@ -267,7 +274,7 @@ class RunFolder:
     def in_use(self) -> bool:
         """Whether a process of this machine (of all machines, where the file system carries locks) runs in it."""
         try:
-            with (self.path / "run.lock").open("r+") as lock:
+            with self._lock_path.open("r+") as lock:
                 return not take_lock(lock)
         except PermissionError:  # another user's, who may well run in it
             return True
@@ -276,8 +283,7 @@ class RunFolder:
 
     def taken_at(self) -> float:
         """When the process that runs in it, or did last, took it: seconds since the epoch."""
-        path = self.path / "run.lock"
-        return path.stat().st_mtime if path.exists() else 0.0
+        return self._lock_path.stat().st_mtime if self._lock_path.exists() else 0.0
 
     def _write_kept(self, name: str, text: str, note: str = "") -> None:
         """`note`: goes before an earlier text that is kept."""

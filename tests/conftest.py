@@ -26,15 +26,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+_HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+_BLOCKED = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 @pytest.fixture(autouse=True)
-def signals_as_before() -> Iterator[None]:
-    """A command that runs within a test deals with signals for good. What it ignores or blocks would be ignored and blocked in
-    every process that a later test starts, and no shell can trap what it was born ignoring."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+def signals_as_at_first() -> Iterator[None]:
+    """A command that runs within a test, or in a fixture of a module, deals with signals for good. What it ignores or blocks
+    would be ignored and blocked in every process that a later test starts, and no shell can trap what it was born ignoring."""
     yield
-    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # first: one that waits is still ignored
-    for number, handler in before.items():
+    signal.pthread_sigmask(signal.SIG_SETMASK, _BLOCKED)  # first: one that waits is still ignored
+    for number, handler in _HANDLERS.items():
         signal.signal(number, handler)
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lens_megatron.planning.gpus import Gpu, Rates
     from lens_megatron.planning.plans import Plan
     from lens_megatron.planning.storage import Stored
+    from lens_megatron.planning.syncs import Sync
 
 SUMMARY = "memory per GPU and time per step of a run, or the best layouts of a model, before paying"
 EXAMPLE = "lens-megatron plan --model qwen3-8b-base --gpus 16 --gpu h100"
@@ -90,7 +91,7 @@ def _of_run(args: argparse.Namespace, gpu: Gpu, rates: Rates) -> tuple[list[Plan
     from lens_megatron.model_spec import load_model_config
     from lens_megatron.planning.describe import keys_of, plan_lines, servers_of, storage_lines
     from lens_megatron.planning.plans import make_plan
-    from lens_megatron.planning.setups import setup_of_run, starts_colocated_servers
+    from lens_megatron.planning.setups import setup_of_run, starts_colocated_servers, sync_of_run
     from lens_megatron.planning.storage import stored_by_run
     from lens_megatron.planning.work import workload_of_run
 
@@ -106,17 +107,17 @@ def _of_run(args: argparse.Namespace, gpu: Gpu, rates: Rates) -> tuple[list[Plan
         """Printed, for the first of them."""
         if not any(plan.fits for plan in plans):
             return plans, []
-        stored = stored_by_run(config, spec, plans[0].setup.syncs_by_disk)
+        stored = stored_by_run(config, spec, plans[0].setup.sync_way == "files")
         print("\n".join(["", *storage_lines(stored)]))
         return plans, stored
 
     if args.search or not tree.get("parallel"):
-        return with_storage(_searched(args, spec, gpu, rates, work))
+        return with_storage(_searched(args, spec, gpu, rates, work, sync_of_run(config)))
     plan = make_plan(setup_of_run(config, spec, gpu, rates, work, args.gpus, args.transformer_engine))
     print("\n".join(plan_lines(plan)))
     if not plan.fits:
         print(f"\nDOES NOT FIT: {plan.complaint}\n")
-        _searched(args, spec, gpu, rates, work)
+        _searched(args, spec, gpu, rates, work, sync_of_run(config))
         return [plan], []
     print(f"\nAs overrides of a RUN.yaml:\n\n{' '.join(keys_of(plan))}")
     servers, own = servers_of(plan), config.rollout.servers
@@ -125,12 +126,16 @@ def _of_run(args: argparse.Namespace, gpu: Gpu, rates: Rates) -> tuple[list[Plan
     return with_storage([plan])
 
 
-def _searched(args: argparse.Namespace, spec: Any, gpu: Gpu, rates: Rates, work: Any) -> list[Plan]:
+def _searched(
+    args: argparse.Namespace, spec: Any, gpu: Gpu, rates: Rates, work: Any, sync: Sync | None = None
+) -> list[Plan]:
     from lens_megatron.planning.activations import CUDA, ENGINE
     from lens_megatron.planning.describe import comparison, keys_of, plan_lines
     from lens_megatron.planning.search import search
+    from lens_megatron.planning.syncs import AUTOMATIC
 
-    found = search(spec, gpu, rates, work, args.gpus, kernels=ENGINE if args.transformer_engine else CUDA)
+    kernels = ENGINE if args.transformer_engine else CUDA
+    found = search(spec, gpu, rates, work, args.gpus, kernels=kernels, sync=sync or AUTOMATIC)
     if found.best:
         print(f"The best of {found.tried} layouts on {args.gpus} x {gpu.name}:\n")
         print("\n".join(comparison(found.best)))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from lens_megatron.planning.plans import PHASES, Plan
 from lens_megatron.planning.storage import Stored
+from lens_megatron.planning.syncs import sync_seconds
 
 _GIB = 1024**3
 
@@ -55,12 +57,15 @@ def keys_of(plan: Plan) -> list[str]:
     ]
 
 
-def sync_way(plan: Plan) -> str:
-    if plan.setup.syncs_by_disk:
-        return "  through the shared file system"
-    if plan.setup.placement == "colocated":
-        return "  through host memory; as a Slurm job through files: docs/planning.md"
-    return ""
+def _sync_words(plan: Plan) -> str:
+    setup = plan.setup
+    if setup.placement == "embedded":
+        return ""
+    if setup.placement == "colocated" and setup.nodes == 1 and setup.sync.transport == "auto":
+        of_way = partial(sync_seconds, setup.spec, setup.layout, setup.rates, 1)
+        in_job = plan.seconds["sync"] - of_way(setup.sync_way) + of_way("files")
+        return f"  through {setup.sync_way}; as a Slurm job {in_job:.2f}, through files"
+    return f"  through {setup.sync_way}" if setup.sync_way != "broadcast" else "  by broadcast"
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -81,7 +86,7 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append(f"  {'KV cache':<14}{plan.engine.kv_cache / _GIB:>9.2f}")
     lines += ["", "seconds of a step"]
     for phase in PHASES:
-        way = sync_way(plan) if phase == "sync" else ""
+        way = _sync_words(plan) if phase == "sync" else ""
         lines.append(f"  {phase:<14}{plan.seconds[phase]:>9.2f}{way}")
     lines.append(f"  {'step':<14}{plan.step_seconds:>9.2f}")
     lines += [

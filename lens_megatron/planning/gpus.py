@@ -75,6 +75,9 @@ ROOM_FOR_ENGINE = 0.5  # of a card: the most that an engine's weights should tak
 def find_gpu(kind: str, network_gb_s: float | None = None, disk_gb_s: float | None = None) -> Gpu:
     if kind not in GPUS:
         raise UsageError(f"--gpu {kind}: not known; one of {', '.join(GPUS)}")
+    for flag, given in (("--network", network_gb_s), ("--disk", disk_gb_s)):
+        if given is not None and given <= 0:
+            raise UsageError(f"{flag}: gigabytes a second, above 0 (got {given:g})")
     gpu = GPUS[kind]
     network = gpu.network if network_gb_s is None else network_gb_s * GIGA
     return replace(gpu, network=network, disk=gpu.disk if disk_gb_s is None else disk_gb_s * GIGA)

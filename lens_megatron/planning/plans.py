@@ -16,12 +16,10 @@ from lens_megatron.planning.memory import OTHER_BYTES, ROOM, EngineBytes, Traine
 from lens_megatron.planning.parameters import count_parameters
 from lens_megatron.planning.step_time import (
     PassTimes,
-    disk_sync_seconds,
-    host_sync_seconds,
     microbatch_count,
-    sync_seconds,
     verify_seconds,
 )
+from lens_megatron.planning.syncs import AUTOMATIC, Sync, SyncWay, sync_seconds
 from lens_megatron.planning.work import Workload, kv_bytes_a_token, training_flops
 
 Placement = Literal["colocated", "disaggregated", "embedded"]
@@ -47,21 +45,23 @@ class Setup:
     offload_optimizer: float = 0.0  # share of Adam's moments on the host
     slots: int = _MOST_ROWS
     kernels: Kernels = CUDA
-    sync_by_disk: bool = False  # though the engine has GPUs of its own
+    sync: Sync = AUTOMATIC
 
     @property
     def gpus(self) -> int:
         return self.trainer_gpus + (self.engine_gpus if self.placement == "disaggregated" else 0)
 
     @property
-    def syncs_by_disk(self) -> bool:
-        """Colocated servers on several nodes are those of a Slurm job, and have no other way."""
-        return self.sync_by_disk or (self.placement == "colocated" and self.gpus > self.gpu.a_node)
+    def nodes(self) -> int:
+        return -(-self.gpus // self.gpu.a_node)
 
     @property
-    def syncs_by_host(self) -> bool:
-        """On one node the run starts them itself, and shares memory with them."""
-        return not self.syncs_by_disk and self.placement != "disaggregated"
+    def sync_way(self) -> SyncWay:
+        """On one node a run shares memory with the servers that it starts itself. Colocated ones on several nodes are those of
+        a Slurm job, which get files."""
+        if self.placement == "embedded":
+            return "host memory"
+        return self.sync.way(self.placement == "colocated", self.nodes)
 
     @property
     def dp(self) -> int:
@@ -215,12 +215,7 @@ def _seconds(setup: Setup, trainer: TrainerBytes, generation: Generation) -> tup
         logprobs += passes.forward_seconds(samples) + moves
     training = passes.training(setup.recompute, setup.offload_optimizer)
     train = training.seconds + (work.epochs * passes.forward_seconds(samples) if work.scores_entropies else 0.0)
-    if setup.syncs_by_host:
-        sync = host_sync_seconds(setup.spec, setup.rates)
-    elif setup.syncs_by_disk:
-        sync = disk_sync_seconds(setup.spec, setup.rates)
-    else:
-        sync = sync_seconds(setup.spec, setup.layout, setup.rates, nodes=-(-setup.gpus // setup.gpu.a_node))
+    sync = sync_seconds(setup.spec, setup.layout, setup.rates, setup.nodes, setup.sync_way)
     if setup.placement == "colocated":  # weights and optimizer leave for the host while the engine runs, and come back
         sync += 2 * (trainer.weights + trainer.optimizer) / setup.rates.host
     verify = max(0.0, verify_seconds(work) - 0.8 * generation.seconds)

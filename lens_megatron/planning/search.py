@@ -16,6 +16,7 @@ from lens_megatron.planning.activations import CUDA, Kernels
 from lens_megatron.planning.gpus import ROOM_FOR_ENGINE, Gpu, Rates
 from lens_megatron.planning.parameters import count_parameters
 from lens_megatron.planning.plans import Placement, Plan, Setup, make_plan
+from lens_megatron.planning.syncs import AUTOMATIC, Sync
 from lens_megatron.planning.work import Workload
 
 _CHEAPEST_FIRST: tuple[Recompute, ...] = (
@@ -44,6 +45,7 @@ def search(
     placements: tuple[Placement, ...] = ("colocated", "disaggregated"),
     most: int = 5,
     kernels: Kernels = CUDA,
+    sync: Sync = AUTOMATIC,
 ) -> Found:
     fitting: list[Plan] = []
     nearest: Plan | None = None
@@ -55,7 +57,17 @@ def search(
                 continue
             for layout in _layouts(spec, trainer_gpus, gpu.a_node):
                 setup = Setup(
-                    spec, gpu, rates, work, layout, trainer_gpus, placement, engine_gpus, engine_tp, kernels=kernels
+                    spec,
+                    gpu,
+                    rates,
+                    work,
+                    layout,
+                    trainer_gpus,
+                    placement,
+                    engine_gpus,
+                    engine_tp,
+                    kernels=kernels,
+                    sync=sync,
                 )
                 tried += 1
                 plan = _least_recomputed(setup)

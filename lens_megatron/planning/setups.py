@@ -10,6 +10,7 @@ from lens_megatron.model_spec import ModelSpec
 from lens_megatron.planning.activations import CUDA, ENGINE
 from lens_megatron.planning.gpus import Gpu, Rates
 from lens_megatron.planning.plans import Setup
+from lens_megatron.planning.syncs import Sync
 from lens_megatron.planning.work import Workload
 
 
@@ -23,6 +24,12 @@ def engine_gpus(config: RunConfig) -> int:
 def starts_colocated_servers(config: RunConfig) -> bool:
     rollout = config.rollout
     return config.placement == "colocated" and rollout.engine == "sglang" and not rollout.server.urls
+
+
+def sync_of_run(config: RunConfig) -> Sync:
+    rollout = config.rollout
+    staged = int(str(rollout.server.argument("pp_size") or 1)) > 1
+    return Sync(rollout.sync.transport, staged, in_memory=(rollout.sync.folder or "").startswith("/dev/shm/"))
 
 
 def setup_of_run(
@@ -48,8 +55,7 @@ def setup_of_run(
     )
     if config.rollout.engine == "embedded":
         return run
-    by_disk = config.rollout.sync.transport == "disk"
-    run = dataclasses.replace(run, engine_tp=config.rollout.server.gpus, slots=Setup.slots, sync_by_disk=by_disk)
+    run = dataclasses.replace(run, engine_tp=config.rollout.server.gpus, slots=Setup.slots, sync=sync_of_run(config))
     if config.placement == "colocated":
         return dataclasses.replace(run, placement="colocated", engine_gpus=gpus)
     servers = engine_gpus(config)

@@ -11,14 +11,12 @@ from lens_megatron.model_spec import ModelSpec
 from lens_megatron.planning.activations import Kernels, Pass, kept_by_one_pass
 from lens_megatron.planning.gpus import Gpu, Rates
 from lens_megatron.planning.memory import StateBytes, state_bytes
-from lens_megatron.planning.parameters import count_parameters
 from lens_megatron.planning.work import Workload, token_flops
 
 _ELEMENT = 2
 _TRAFFIC = 3.0  # bytes moved for each byte kept of a layer: written, read again, and what is not kept; assumed
 # bytes an element: gradient, main weight and moments read, the three written, 16-bit copy; norm
 _OPTIMIZER_TRAFFIC = 38.0
-_BUCKET_BYTES, _BUCKET_SECONDS = 256 * 1024**2, 0.01  # of a weight sync: a request and an answer for each; assumed
 _GRADES_A_SECOND = 800.0  # of one worker; benchmarks/results/grading.json: 1,902 a second with two workers, on 2 cores
 _REWARD_WORKERS = 8
 
@@ -175,24 +173,6 @@ class PassTimes:
     def reference_moves(self) -> float:
         """To the GPU; it leaves without being copied."""
         return self._state().weights / self.rates.host
-
-
-def sync_seconds(spec: ModelSpec, layout: ParallelConfig, rates: Rates, nodes: int) -> float:
-    """All weights in 16 bits to engines on GPUs of their own: every pipeline stage sends its own, over the network when that
-    is between."""
-    size = 2.0 * count_parameters(spec)
-    rate = rates.link if nodes == 1 else rates.network
-    return size / layout.pp / rate + size / _BUCKET_BYTES * _BUCKET_SECONDS
-
-
-def disk_sync_seconds(spec: ModelSpec, rates: Rates) -> float:
-    """Written by rank 0, read again by it, and read by the nodes of the servers at the same time."""
-    return 3 * 2.0 * count_parameters(spec) / rates.disk
-
-
-def host_sync_seconds(spec: ModelSpec, rates: Rates) -> float:
-    """One tensor at a time to rank 0's host, into shared memory, and to the engine's device."""
-    return 3 * 2.0 * count_parameters(spec) / rates.host
 
 
 def verify_seconds(work: Workload) -> float:

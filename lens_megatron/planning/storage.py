@@ -23,22 +23,18 @@ class Stored:
         return self.each * self.most
 
 
-def stored_by_run(config: RunConfig, spec: ModelSpec, sync_by_disk: bool) -> list[Stored]:
-    """As on GPUs, where `precision: auto` is bf16. Rollouts and metrics are small beside it."""
+def stored_by_run(config: RunConfig, spec: ModelSpec, files: bool) -> list[Stored]:
+    """As on GPUs, where `precision: auto` is bf16. Rollouts and metrics are small beside it. `files`: new weights reach the
+    engine through them."""
     settings, parameters = config.checkpoint, count_parameters(spec)
     weights = (4 if config.precision == "fp32" else 2) * parameters
     kept = settings.keep + (settings.keep_best is not None)
-    saved = _times(settings.every, config.steps) if settings.every else 1
-    stored = [Stored("checkpoints", weights + _OPTIMIZER_BYTES * parameters, min(kept + 1, saved))]
+    # a job that ends before the run writes one that is not due
+    stored = [Stored("checkpoints", weights + _OPTIMIZER_BYTES * parameters, min(kept + 1, config.steps))]
     if settings.hf_every:
-        copied = _times(settings.hf_every, config.steps)
+        copied = -(-config.steps // settings.hf_every)  # also after the last step
         most = copied if settings.hf_keep is None else min(settings.hf_keep + 1, copied)
         stored.append(Stored("HF copies", weights, most))
-    if sync_by_disk:
+    if files:
         stored.append(Stored("engine weights", weights, min(_SYNCED_VERSIONS, config.steps + 1)))
     return stored
-
-
-def _times(every: int, steps: int) -> int:
-    """Also after the last step."""
-    return -(-steps // every)

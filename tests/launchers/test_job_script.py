@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,13 +86,14 @@ def test_a_line_of_setup_that_fails_ends_the_job(here: Job, lines: list[str], li
     ],
 )
 def test_setup_that_does_not_fail(here: Job, lines: list[str]) -> None:
-    done = run(with_setup(here, f"cd {here.work_dir}", *lines), "false; echo the step; (exit 0)\n")
+    done = run(with_setup(here, f"cd {here.work_dir}", *lines), f"false; echo the step; {DONE}")
     assert done.returncode == 0, done.stderr
     assert "the step" in done.stdout  # what comes after is not judged so
     assert outcome(here) == "done 7.2" and not (here.launch / "servers.stop").exists()
 
 
 TOLD = "echo 85 > $LAUNCH/told.$life\n"
+DONE = "echo 0 > $LAUNCH/told.$life\n"
 
 
 def test_a_job_is_queued_again(here: Job) -> None:
@@ -117,10 +119,34 @@ def test_what_slurm_ended_for_another_job_is_no_failure(here: Job, when: str, pr
     asked.unlink()
     assert run(chained, "(exit 1)\n").returncode == 1 and "requeue" not in asked.read_text()
     assert outcome(here) == ("unfinished 7.2" if preempted else "failed 1 7.2")
-    # by Slurm, which has ended it itself, and queues it again if it does
-    stand_in(here.work_dir, "scontrol", f'echo "$@" >> {asked}; echo "{shown.format("COMPLETING")}"')
-    assert run(here, "(exit 1)\n").returncode == 1 and "requeue" not in asked.read_text()
-    assert outcome(here) == ("unfinished 7.2" if preempted else "failed 1 7.2")
+    asked.unlink(missing_ok=True)  # what is wrong with RUN.yaml is wrong with the next life too
+    assert run(here, "(exit 2)\n").returncode == 2 and "requeue" not in asked.read_text()
+    assert outcome(here) == "failed 2 7.2"
+
+
+@pytest.mark.parametrize("after", ["sleep_really 0.5; true\n", "sleep_really 0.5; (exit 1)\n"])
+def test_a_job_that_slurm_ends_is_neither_done_nor_failed(here: Job, after: str) -> None:
+    """SIGTERM to the shell too: by scancel, and by a preemption without a grace time. Slurm says whether it comes again."""
+    stand_in(here.work_dir, "sleep_really", "touch $LAUNCH/began; exec /bin/sleep $1")
+    asked = here.work_dir / "asked"
+    stand_in(here.work_dir, "scontrol", f'echo "$@" >> {asked}')
+    path = here.work_dir / "slurm_script"
+    path.write_text(f"{script.setup_lines(here, here.launch)}export LAUNCH\n{after}")
+    environment = {**os.environ, **LIFE, "PATH": f"{here.work_dir / 'bin'}:{os.environ['PATH']}"}
+    job = subprocess.Popen(["bash", str(path)], env=environment)
+    deadline = time.monotonic() + 20
+    while not (here.launch / "began").exists():
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.02)
+    job.terminate()
+    assert job.wait(20) == 143
+    assert outcome(here) == "unfinished 7.2"
+    assert not asked.exists() or "requeue" not in asked.read_text()
+
+
+def test_an_end_without_a_word_of_rank_0_is_not_done(here: Job) -> None:
+    assert run(here, "true\n").returncode == 0 and outcome(here) == "unfinished 7.2"
+    assert run(here, DONE).returncode == 0 and outcome(here) == "done 7.2"
 
 
 def test_a_controller_that_is_away_for_a_while(here: Job) -> None:

@@ -176,7 +176,53 @@ def test_slow_storage_drives_servers_from_the_trainers_gpus() -> None:
     one_node = make_plan(dataclasses.replace(colocated.setup, trainer_gpus=8, engine_gpus=8))
     slow = make_plan(dataclasses.replace(one_node.setup, rates=dataclasses.replace(RATES, disk=1.0)))
     assert slow.seconds == one_node.seconds, "memory of the host is shared there"
+    for flag in ("disk_gb_s", "network_gb_s"):
+        with pytest.raises(UsageError, match="above 0"):
+            find_gpu("h100", **{flag: 0.0})
     assert find_gpu("h100", disk_gb_s=10).disk == 10e9 and GPU.disk == 2e9
+
+
+WAYS = {"distributed": "broadcast", "disk": "files", "tensor": "host memory"}
+
+
+@pytest.mark.parametrize("transport", ["auto", "distributed", "tensor", "disk"])
+@pytest.mark.parametrize(("colocated", "job"), [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("staged", [False, True])
+def test_weights_go_the_way_that_a_run_takes(
+    tmp_path: Path, transport: str, colocated: bool, job: bool, staged: bool
+) -> None:
+    """`job`: of Slurm; the others have one node. Searches keep it."""
+    pytest.importorskip("torch")
+    from lens_megatron.rollout.weight_sync.transports import make_transports
+
+    placement = "colocated" if colocated else "disaggregated"
+    args = "{pp_size: 2}" if staged else "{}"
+    path = tmp_path / "RUN.yaml"
+    path.write_text(
+        f"{RUN}placement: {placement}\nrollout: {{engine: sglang, servers: 4, server: {{args: {args}}}, "
+        f"sync: {{transport: {transport}}}}}\n"
+    )
+    if colocated and transport == "distributed":
+        with pytest.raises(UsageError, match="needs servers on GPUs of their own"):
+            load_run(path, [])
+        return
+    config = load_run(path, [])
+    gpus = 16 if job else 8
+    setup = setup_of_run(config, SPEC, GPU, RATES, workload_of_run(config), gpus)
+    only_disk_is_fast = staged or (colocated and job)
+    [first, *_] = make_transports(config.rollout.sync, tmp_path, tmp_path, "cuda", colocated, only_disk_is_fast)
+    expected = "requests" if first.name == "tensor" and job else WAYS[first.name]
+    assert setup.sync_way == expected
+    found = search(SPEC, GPU, RATES, WORK, gpus, (setup.placement,), most=1, sync=setup.sync).best
+    assert [one.setup.sync_way for one in found] == [expected]
+
+
+def test_files_in_memory_are_as_fast_as_it(tmp_path: Path) -> None:
+    path = tmp_path / "RUN.yaml"
+    sync = "sync: {transport: disk, folder: /dev/shm/lens}"
+    path.write_text(f"{RUN}placement: colocated\nrollout: {{engine: sglang, servers: 8, {sync}}}\n")
+    config = load_run(path, [])
+    assert setup_of_run(config, SPEC, GPU, RATES, workload_of_run(config), 8).sync_way == "host memory"
 
 
 def test_when_nothing_fits_the_nearest_is_named() -> None:

@@ -17,9 +17,9 @@ SPEC = load_model_config("qwen3-8b-base").spec
 PARAMETERS = 8_190_735_360
 
 
-def stored(tmp_path: Path, sync_by_disk: bool = False, **changes: Any) -> dict[str, Stored]:
+def stored(tmp_path: Path, files: bool = False, **changes: Any) -> dict[str, Stored]:
     run = write_run(tmp_path, run_tree(tmp_path, tmp_path / "run", **changes))
-    return {one.name: one for one in stored_by_run(load_run(run, []), SPEC, sync_by_disk)}
+    return {one.name: one for one in stored_by_run(load_run(run, []), SPEC, files)}
 
 
 @pytest.mark.parametrize(
@@ -27,8 +27,8 @@ def stored(tmp_path: Path, sync_by_disk: bool = False, **changes: Any) -> dict[s
     [
         (300, {"every": 20, "keep": 2}, 3),  # and the one that is being written
         (300, {"every": 20, "keep": 2, "keep_best": "reward"}, 4),
-        (30, {"every": 20, "keep": 3}, 2),  # after steps 20 and 30
-        (300, {"every": 0}, 1),
+        (300, {"every": 0, "keep": 1}, 2),  # at the end of a job and at the end of the run
+        (2, {"every": 1, "keep": 3}, 2),
     ],
 )
 def test_checkpoints(tmp_path: Path, steps: int, checkpoint: dict[str, Any], most: int) -> None:
@@ -40,10 +40,10 @@ def test_checkpoints(tmp_path: Path, steps: int, checkpoint: dict[str, Any], mos
 @pytest.mark.parametrize(("hf_keep", "most"), [(None, 6), (2, 3)])
 def test_copies_and_the_engines_weights(tmp_path: Path, hf_keep: int | None, most: int) -> None:
     checkpoint = {"every": 0, "hf_every": 50, "hf_keep": hf_keep}
-    found = stored(tmp_path, sync_by_disk=True, steps=300, checkpoint=checkpoint)
+    found = stored(tmp_path, files=True, steps=300, checkpoint=checkpoint)
     assert found["HF copies"] == Stored("HF copies", 2 * PARAMETERS, most)
     assert found["engine weights"] == Stored("engine weights", 2 * PARAMETERS, 3)
-    assert sum(one.bytes for one in found.values()) == PARAMETERS * (14 + 2 * most + 6)
+    assert sum(one.bytes for one in found.values()) == PARAMETERS * (4 * 14 + 2 * most + 6)
     assert storage_lines(list(found.values()))[-1].startswith("  sum ")
 
 
@@ -55,7 +55,7 @@ def test_a_checkpoint_is_as_large_as_planned(tmp_path: Path, precision: str) -> 
     tree = run_tree(task, tmp_path / "run", steps=1, precision=precision, checkpoint={"every": 1})
     train(tmp_path, tree)
     config = load_run(tmp_path / "RUN.yaml", [])
-    [planned] = stored_by_run(config, load_model_config(config.model).spec, sync_by_disk=False)
+    [planned] = stored_by_run(config, load_model_config(config.model).spec, files=False)
     written = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoints").rglob("*") if path.is_file())
     assert planned.most == 1
     assert planned.bytes < written < 1.02 * planned.bytes

@@ -248,8 +248,8 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 PartitionName=debug Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
 PartitionName=one Nodes=node1 MaxNodes=1 MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
-PartitionName=spot Nodes=ALL MaxTime=60 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
-PartitionName=cheap Nodes=ALL MaxTime=60 State=UP PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=with_grace Nodes=ALL MaxTime=60 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=without_grace Nodes=ALL MaxTime=60 State=UP PriorityTier=1 PreemptMode=REQUEUE
 """
 
 _SLURMDBD = """\

@@ -64,6 +64,15 @@ def test_time_limit(launcher: Launcher, base: list[dict[str, Any]]) -> None:
     same_as(base, launcher)
 
 
+def test_cancelled(launcher: Launcher) -> None:
+    """By Slurm's own command, which Slurm calls CANCELLED: not done, though nothing of it failed."""
+    handle = launcher.submit(SLOWLY, steps=1000)
+    launcher.until(lambda: launcher.steps(), "step")
+    launcher.cluster.run("scancel", handle.jobs[0])
+    status = launcher.ended(handle)
+    assert (status.state, status.slurm) == ("unfinished", "CANCELLED")
+
+
 def test_node_set_down(launcher: Launcher, base: list[dict[str, Any]]) -> None:
     """Slurm queues the job again by itself; what was made since the last checkpoint is made again."""
     handle = launcher.submit(SLOWLY, checkpoint={"every": 2})

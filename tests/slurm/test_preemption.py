@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from launchers import queue
 from tests.slurm.conftest import STEPS, Launcher
 from tests.slurm.test_long_runs import SLOWLY, newest_checkpoint, same_as
 
@@ -28,7 +29,7 @@ def urgent(launcher: Launcher) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("partition", "end_notice_s", "every"),
-    [("spot", 30, 0), ("spot", 0, 2), ("cheap", 30, 2)],
+    [("with_grace", 30, 0), ("with_grace", 0, 2), ("without_grace", 30, 2)],
     ids=["by the job's signal", "by SIGTERM", "without a grace time"],
 )
 def test_preempted(
@@ -43,6 +44,7 @@ def test_preempted(
     launcher.until(lambda: launcher.steps() >= 3, "third step")
     with urgent(launcher):
         assert handle.status().state == "pending" and launcher.restarts(job) == 1
+        assert queue.outcome(launcher.run_dir).state == "unfinished"
         made, kept = launcher.steps(), newest_checkpoint(launcher)
         assert 0 < kept <= made < STEPS and (kept == made or every > 0)
     status = launcher.ended(handle)

@@ -39,7 +39,7 @@ head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" hostname --ip-address)
 
 set +evx
 RUN=/shared/runs/lens-8b
-LAUNCH=$RUN/launch; servers=""
+LAUNCH=$RUN/launch; servers=""; terminated=""
 life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 
 export LENS_MEGATRON_MEETING=$LAUNCH/meeting.$life  # where rank 0 says on which port it is to be met
@@ -61,21 +61,27 @@ requeue() {  # the controller may be away, as while it is restarted
 
 end_of_job() {
   code=$?
-  trap - EXIT
+  trap - EXIT TERM
   set +e
+  if [ -n "$terminated" ]; then  # Slurm ends the whole job; whether it is queued again is up to Slurm
+    outcome "unfinished $life"
+    exit $code
+  fi
+  preempted=""
+  case "$(scontrol -o show job "$SLURM_JOB_ID")" in
+    *" PreemptTime=None "*) ;;
+    *" JobState=RUNNING "*" PreemptTime="*) preempted=1 ;;  # in its grace time: no time for the servers
+  esac
   if [ -n "$servers" ]; then
     touch "$LAUNCH/servers.stop"
-    for second in $(seq 60); do kill -0 "$servers" 2> /dev/null || break; sleep 1; done
+    [ -n "$preempted" ] || for second in $(seq 60); do kill -0 "$servers" 2> /dev/null || break; sleep 1; done
     kill "$servers" 2> /dev/null
   fi
   told=$(cat "$LAUNCH/told.$life" 2> /dev/null)
   if [ $code -ne 0 ]; then
-    case "$(scontrol -o show job "$SLURM_JOB_ID")" in
-      *" PreemptTime=None "*) ;;
-      *" JobState=RUNNING "*" PreemptTime="*)  # who ends within the grace time is not queued again by Slurm
-        requeue; exit $code ;;
-      *" PreemptTime="*) outcome "unfinished $life"; exit $code ;;
-    esac
+    if [ -n "$preempted" ] && [ $code -ne 2 ]; then  # who ends within the grace time is not queued again by Slurm
+      requeue; exit $code
+    fi
     case "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %L)" in
       0:00|INVALID|-*) outcome "unfinished $life" ;;  # out of time, and the notice came to nothing
       *) outcome "failed $code $life" ;;
@@ -85,11 +91,13 @@ end_of_job() {
   case "$told" in
     85) requeue ;;
     86) outcome "stopped $life" ;;
-    *) outcome "done $life" ;;
+    0) outcome "done $life" ;;
+    *) outcome "unfinished $life" ;;  # rank 0 had no time to say how it ended
   esac
   exit 0
 }
 trap end_of_job EXIT
+trap 'terminated=1; exit 143' TERM
 rm -f "$LAUNCH/outcome" "$LAUNCH/servers.stop"
 export NCCL_SOCKET_IFNAME=ib0
 export GLOO_SOCKET_IFNAME=ib0
@@ -112,8 +120,8 @@ done
 wait $program  # once more: a signal that came just before its end hid its code
 last=$?
 [ $last = 127 ] || code=$last  # 127 also of a shell that gives it only once
-case $code in  # told to end: no failure, and no reason for srun to kill the other ranks
-  85|86) if [ "$SLURM_PROCID" = 0 ]; then echo $code > /shared/runs/lens-8b/launch/told.$life; fi; exit 0 ;;
+case $code in  # done, or told to end: no failure, and no reason for srun to kill the other ranks
+  0|85|86) if [ "$SLURM_PROCID" = 0 ]; then echo $code > /shared/runs/lens-8b/launch/told.$life; fi; exit 0 ;;
 esac
 exit $code
 END_OF_SCRIPT
