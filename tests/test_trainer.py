@@ -42,10 +42,12 @@ def test_the_engine_is_waited_for_by_all_ranks_together(
         raise ModelsWouldBeBuilt
 
     replaced = {"Host": host, "from_rank_zero": from_rank_zero, "build_trainable": build}
-    watch = SimpleNamespace(reporting=nullcontext, doing=nullcontext, close=lambda: done.append("watch closed"))
+    watch = SimpleNamespace(
+        reporting=nullcontext, doing=lambda *_: nullcontext(), close=lambda: done.append("watch closed")
+    )
     replaced["Watch"] = lambda *_: watch
-    for name in ("find_weights", "Recorder"):
-        replaced[name] = lambda *_: None
+    replaced["find_weights"] = lambda *_: None
+    replaced["Recorder"] = lambda *_: SimpleNamespace(record=lambda *_: None)
     for name, value in replaced.items():
         monkeypatch.setattr(trainer, name, value)
     monkeypatch.setattr(runtime, "initialize", lambda *_: done.append("joined"))
