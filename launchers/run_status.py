@@ -57,10 +57,10 @@ def _doing(folder: RunFolder, job: JobStatus) -> dict[str, Any] | None:
     try:
         events = recorder.read(recorder.path_of(folder.logs, 0))
         began = folder.taken_at()
-    except OSError:  # there is none yet, or the file system does not give it
+        if job.used:  # a job that was queued again runs before its processes have taken the folder
+            began = max(began, time.time() - _seconds(job.used) - _SKEW_S)
+    except (OSError, ValueError):  # there is none yet, the file system does not give it, or Slurm knows no time
         return None
-    if job.used:  # a job that was queued again runs before its processes have taken the folder
-        began = max(began, time.time() - _seconds(job.used) - _SKEW_S)
     if not events or (event := events[-1]).clock < began:
         return None
     ended = event.seconds is not None

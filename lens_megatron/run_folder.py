@@ -16,7 +16,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -258,7 +258,8 @@ class RunFolder:
             raise UsageError(f"run_dir {self.path} cannot be written: {error.strerror}; choose another") from None
         self._take_lock(self._lock, time.monotonic() + patience_s)
         now = time.time()  # by the clock of this node, as the flight recorder's
-        os.utime(self._lock_path, (now, now))
+        with suppress(OSError):  # another user's file, in a folder that both may write
+            os.utime(self._lock_path, (now, now))
         for leftover in self.path.glob("**/.*.partial"):
             leftover.unlink(missing_ok=True)
 

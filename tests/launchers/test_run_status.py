@@ -56,7 +56,9 @@ def test_not_what_an_earlier_life_did(running: RunFolder, monkeypatch: pytest.Mo
     assert doing(running, monkeypatch, 200) is None
 
 
-@pytest.mark.parametrize(("used", "shown"), [("00:00:20", False), ("00:00:59", True), ("1-00:00:01", True)])
+@pytest.mark.parametrize(
+    ("used", "shown"), [("00:00:20", False), ("00:00:59", True), ("1-00:00:01", True), ("INVALID", False)]
+)
 def test_a_job_that_was_queued_again_has_not_begun_with_what_the_life_before_ended(
     running: RunFolder, monkeypatch: pytest.MonkeyPatch, used: str, shown: bool
 ) -> None:
@@ -89,3 +91,11 @@ def test_a_run_that_has_ended_does_nothing(running: RunFolder) -> None:
     assert look(running.path)["doing"] is not None
     running.close()
     assert look(running.path)["doing"] is None
+
+
+def test_a_folder_of_another_user_is_taken_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refused)
+    RunFolder.create(tmp_path / "run").close()
