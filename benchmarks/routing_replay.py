@@ -41,7 +41,7 @@ PROMPT, RESPONSE, LAYERS, EXPERTS, TOPK = 200, 2000, 48, 128, 8
 def server_that_tells(model: Path, logs: Path, dtype: str) -> Iterator[Any]:
     from tests.sglang.server import cpu_config, servers, unpinned_command
 
-    config = cpu_config(args={"context_length": 256, "dtype": dtype}, command=unpinned_command())
+    config = cpu_config(args={"dtype": dtype}, command=unpinned_command())
     with servers(model, logs, config=config, enable_return_routed_experts=True) as (server,):
         yield server
 

@@ -20,7 +20,7 @@ from tests.distributed.pool import WorkerPool
 from tests.rollout import tiny
 
 from .engines import sglang_engine
-from .server import cpu_config, servers
+from .server import LONGEST, cpu_config, servers
 
 # files whose tests share session-wide servers: `make test-sglang` has two workers, and one of them runs them all
 TOGETHER = (
@@ -49,7 +49,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def save_tiny(seed: int, folder: Path) -> None:
     net = tiny.model(seed, tied=False)
-    net.config.max_position_embeddings = 1024  # its rotary embedding has no limit of its own
+    net.config.max_position_embeddings = LONGEST  # its rotary embedding has no limit of its own
     net.save_pretrained(folder)
 
 
@@ -64,7 +64,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def real_server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """One server for the whole session: whoever changes its weights puts them back."""
-    with servers(tiny_folder, tmp_path_factory.mktemp("logs")) as (server,):
+    config = cpu_config(args={"context_length": LONGEST})  # told, so that an engine that knows no model refuses by it
+    with servers(tiny_folder, tmp_path_factory.mktemp("logs"), config=config) as (server,):
         yield server
 
 
@@ -105,6 +106,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tiny_models._SHAPE, "intermediate_size", 64)
+        patch.setitem(tiny_models._SHAPE, "max_position_embeddings", LONGEST)
         tiny_models.save_hf("qwen3", place / "qwen3")
         model = tiny_models.hf_model("qwen3_tied", seed=3)
         model.to(torch.bfloat16).save_pretrained(place / "tied_bf16")
@@ -120,7 +122,7 @@ def pool() -> Iterator[WorkerPool]:
 
 @pytest.fixture(scope="session")
 def two(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ServerProcess]]:
-    # the tiny model has no more positions; and they may be given weights in place, which is one more thing to do with them
-    config = cpu_config(args={"context_length": 512, **IN_PLACE_ARGUMENTS})
+    # they may be given weights in place, which is one more thing to do with them
+    config = cpu_config(args=IN_PLACE_ARGUMENTS)
     with servers(folders["qwen3"], tmp_path_factory.mktemp("logs"), count=2, config=config) as started:
         yield started

@@ -22,15 +22,18 @@ from lens_megatron.rollout.sglang_server import ServerProcess, server_processes
 
 from . import venv
 
+LONGEST = 4096  # positions of the models whose responses are caught under way; servers take a model's own limit
+# A response that is to be caught under way: at 300 to 500 tokens a second it outlasts a stall of the machine by far.
+UNDER_WAY = 4000
+UNDER_WAY_AND_AWAITED = 1500
 START_SECONDS = 240.0  # alone on two cores it takes about 20 s
 # what the real server needs to run without a GPU, and small; --sleep-on-idle is worth a factor of ten on two cores
 CPU_ARGS: dict[str, Any] = {
     "device": "cpu",
     "attention_backend": "torch_native",
     "dtype": "float32",
-    "max_total_tokens": 8192,
+    "max_total_tokens": 17 * LONGEST,
     "max_running_requests": 16,
-    "context_length": 1024,
     "mem_fraction_static": 0.05,
     "skip_server_warmup": True,
     "grammar_backend": "none",

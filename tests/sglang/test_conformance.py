@@ -20,6 +20,7 @@ from lens_megatron.rollout.sglang_server import UNSYNCED, ServerProcess
 from tests.rollout import tiny
 
 from .conftest import save_tiny
+from .server import LONGEST, UNDER_WAY, UNDER_WAY_AND_AWAITED
 
 pytestmark = pytest.mark.sglang
 PROMPT = (5, 6, 7, 8, 9)
@@ -76,12 +77,12 @@ def test_prompt_logprobs_are_at_temperature_one_and_past_the_cache(
 
 
 def test_an_aborted_request_comes_back_with_its_part(client: SGLangClient, loop: EventLoop, net: Any) -> None:
-    one = loop.start(client.generate("abort/1/", PROMPT, 400))
+    one = loop.start(client.generate("abort/1/", PROMPT, UNDER_WAY))
     other = loop.start(client.generate("abort/10/", PROMPT, 30))
     loop.run(_sampling(client))
     loop.run(client.abort_request("abort/1/"))
     answer = one.result(20)
-    assert answer.finish == "abort" and len(answer.tokens) < 400
+    assert answer.finish == "abort" and len(answer.tokens) < UNDER_WAY
     expected = logprobs(net, PROMPT + answer.tokens)[len(PROMPT) - 1 :]
     torch.testing.assert_close(torch.tensor(answer.logprobs), torch.tensor(expected), atol=1e-4, rtol=0)
     assert other.result(20).finish == "length"  # its id begins like the aborted one's, but for the slash
@@ -90,7 +91,7 @@ def test_an_aborted_request_comes_back_with_its_part(client: SGLangClient, loop:
 
 def test_a_request_that_waits_is_aborted_too(client: SGLangClient, loop: EventLoop) -> None:
     """max_running_requests is 16; what waits has no tokens yet."""
-    running = [loop.start(client.generate(f"full/{i:03d}/", PROMPT, 400)) for i in range(24)]
+    running = [loop.start(client.generate(f"full/{i:03d}/", PROMPT, UNDER_WAY)) for i in range(24)]
     loop.run(_sampling(client))
     load = loop.run(client.load())
     assert load.most_running == 16
@@ -113,7 +114,7 @@ def test_the_load_moves_while_tokens_are_sampled(client: SGLangClient, loop: Eve
 
 def test_wrong_requests_are_refused_with_a_reason(client: SGLangClient, loop: EventLoop) -> None:
     with pytest.raises(Refused, match=r"\(400\).*context length"):
-        loop.run(client.generate("long/", PROMPT, 5000))
+        loop.run(client.generate("long/", PROMPT, LONGEST))
     with pytest.raises(Refused, match=r"\(400\)"):
         loop.run(client.generate("cold/", PROMPT, 5, temperature=-1.0))
     with pytest.raises(Refused, match=r"\(401\)"):
@@ -155,7 +156,7 @@ def test_the_dance_of_an_update(
     assert loop.run(client.server_info()).has_sessions
     with pytest.raises(Refused, match=r"\(400\)"):
         loop.run(client.update_weights_from_tensor([b"gASVAAAA"], "9"))
-    running = loop.start(client.generate("dance/", PROMPT, 400))
+    running = loop.start(client.generate("dance/", PROMPT, UNDER_WAY_AND_AWAITED))
     loop.run(_sampling(client))
     try:
         loop.run(client.pause_generation("retract"))
@@ -164,7 +165,7 @@ def test_the_dance_of_an_update(
         loop.run(client.continue_generation())
         answer = running.result(60)
         (old, first, change), (new, again, end) = answer.versions
-        assert (old, new, first, end) == (UNSYNCED, "7", 0, 400) and again == change
+        assert (old, new, first, end) == (UNSYNCED, "7", 0, UNDER_WAY_AND_AWAITED) and again == change
         tokens = PROMPT + answer.tokens
         start = len(PROMPT) - 1
         expected = logprobs(net, tokens)[start : start + change] + logprobs(other, tokens)[start + change :]
@@ -234,7 +235,7 @@ def test_the_stub_answers_like_the_real_server(
 ) -> None:
 
     async def ask(server: SGLangClient) -> Any:
-        length = 400 if ending in ("abort", "retract") else 4
+        length = {"abort": UNDER_WAY, "retract": UNDER_WAY_AND_AWAITED}.get(ending, 4)
         sampling = {"max_new_tokens": length, "temperature": 1.0, "ignore_eos": True}
         body = {"rid": f"like/{ending}/", "input_ids": list(PROMPT), "sampling_params": sampling, "return_logprob": True,
                 "logprob_start_len": 0 if ending == "prompt" else -1, "stream": False}  # fmt: skip
@@ -281,7 +282,7 @@ def test_the_stub_refuses_what_the_real_server_refuses(
         elif verb == "tensor_outside":
             await status(server.update_weights_from_tensor([b"gASVAAAA"], None))
         else:
-            running = asyncio.create_task(server.generate("flush/", PROMPT, 400))
+            running = asyncio.create_task(server.generate("flush/", PROMPT, UNDER_WAY))
             await _sampling(server)
             await status(server.flush_cache(0.2))
             await server.abort_request("flush/")

@@ -14,7 +14,7 @@ from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import SGLangClient
 from tests.checkpoints_tools import layout_cases as cases
 from tests.distributed.pool import WorkerPool
-from tests.sglang.server import cpu_config, servers
+from tests.sglang.server import servers
 
 # of these tiny models; in a prompt SGLang takes it for word 0 (it cuts off ids that stand for images, and one too many)
 LAST_WORD = 124
@@ -31,8 +31,7 @@ def test_a_converted_checkpoint_is_served_as_it_is(hf_folder: Callable[[str], Pa
     assert main(["convert", "megatron-to-hf", str(saved), str(folder)]) == 0
     assert sum(LAST_WORD not in sequence for sequence in cases.SEQUENCES) >= 3
     loop = EventLoop()
-    config = cpu_config(args={"context_length": 512})  # what config.json allows
-    with servers(folder, tmp_path / "logs", config=config) as (server,):
+    with servers(folder, tmp_path / "logs") as (server,):
         client = SGLangClient(server.url, server.api_key, timeout_s=60.0)
         try:
             for number, (sequence, wanted) in enumerate(zip(cases.SEQUENCES, expected, strict=True)):

@@ -11,6 +11,7 @@ from tests.rollout.engine_cases import Case, EngineCases
 
 from .conftest import save_tiny
 from .engines import give_weights
+from .server import LONGEST
 
 pytestmark = pytest.mark.sglang
 
@@ -29,4 +30,4 @@ class TestSGLang(EngineCases):
             give_weights(one_engine, version, folders[seed])
 
         weights(0, 0)
-        return Case(one_engine, weights, limit=1024)
+        return Case(one_engine, weights, limit=LONGEST)

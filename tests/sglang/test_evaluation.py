@@ -15,7 +15,7 @@ from tests.data.tokenizers import byte_level
 from tests.evaluation.small_benchmarks import write_benchmarks
 from tests.test_score import save_model
 
-from .server import cpu_config
+from .server import LONGEST, cpu_config
 
 pytestmark = pytest.mark.sglang
 
@@ -28,7 +28,7 @@ def answers(out: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
 
 def test_a_whole_row_by_a_server_that_is_started_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tmp_path / "model"
-    save_model(model, len(byte_level(model)) + 7, max_position_embeddings=1024)
+    save_model(model, len(byte_level(model)) + 7, max_position_embeddings=LONGEST)
     write_benchmarks(tmp_path / "data")
     server = strict.to_tree(ServerConfig, cpu_config())
     words = ["eval", str(model), "--benchmarks", "all", "--data", str(tmp_path / "data"), "--limit", "2"]

@@ -18,7 +18,7 @@ from tests.rollout.engine_cases import check_response, drain, requests
 from . import venv
 from .conftest import save_tiny
 from .engines import give_weights, sglang_engine
-from .server import CPU_ENV, cpu_config
+from .server import CPU_ENV, UNDER_WAY, cpu_config
 
 pytestmark = pytest.mark.sglang
 
@@ -63,7 +63,7 @@ def test_rollouts_and_new_weights(older: SGLangEngine, tiny_folder: Path, tmp_pa
 
 def test_an_abort_comes_back(older: SGLangEngine, tiny_folder: Path) -> None:
     give_weights(older, 3, tiny_folder)
-    wanted = requests(4, max_tokens=900, stop=())
+    wanted = requests(4, max_tokens=UNDER_WAY, stop=())
     older.submit(wanted)
     older.poll(0.3)
     older.abort([request.id for request in wanted])

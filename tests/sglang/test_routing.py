@@ -20,6 +20,8 @@ from tests.loop import runs
 from tests.loop.runs import run_tree, train, write_run, write_task
 from tests.rollout.test_sglang_client import stub_server
 
+from .server import LONGEST, UNDER_WAY
+
 pytestmark = pytest.mark.sglang
 LAYERS, EXPERTS, TOPK = 2, 8, 2
 ROUTERS = Routers(LAYERS, EXPERTS, TOPK)
@@ -37,7 +39,7 @@ MIXTURE = {
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_task(tmp_path_factory.mktemp("task"), **MIXTURE)
+    return write_task(tmp_path_factory.mktemp("task"), **MIXTURE, max_position_embeddings=LONGEST)
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +80,12 @@ def test_the_experts_of_every_token_but_the_last(server: ServerProcess, net: Any
         prompt = tuple(range(5, 40))
         for turn in range(2):
             check(prompt, loop.run(client.generate(f"whole/{turn}/", prompt, 30, routers=ROUTERS)))
-        running = loop.start(client.generate("part/", prompt, 200, routers=ROUTERS))
+        running = loop.start(client.generate("part/", prompt, UNDER_WAY, routers=ROUTERS))
         while loop.run(client.load()).running == 0:
             pass
         loop.run(client.abort_request("part/"))
         part = running.result(60)
-        assert part.finish == "abort" and len(part.tokens) < 200
+        assert part.finish == "abort" and len(part.tokens) < UNDER_WAY
         check(prompt, part)
         again = prompt + part.tokens
         check(again, loop.run(client.generate("rest/", again, 20, routers=ROUTERS)))

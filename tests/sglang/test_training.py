@@ -25,7 +25,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    config = cpu_config(args={"context_length": 256})
+    config = cpu_config()
     with servers(task / "model", tmp_path_factory.mktemp("logs"), config=config) as (one,):
         yield one
 
@@ -94,7 +94,7 @@ def test_engine_logprobs_stand_for_the_trainers(task: Path, server: ServerProces
 
 def test_the_ranks_of_a_run_start_a_server_of_their_own(task: Path, tmp_path: Path) -> None:
     """It is not drawn into the processes of the run, whose rank 0 starts it; and takes weights with rollouts under way."""
-    config = cpu_config(args={"context_length": 256})
+    config = cpu_config()
     tree = run_tree(task, tmp_path / "run", steps=STEPS)
     assert tree["parallel"] == {"tp": 2}
     own = {"python": config.python, "args": config.args, "env": config.env, "start_timeout_s": config.start_timeout_s}

@@ -19,13 +19,12 @@ from lens_megatron.rollout.weight_sync.config import SyncConfig
 from tests import tiny_models
 from tests.distributed.pool import WorkerPool
 from tests.sglang import sync_cases
-from tests.sglang.server import cpu_config, servers
+from tests.sglang.server import UNDER_WAY_AND_AWAITED, cpu_config, servers
 
 pytestmark = pytest.mark.sglang
 T = TypeVar("T")
 
 SMALL = 0.06  # MiB: the tiny model in several buckets
-ROOM = {"context_length": 512}  # the tiny model has no more positions
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def server(two: list[ServerProcess]) -> ServerProcess:
 
 @pytest.fixture(scope="module")
 def bf16_server(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    config = cpu_config(args={**ROOM, "dtype": "bfloat16"})
+    config = cpu_config(args={"dtype": "bfloat16"})
     with servers(folders["tied_bf16"], tmp_path_factory.mktemp("logs"), config=config) as (one,):
         yield one
 
@@ -173,7 +172,9 @@ def test_after_a_sync_in_place_nothing_is_sampled_from_the_cache_of_old_weights(
     for seed in range(3):
         pool.run(sync_cases.train_once, seed)
     with ThreadPoolExecutor(1) as thread:
-        under_way = thread.submit(ask, server, lambda client: client.generate("under-way", prompt, 400))
+        under_way = thread.submit(
+            ask, server, lambda client: client.generate("under-way", prompt, UNDER_WAY_AND_AWAITED)
+        )
         while not ask(server, lambda client: client.load()).running:
             assert not under_way.done()
         synced = pool.run(sync_cases.sync, 2)[0]

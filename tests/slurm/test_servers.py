@@ -22,7 +22,7 @@ def test_trainer_and_server_on_a_node_each(launcher: Launcher) -> None:
     """The real server on CPU: started by its node's supervisor, given new weights over the network, ended with the job."""
     if not venv.is_built():
         pytest.skip("SGLang's environment is not built here: make test-sglang builds it")
-    server = strict.to_tree(ServerConfig, cpu_config(args={"context_length": 256}))
+    server = strict.to_tree(ServerConfig, cpu_config())
     rollout = {
         "n": 4,
         "max_response_tokens": 12,
