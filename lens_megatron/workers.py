@@ -107,6 +107,7 @@ def rank() -> int:
 def run_workers(processes: int, command: Sequence[str]) -> int:
     """Run `lens-megatron COMMAND` in `processes` workers; the exit code of the first that failed, or 0."""
     import torch
+    from rich.console import Console
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
@@ -125,6 +126,8 @@ def run_workers(processes: int, command: Sequence[str]) -> int:
         except BaseException:
             _end(workers, held)
             raise
+        finally:  # a rank 0 that was killed left a terminal without one
+            Console(stderr=True).show_cursor(True)
 
 
 def end_with_starter() -> None:

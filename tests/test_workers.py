@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -97,6 +98,17 @@ def test_what_a_worker_is_told(run: Any, tmp_path: Path) -> None:
         assert told["MASTER_ADDR"] == "127.0.0.1"
         assert 0 < int(told["MASTER_PORT"]) < 65536
         assert int(told["OMP_NUM_THREADS"]) >= 1
+
+
+def test_a_killed_rank_0_leaves_the_terminal_a_cursor(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its progress bar hides it."""
+    ours, theirs = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    with open(theirs, "w") as terminal:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert run("os.kill(os.getpid(), 9)") == 1
+        assert b"\x1b[?25h" in os.read(ours, 10_000)
+    os.close(ours)
 
 
 def test_a_failing_ranks_words_and_code_are_the_users(
