@@ -35,6 +35,7 @@ from lens_megatron.rewards.answerable import check_answers, check_functions
 from lens_megatron.rollout.driver import RolloutDriver
 from lens_megatron.rollout.factory import embedded_sampler, sglang_sampler
 from lens_megatron.rollout.sampling import SampleCounts, SampleResult, SamplingConfig
+from lens_megatron.rollout.sglang_supervised import supervised_folder
 from lens_megatron.rollout.weight_sync.snapshot import Snapshots, forget_snapshots, snapshot_folder
 from lens_megatron.rollout_table import RolloutRow
 from lens_megatron.run_folder import RunFolder
@@ -363,7 +364,8 @@ def _of_the_servers(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
     first_gpu = 0 if colocated else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     first_gpu = rollout.server.first_gpu if rollout.server.first_gpu is not None else first_gpu
     needed, there = first_gpu + rollout.servers * rollout.server.gpus, torch.cuda.device_count()
-    if not rollout.server.urls and 0 < there < needed:
+    here = not rollout.server.urls and supervised_folder() is None  # else other machines have them
+    if here and 0 < there < needed:
         raise UsageError(
             f"rollout.servers: {rollout.servers} of {rollout.server.gpus} GPUs from GPU {first_gpu} on need {needed} GPUs, "
             f"this machine has {there}: lower rollout.servers or rollout.server.tp, or set placement: colocated"
