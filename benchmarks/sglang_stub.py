@@ -273,6 +273,9 @@ class Stub:
         return web.json_response({"status": "ok", "message": "Generation continued successfully."})
 
     async def flush(self, request: web.Request) -> web.Response:
+        patience = time.monotonic() + float(request.query.get("timeout", 0))
+        while self.running and time.monotonic() < patience:  # what was retracted counts here, too
+            await asyncio.sleep(0.01)
         idle = not (self.running and self.in_cache)
         return web.Response(text="Cache flushed.\n" if idle else "Flush cache failed.\n", status=200 if idle else 400)
 

@@ -23,6 +23,12 @@ from lens_megatron.mcore.step import ShardedModel, Trainable
 PIECE_BYTES = 2**28  # of a host copy: torch rounds what it pins up to a power of two, and a flat buffer is tens of GB
 
 
+def give_back_cache() -> None:
+    """Of device memory: what the allocator keeps though no tensor needs it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class Residence:
     """Where a policy's weights, gradients and optimizer state are. On the host they are pinned where there is room for it, as
     decided when they leave first: torch keeps what it has pinned for the next time."""
@@ -50,8 +56,7 @@ class Residence:
         for storage, _, _ in self._away:
             storage.resize_(0)
         _forget_what_is_made_again()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back_cache()
         return sum(size for _, size, _ in self._away)
 
     @torch.no_grad()

@@ -50,6 +50,7 @@ LoadFormat = Literal["flattened_bucket"]
 CONNECT_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 3.0  # below the server's 5 s: a connection that it is about to close is not used again
 FLUSH_RETRY_SECONDS = 0.1
+DRAIN_SECONDS = 10.0  # a batch takes less
 CHUNK_BYTES = 2**20  # of a body that is sent piece by piece
 
 
@@ -189,13 +190,17 @@ class SGLangClient:
     async def continue_generation(self, timeout_s: float | None = None) -> None:
         await self._send("POST", "/continue_generation", b"{}", timeout_s)
 
-    async def flush_cache(self, timeout_s: float | None = None) -> None:
-        """Again and again until the server has done it: it will not while requests run."""
+    async def flush_cache(self, drains: bool = False, timeout_s: float | None = None) -> None:
+        """Again and again until the server has done it: it will not while requests run.
+
+        `drains`: nothing waits and nothing new begins, so that each data-parallel rank can be left to wait until its last
+        batch is through. Otherwise the first rank answers for all, and one that was not idle yet keeps its cache."""
         limit = self.timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + limit
+        path = f"/flush_cache?timeout={min(DRAIN_SECONDS, limit / 2):g}" if drains else "/flush_cache"
         while True:
             try:
-                await self._send("POST", "/flush_cache", b"", max(0.1, deadline - time.monotonic()))
+                await self._send("POST", path, b"", max(0.1, round(deadline - time.monotonic(), 1)))
                 return
             except Refused as error:
                 if time.monotonic() > deadline:

@@ -259,7 +259,9 @@ def test_the_stub_answers_like_the_real_server(
     assert not _missing(_shape(real), _shape(made_up))
 
 
-@pytest.mark.parametrize("verb", ["begin_twice", "end_without", "tensor_outside", "flush_while_running"])
+@pytest.mark.parametrize(
+    "verb", ["begin_twice", "end_without", "tensor_outside", "flush_while_running", "flush_that_drains"]
+)
 def test_the_stub_refuses_what_the_real_server_refuses(
     verb: str, client: SGLangClient, stub: SGLangClient, loop: EventLoop
 ) -> None:
@@ -281,10 +283,18 @@ def test_the_stub_refuses_what_the_real_server_refuses(
             await status(server.end_weight_update())
         elif verb == "tensor_outside":
             await status(server.update_weights_from_tensor([b"gASVAAAA"], None))
+        elif verb == "flush_that_drains":  # it waits for what runs, instead of being refused
+            running = asyncio.create_task(server.generate("drain/", PROMPT, UNDER_WAY))
+            await _sampling(server)
+            flushing = asyncio.create_task(status(server.flush_cache(drains=True)))
+            await asyncio.sleep(0.3)
+            assert not flushing.done()
+            await server.abort_request("drain/")
+            await asyncio.gather(running, flushing)
         else:
             running = asyncio.create_task(server.generate("flush/", PROMPT, UNDER_WAY))
             await _sampling(server)
-            await status(server.flush_cache(0.2))
+            await status(server.flush_cache(timeout_s=0.2))
             await server.abort_request("flush/")
             await running
             await status(server.flush_cache())

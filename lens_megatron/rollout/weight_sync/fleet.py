@@ -109,7 +109,8 @@ class Fleet:
                     self.refuse(url, f"{url} {why}")
         self.each(lambda server: server.pause_generation(mode))
         self.each(lambda server: server.set_weight_version(label))
-        idle = self.each(_flush_if_idle if mode == "in_place" else _flush)
+        flush = {"in_place": _flush_if_idle, "retract": _flush, "abort": _drain_and_flush}[mode]
+        idle = self.each(flush)
         self.each(self._end_any if by_disk else self._begin)
         # rollouts in place shall meet no random weights, should one of them not stand still
         self.each(lambda server: _scramble(server, idle[server.url] and scrambled(self.infos[server.url])))
@@ -202,6 +203,11 @@ class Fleet:
 
 async def _flush(server: SGLangClient) -> bool:
     await server.flush_cache()
+    return True
+
+
+async def _drain_and_flush(server: SGLangClient) -> bool:
+    await server.flush_cache(drains=True)
     return True
 
 

@@ -4,8 +4,8 @@
                      then, when all ranks have left, the servers take their KV cache
     trainer's turn   servers that are starting are waited for and none is started any more; all give up the KV cache, then
                      the trainer comes back
-    before a sync    the servers take memory for weights; in them nothing is kept, so that they stay until the rollouts
-                     of the step are done
+    before a sync    the trainer gives back what its allocator keeps, and the servers take memory for weights; in them nothing
+                     is kept, so that they stay until the rollouts of the step are done
 
 Resuming memory that was not released kills an SGLang server, so what was released of which start of which server is
 written down here. On a GPU none of this has run yet.
@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from lens_megatron.errors import RunError
-from lens_megatron.mcore.offload import Residence, residual_bytes
+from lens_megatron.mcore.offload import Residence, give_back_cache, residual_bytes
 from lens_megatron.rollout.event_loop import EventLoop
 from lens_megatron.rollout.sglang_client import MemoryTag, SGLangClient, Unreachable
 from lens_megatron.rollout.sglang_server import ServerAddress
@@ -49,7 +49,8 @@ class ServerMemory:
         for server in servers:
             gone = self._released.setdefault((server.url, server.start), set())
             if wanted := [tag for tag in tags if tag not in gone]:
-                self._ask(server, lambda client: client.flush_cache())  # a server that is not idle yet would die of it
+                # a server that is not idle yet would die of it
+                self._ask(server, lambda client: client.flush_cache(drains=True))
                 self._ask(server, partial(_release, tags=wanted))
                 gone.update(wanted)
 
@@ -122,6 +123,8 @@ class Handover:
             # all died in the trainer's turn: they have room to start only while it is away
             self.to_engine()
             self.to_trainer(keep_engine_weights=False)
+        # no server outlives that there is no room for its weights, and what training took for a moment is room
+        self._on_every_rank(give_back_cache)
         self._ask(lambda memory, there: memory.resume(there.servers(), "weights"), "give the servers room for weights")
 
     def _ask(self, verb: Callable[[ServerMemory, Servers], Any], what: str) -> Any:

@@ -33,7 +33,7 @@ class Asked(ServerMemory):
         gone = self.gone.setdefault((server.url, server.start), set())
 
         class Client:
-            def flush_cache(client) -> None:
+            def flush_cache(client, drains: bool) -> None:
                 assert "kv_cache" not in gone
 
             def release_memory_occupation(client, tags: list[str]) -> None:
@@ -86,9 +86,9 @@ class Residence:
 def made(
     log: list[str], servers: list[ServerAddress], budget: float = 1.0, down: Sequence[ServerAddress] = ()
 ) -> Handover:
-    def on_every_rank(leave: Callable[[], None]) -> None:
-        leave()
-        log.append("the last rank has left")
+    def on_every_rank(does: Callable[[], None]) -> None:
+        does()
+        log.append("every rank has")
 
     residence: Any = Residence(log)
     return Handover(
@@ -96,8 +96,9 @@ def made(
     )
 
 
-def test_a_step_in_order() -> None:
+def test_a_step_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
+    monkeypatch.setattr(handover, "give_back_cache", lambda: log.append("trainer gives back its cache"))
     turns = made(log, [ServerAddress("s", "http://s", None, 1)])
     turns.to_trainer(keep_engine_weights=False)  # the servers are up: the trainer is built
     turns.before_sync()
@@ -109,17 +110,21 @@ def test_a_step_in_order() -> None:
     turns.before_sync()
     assert log == [
         "s releases kv_cache weights",
+        "trainer gives back its cache",
+        "every rank has",
         "s resumes weights",
         "trainer leaves",
-        "the last rank has left",
+        "every rank has",
         "s resumes kv_cache",
         "s releases kv_cache",
         "trainer returns",
         "trainer leaves",
-        "the last rank has left",
+        "every rank has",
         "s resumes kv_cache",
         "s releases kv_cache weights",
         "trainer returns",
+        "trainer gives back its cache",
+        "every rank has",
         "s resumes weights",
     ]
 
@@ -133,7 +138,7 @@ def test_a_restarted_server_holds_everything_again() -> None:
     log.clear()
     turns.before_sync()  # nothing to resume: that would kill it
     turns.to_engine()
-    assert log == ["trainer leaves", "the last rank has left"]
+    assert log == ["every rank has", "trainer leaves", "every rank has"]
 
 
 def test_when_all_died_in_the_trainers_turn_it_leaves_for_them_to_start() -> None:
@@ -142,10 +147,11 @@ def test_when_all_died_in_the_trainers_turn_it_leaves_for_them_to_start() -> Non
     turns.before_sync()
     assert log == [
         "trainer leaves",
-        "the last rank has left",
+        "every rank has",
         "s starts",
         "s releases kv_cache weights",
         "trainer returns",
+        "every rank has",
         "s resumes weights",
     ]
 
