@@ -9,8 +9,11 @@ ended). The file END ends it. lens_megatron/rollout/sglang_supervised.py is the 
 """
 
 import argparse
+import contextlib
+import errno
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -19,6 +22,8 @@ import time
 from pathlib import Path
 
 POLL_S = 0.2
+PORTS = range(16_000, 32_000)  # Linux hands out those from 32768 on
+MEETING_PORTS = 16  # of a server over several nodes: with data-parallel attention it takes some after the first, too
 GRACE_S = 10.0
 # Slurm's and the trainer's: a server that saw them would join the trainer's processes. As in rollout/sglang_server.py, which
 # may not be here.
@@ -28,12 +33,15 @@ NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_
 NONE_OF_THESE_INHERITED = ("TORCHELASTIC_", "LENS_MEGATRON_")  # how names begin
 
 
-def inherited(environment: "os._Environ[str] | dict[str, str]") -> "dict[str, str]":
-    return {
+def inherited(environment: "os._Environ[str] | dict[str, str]", host: str) -> "dict[str, str]":
+    """Of a server at `host`: when it is up it asks itself for a token, which is nothing for the cluster's proxy."""
+    kept = {
         name: value
         for name, value in environment.items()
         if name not in NOT_INHERITED and not name.startswith(NONE_OF_THESE_INHERITED)
     }
+    direct = {name: ",".join(filter(None, [kept.get(name), host, "localhost"])) for name in ("no_proxy", "NO_PROXY")}
+    return {**kept, **direct}
 
 
 def own_address() -> str:
@@ -43,10 +51,20 @@ def own_address() -> str:
         return str(probe.getsockname()[0])
 
 
-def free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def free_port(host: str, in_a_row: int = 1) -> int:
+    """The first of some that are free. Below those that the system hands out: a server binds its own minutes later, when it
+    has loaded its model."""
+    for first in random.SystemRandom().sample(PORTS, 100):
+        with contextlib.ExitStack() as probes:
+            try:
+                for port in range(first, first + in_a_row):
+                    probes.enter_context(socket.socket()).bind((host, port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                continue
+            return first
+    raise OSError(errno.EADDRINUSE, f"no {in_a_row} free ports in a row on {host}")
 
 
 def write_private(path: Path, tree: object) -> None:
@@ -103,7 +121,7 @@ class Server:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    env={**inherited(os.environ), **request["env"]},
+                    env={**inherited(os.environ, host), **request["env"]},
                     start_new_session=True,
                 )
             except OSError as error:
@@ -113,7 +131,7 @@ class Server:
     def _meeting_point(self, host: str) -> "str | None":
         name = f"{self.name}.meeting.{self.start_number}"
         if self.part == 0:
-            write_private(self.folder / name, {"address": f"{host}:{free_port(host)}"})
+            write_private(self.folder / name, {"address": f"{host}:{free_port(host, MEETING_PORTS)}"})
         said = self._read(name)
         return said["address"] if said else None
 
@@ -130,7 +148,9 @@ class Server:
     def _read(self, name: str) -> "dict | None":
         try:
             return json.loads((self.folder / name).read_text())
-        except FileNotFoundError:
+        except OSError as error:  # ESTALE: NFS, of a file that was replaced meanwhile
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
             return None
 
     def end(self) -> None:

@@ -7,7 +7,9 @@ line, which everybody sees, has neither. What it prints is in `logs/sglang_0.log
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import random
 import secrets
 import socket
 import subprocess
@@ -25,6 +27,7 @@ from lens_megatron.rollout.sglang_config import ServerConfig
 
 UNSYNCED = "unsynced"  # weight version of a server that no sync has reached since its start
 CLOSE_SECONDS = 15.0
+_PORTS = range(16_000, 32_000)  # Linux hands out those from 32768 on
 # of torchrun, our own launcher and the trainer: a server that saw them would join the trainer's processes, wait for a store
 # that somebody else should open, or take the trainer's allocator
 _NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
@@ -81,7 +84,7 @@ class ServerProcess:
         port = self._port or free_port(self._config.host)
         self.url = f"http://{self._config.host}:{port}"
         write_private(self._settings, yaml.safe_dump({**self.settings(), "host": self._config.host, "port": port}))
-        environment = {**inherited(os.environ), **self._config.env}
+        environment = {**inherited(os.environ, self._config.host), **self._config.env}
         guard = [sys.executable, "-m", "lens_megatron.rollout.sglang_guard", *self.command()]
         self.log.touch(mode=0o600)
         with self.log.open("ab") as log:
@@ -154,21 +157,31 @@ class ServerProcess:
         return {name.replace("_", "-"): value for name, value in settings.items()}
 
 
-def inherited(environment: Mapping[str, str]) -> dict[str, str]:
-    return {
+def inherited(environment: Mapping[str, str], host: str) -> dict[str, str]:
+    """Of a server at `host`: when it is up it asks itself for a token, which is nothing for the cluster's proxy."""
+    kept = {
         name: value
         for name, value in environment.items()
         if name not in _NOT_INHERITED and not name.startswith(_NONE_OF_THESE_INHERITED)
     }
+    direct = {name: ",".join(filter(None, [kept.get(name), host, "localhost"])) for name in ("no_proxy", "NO_PROXY")}
+    return {**kept, **direct}
 
 
 def free_port(host: str) -> int:
-    with socket.socket() as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError as error:
-            raise UsageError(f"rollout.server.host: {host} is no address of this machine ({error.strerror})") from None
-        return probe.getsockname()[1]
+    """Below those that the system hands out: a server binds its own minutes later, when it has loaded its model."""
+    for port in [*random.SystemRandom().sample(_PORTS, 100), 0]:
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue
+                raise UsageError(
+                    f"rollout.server.host: {host} is no address of this machine ({error.strerror})"
+                ) from None
+            return probe.getsockname()[1]
+    raise UsageError(f"rollout.server.host: no port of {host} is free")
 
 
 def server_processes(

@@ -5,6 +5,7 @@ launchers/supervisor.py is the other side, and says what is in which file.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -16,6 +17,7 @@ from lens_megatron.rollout.sglang_server import ServerProcess, write_private
 
 FOLDER = "LENS_MEGATRON_SERVERS"  # set by the batch script of a job that has supervisors
 _POLL_S = 0.2
+_TRIES = 10
 
 
 def supervised_folder() -> Path | None:
@@ -82,6 +84,17 @@ class SupervisedServer(ServerProcess):
         """Of this start."""
         folder = supervised_folder()
         assert folder is not None
-        path = folder / f"{self.name}.state"
-        state = json.loads(path.read_text()) if path.exists() else None
+        state = json.loads(_text(folder / f"{self.name}.state") or "null")
         return state if state is not None and state["start"] == self.starts else None
+
+
+def _text(path: Path) -> str | None:
+    for _ in range(_TRIES):
+        try:
+            return path.read_text()
+        except FileNotFoundError:
+            return None
+        except OSError as error:  # NFS, of a file that was replaced meanwhile: the new one is there
+            if error.errno != errno.ESTALE:
+                raise
+    return None

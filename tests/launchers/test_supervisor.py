@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -19,7 +21,7 @@ import pytest
 
 from launchers import supervisor
 from lens_megatron import workers
-from lens_megatron.rollout import sglang_server
+from lens_megatron.rollout import sglang_server, sglang_supervised
 from lens_megatron.rollout.sglang_config import ServerConfig
 from lens_megatron.rollout.sglang_server import server_processes
 from lens_megatron.rollout.sglang_supervised import FOLDER, SupervisedServer
@@ -154,4 +156,39 @@ def test_what_starts_the_trainers_ranks_is_kept_from_servers_on_both_sides() -> 
     assert {"RANK", "TORCHELASTIC_USE_AGENT_STORE"} < of_torchrun
     kept = {"PATH", "CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "HF_HOME"}
     environment = dict.fromkeys(of_torchrun | kept | {"LENS_MEGATRON_STARTED_BY", workers.MEETING}, "1")
-    assert set(supervisor.inherited(environment)) == set(sglang_server.inherited(environment)) == kept
+    for inherited in (supervisor.inherited, sglang_server.inherited):
+        assert set(inherited(environment, "10.0.0.7")) == kept | {"no_proxy", "NO_PROXY"}
+        proxied = inherited({"http_proxy": "http://proxy:3128", "no_proxy": ".corp,10.1.0.0/16"}, "10.0.0.7")
+        assert proxied["no_proxy"] == ".corp,10.1.0.0/16,10.0.0.7,localhost"
+        assert proxied["NO_PROXY"] == "10.0.0.7,localhost"
+
+
+def test_ports_are_none_of_those_that_the_system_hands_out() -> None:
+    """On Linux's own settings; a server binds its port long after."""
+    for _ in range(20):
+        assert sglang_server.free_port("127.0.0.1") < 32_000 > supervisor.free_port("127.0.0.1")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", supervisor.free_port("127.0.0.1")))
+        port = taken.getsockname()[1]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(supervisor.random.SystemRandom, "sample", lambda self, ports, count: [port - 7, port + 1])
+            assert supervisor.free_port("127.0.0.1", 8) == port + 1
+
+
+def test_a_state_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "state").write_text("{}")
+    read, stale = Path.read_text, [OSError(errno.ESTALE, "Stale file handle")]
+
+    def stale_at_first(path: Path, *args: Any, **named: Any) -> str:
+        if stale:
+            raise stale.pop()
+        return read(path, *args, **named)
+
+    monkeypatch.setattr(Path, "read_text", stale_at_first)
+    assert sglang_supervised._text(tmp_path / "state") == "{}"
+    assert sglang_supervised._text(tmp_path / "no state") is None
+    server = supervisor.Server("sglang_0", tmp_path, 0, 0, 1)
+    stale.append(OSError(errno.ESTALE, "Stale file handle"))
+    assert server._read("state") is None and server._read("state") == {}
