@@ -98,11 +98,11 @@ def test_a_worker_that_never_answers_is_killed_at_the_wall_limit() -> None:
 def test_when_all_judgements_time_out_it_says_so(rewards_module: str) -> None:
     sources = {"hangs": _function("hangs"), "well": _function("length")}
     config = RewardConfig(workers=1, seconds=0.5, wall_seconds=0.8, sources=sources)
-    with RewardPool(config, stall_seconds=2.0) as pool:
+    with RewardPool(config, stall_seconds=4.0) as pool:  # a worker starts in less
         judged = [pool.submit(f"{n}", "hangs", "a", "b" * n) for n in range(40)]
-        with pytest.raises(RunError, match=r"no judgement for 2 s, \d timed out and \d+ wait"):
+        with pytest.raises(RunError, match=r"no judgement for 4 s, \d timed out and \d+ wait"):
             judged[-1].result(PATIENCE)
-        assert 1 <= sum(future.exception() is None for future in judged) <= 4  # those that timed out before
+        assert 1 <= sum(future.exception() is None for future in judged) <= 7  # those that timed out before
     # every other one says something: no stall, however long it takes (5 s: on a busy machine a worker starts in seconds)
     with RewardPool(config, stall_seconds=5.0) as pool:
         judged = [pool.submit(f"{n}", "well" if n % 2 else "hangs", "a", "b" * (n + 1)) for n in range(14)]

@@ -258,7 +258,7 @@ def test_a_server_that_came_back_has_no_weights_until_it_is_restored() -> None:
 
 def test_a_response_across_an_update_keeps_both_versions() -> None:
     with stubs(["--token-seconds", "0.01"]) as one, engine_of(one) as engine:
-        engine.submit(requests(2, 60))
+        engine.submit(requests(2, 400))
         time.sleep(0.2)
         sync(engine, 4)  # as in mode in_place: the stub names the version that it has at the end
         done = drain(engine, 2)
