@@ -134,7 +134,7 @@ class SGLangEngine:
         """By the servers' slots, and by the room of their caches if responses are as long as they were so far."""
         ready = self._pool.ready()
         free = sum(seat.slots for seat in ready) - len(self._in_flight)
-        caches = [seat.info.kv_tokens if seat.info else None for seat in ready]
+        caches = [seat.info.dp * (seat.info.kv_tokens or 0) if seat.info else None for seat in ready]
         if caches and all(caches) and self._mean_tokens:
             free = min(free, int(sum(filter(None, caches)) / self._mean_tokens) - len(self._in_flight))
         return max(0, free, int(bool(ready) and not self._in_flight))

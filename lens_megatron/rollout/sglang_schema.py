@@ -74,7 +74,7 @@ class ServerInfo:
 
     @property
     def kv_tokens(self) -> int | None:
-        """Tokens that its cache holds."""
+        """Tokens that the cache of one data-parallel rank holds."""
         value = self.raw.get("max_total_num_tokens")
         return value if isinstance(value, int) and value > 0 else None
 
@@ -216,19 +216,24 @@ def parse_server_info(answer: Any) -> ServerInfo:
     version = parse_version(info.get("version"))
     states = info.get("internal_states")
     inner = states[0] if isinstance(states, list) and states and isinstance(states[0], Mapping) else {}
-    most = info.get("max_running_requests") or inner.get("effective_max_running_requests_per_dp")
     dp = _count(info.get("dp_size"), "server_info: dp_size")
+    most = info.get("max_running_requests")  # as it was asked for: of all ranks
+    if not most:
+        most = dp * _count(inner.get("effective_max_running_requests_per_dp") or 0, "server_info: most per dp rank")
     return ServerInfo(
         version,
         _count(info.get("tp_size"), "server_info: tp_size"),
         dp,
         _count(info.get("pp_size", 1), "server_info: pp_size"),
-        _count(most if most is not None else 0, "server_info: max_running_requests"),
+        _count(most, "server_info: max_running_requests"),
         info.get("context_length"),
         str(info.get("dtype")),
         str(info.get("device")),
         info,
     )
+
+
+_CHOOSES_INSIDE = ("triton_kernel", "flashinfer_trtllm", "experimental_sgl_trtllm", "flashinfer_mxfp4")
 
 
 def untold_experts(server: Mapping[str, Any]) -> str | None:
@@ -246,6 +251,8 @@ def untold_experts(server: Mapping[str, Any]) -> str | None:
             return f"was started with {name}: {why}"
     if (server.get("pp_size") or 1) > 1:
         return "was started with pp_size above 1: only the last stage tells its experts"
+    if (backend := server.get("moe_runner_backend")) in _CHOOSES_INSIDE:
+        return f"was started with moe_runner_backend: {backend}, whose kernel chooses the experts and tells nobody"
     if server.get("disaggregation_mode") not in (None, "null"):
         return "was started with a disaggregation_mode: a prompt's experts stay where it was read"
     return None

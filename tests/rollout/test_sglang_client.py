@@ -246,7 +246,9 @@ def test_experts_that_cannot_be_replayed_are_refused(experts: Any, says: str) ->
         ({"enable_return_routed_experts": True, "enable_hierarchical_cache": True}, "enable_hierarchical_cache"),
         ({"enable_return_routed_experts": True, "speculative_algorithm": "EAGLE"}, "speculative_algorithm"),
         ({"enable_return_routed_experts": True, "disaggregation_mode": "decode"}, "disaggregation_mode"),
+        ({"enable_return_routed_experts": True, "moe_runner_backend": "flashinfer_trtllm"}, "flashinfer_trtllm"),
         ({"enable_return_routed_experts": True, "pp_size": 1, "disaggregation_mode": "null"}, None),
+        ({"enable_return_routed_experts": True, "moe_runner_backend": "auto"}, None),
     ],
 )
 def test_servers_that_would_tell_no_experts_or_wrong_ones(server: dict[str, Any], says: str | None) -> None:
