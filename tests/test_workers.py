@@ -298,3 +298,18 @@ def test_who_is_held_by_the_kernel_is_told_from_who_is_just_ending(monkeypatch: 
     ended.wait()
     lives.wait()
     assert held.look() == set(), "gone"
+
+
+def test_a_worker_that_is_aborted_says_where_it_stood() -> None:
+    """As NCCL ends one that waits for too long."""
+    code = """
+import os
+from lens_megatron.commands._workers import in_layout
+from lens_megatron.mcore.layout import ParallelConfig
+def waits(): os.abort()
+in_layout([], ParallelConfig(), None, waits)
+"""
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGABRT
+    assert "Aborted" in done.stderr and "in waits" in done.stderr

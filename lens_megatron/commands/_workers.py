@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -44,5 +46,7 @@ def in_layout(
                 return workers.run_workers(layout.processes, command)
 
             return started() if noted_in is None else endings.noted_workers(noted_in, started)
+    if workers.is_worker():  # NCCL ends a process that waits too long by SIGABRT: it shall say where it stood
+        faulthandler.enable(sys.__stderr__ or sys.stderr)
     with endings.lost_peers():
         return work()

@@ -58,8 +58,14 @@ def everywhere(action: Callable[[], _T]) -> _T:
     return result
 
 
+# of NCCL and gloo
+_OTHERS_END = ("gloo", "ncclRemoteError", "remote process", "Connection closed", "timeout", "timed out", "was aborted")
+
+
 def is_of_transport(error: Exception) -> bool:
-    """Another rank went away, or is not heard any more."""
+    """Another rank went away, or is not heard any more. What NCCL has to say of this rank, its memory say, is no such word."""
+    if isinstance(error, dist.DistBackendError):
+        return any(sign in str(error) for sign in _OTHERS_END)
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 

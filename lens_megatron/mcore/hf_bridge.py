@@ -156,6 +156,9 @@ def gather(
                 _begun(dist.irecv(tensor, src=shard.owner)).wait(*limits)
             if rank == root:
                 shards.append(tensor)
+        if rank != root and device.type == "cuda":
+            # waiting for a send waits on the device alone: all of them would be under way, and their time limits run, at once
+            torch.cuda.current_stream(device).synchronize()
         if rank == root:
             yield from join_shards(holdings.shards[names, 0].mapping, spec, shards)
 

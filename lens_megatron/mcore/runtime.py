@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -302,7 +303,11 @@ def _leave_groups() -> None:
 
 
 def shutdown() -> None:
+    """Where an error is on its way, groups of GPUs are left to the end of the process, which breaks off what they do: closing
+    one waits for operations that the others never begin, and nobody would hear of the error."""
     global _layout
+    if torch.cuda.is_available() and sys.exc_info()[0] is not None:
+        return
     _leave_groups()
     _layout = None
     if dist.is_initialized():

@@ -87,3 +87,25 @@ def test_ranks_that_never_start_are_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(runtime, "_START", datetime.timedelta(seconds=1))
     with pytest.raises(RunError, match="ranks 1, 3 of 4 had not started after 1 s: see what became of them"):
         runtime._meet(4)
+
+
+def test_of_gpus_no_group_is_closed_while_an_error_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL would wait for operations that the other ranks never begin, and the error would not be heard."""
+    closed: list[str] = []
+    monkeypatch.setattr(runtime, "_leave_groups", lambda: closed.append("groups"))
+    monkeypatch.setattr(runtime.dist, "is_initialized", lambda: False)
+
+    def fails() -> None:
+        try:
+            raise RunError("out of memory")
+        finally:
+            runtime.shutdown()
+
+    for there, seen in ((True, []), (False, ["groups"])):
+        closed.clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        with pytest.raises(RunError):
+            fails()
+        assert closed == seen
+        runtime.shutdown()  # as a run that ended well
+        assert closed == [*seen, "groups"]
