@@ -40,8 +40,9 @@ def inherited(environment: "os._Environ[str] | dict[str, str]", host: str) -> "d
         for name, value in environment.items()
         if name not in NOT_INHERITED and not name.startswith(NONE_OF_THESE_INHERITED)
     }
-    direct = {name: ",".join(filter(None, [kept.get(name), host, "localhost"])) for name in ("no_proxy", "NO_PROXY")}
-    return {**kept, **direct}
+    given = kept.get("no_proxy") or kept.get("NO_PROXY")  # whoever reads one does not read the other
+    direct = ",".join(filter(None, [given, host, "localhost"]))
+    return {**kept, "no_proxy": direct, "NO_PROXY": direct}
 
 
 def own_address() -> str:
